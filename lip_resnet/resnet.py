@@ -1,0 +1,329 @@
+"""LIP-ResNet: ResNet (He et al. 2016) whose every downsampling is LIP, registered with timm.
+
+"Full" LIP architecture of the paper, Bottleneck-128: the stem's max pooling becomes LIP with simplified logits; in the
+first block of stages 2 to 4 one logit trunk on the block's input serves two LIPs, one on the main path (with a 1x1
+convolution it replaces the 3x3 convolution of stride 2) and one in front of the shortcut's 1x1 convolution.
+All other blocks are the ordinary bottleneck. Source: paper section 4; reference ``imagenet/lip_resnet.py``.
+"""
+
+import re
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, create_classifier
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from lip_resnet.pooling import GATE, BottleneckHead, BottleneckTrunk, LIP2d, SimplifiedLogits
+
+
+class Downsample(nn.Sequential):
+    """The shortcut (B, C, H, W) -> (B, out_channels, h, w) of a block that changes its shape: [LIP ->] conv 1x1 -> BN."""
+
+    def __init__(self, in_channels: int, out_channels: int, pool: LIP2d | None = None, **dd: Any) -> None:
+        super().__init__()
+        self.pool = pool or nn.Identity()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_channels, **dd)
+
+    def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
+        x = self.pool(x) if trunk is None else self.pool(x, trunk)
+        return self.bn(self.conv(x))
+
+
+class Bottleneck(nn.Module):
+    """(B, in_channels, H, W) -> (B, 4 * channels, h, w): conv 1x1, conv 3x3, conv 1x1 and a shortcut.
+
+    With stride 2, LIP 3x3/2 -> conv 1x1 stands in place of the 3x3 convolution, and LIP in front of the shortcut's
+    convolution; ``trunk`` makes the features that both LIPs turn into logits.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        drop_path: float,
+        bottleneck_width: int,
+        gate: float | None,
+        kernel_size: int,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(channels, **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        if stride == 1:
+            self.trunk = self.pool = None
+            self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **dd)
+            shortcut_pool = None
+        else:
+            self.trunk = BottleneckTrunk(in_channels, bottleneck_width, **dd)
+            self.pool = LIP2d(BottleneckHead(bottleneck_width, channels, gate, **dd), kernel_size, stride)
+            self.conv2 = nn.Conv2d(channels, channels, 1, bias=False, **dd)
+            shortcut_pool = LIP2d(BottleneckHead(bottleneck_width, in_channels, gate, **dd), kernel_size, stride)
+        self.bn2 = nn.BatchNorm2d(channels, **dd)
+        self.act2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False, **dd)
+        self.bn3 = nn.BatchNorm2d(out_channels, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = Downsample(in_channels, out_channels, shortcut_pool, **dd)
+        self.act3 = nn.ReLU(inplace=True)
+
+    def zero_init_last(self) -> None:
+        """Zero the last BN's weight, so that the block starts as its shortcut."""
+        nn.init.zeros_(self.bn3.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        trunk = None if self.trunk is None else self.trunk(x)
+        shortcut = x if self.downsample is None else self.downsample(x, trunk)
+        x = self.act1(self.bn1(self.conv1(x)))
+        if self.pool is not None:
+            x = self.pool(x, trunk)
+        x = self.act2(self.bn2(self.conv2(x)))
+        x = self.drop_path(self.bn3(self.conv3(x)))
+        return self.act3(x + shortcut)
+
+
+class LIPResNet(nn.Module):
+    """Images (B, in_chans, H, W) -> class logits (B, num_classes); a complete timm model.
+
+    Args:
+        layers: blocks in each of the four stages.
+        num_classes: of the classifier; 0 leaves it out.
+        in_chans: channels of the images.
+        global_pool: how (B, C, h, w) becomes (B, C) before the classifier: timm's names.
+        drop_rate: dropout in front of the classifier, in [0, 1).
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first, in [0, 1).
+        bottleneck_width: channels of the logit trunks (published: 128; ablations: 64 and 256).
+        gate_coefficient: bound of the logits; None leaves the gate out.
+        kernel_size: of every LIP window (stride 2, padding (kernel_size - 1) // 2).
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, int, int, int],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        bottleneck_width: int = 128,
+        gate_coefficient: float | None = GATE,
+        kernel_size: int = 3,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        lip = {"bottleneck_width": bottleneck_width, "gate": gate_coefficient, "kernel_size": kernel_size}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(64, **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.pool = LIP2d(SimplifiedLogits(64, gate_coefficient, **dd), kernel_size)
+        self.feature_info = [{"num_chs": 64, "reduction": 2, "module": "act1"}]
+
+        rates = torch.linspace(0, drop_path_rate, sum(layers)).tolist()
+        in_channels = 64
+        for stage, blocks in enumerate(layers):
+            channels, modules = 64 * 2**stage, []
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                modules.append(Bottleneck(in_channels, channels, stride, rates.pop(0), **lip, **dd))
+                in_channels = channels * Bottleneck.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*modules))
+            self.feature_info.append(
+                {"num_chs": in_channels, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"}
+            )
+
+        self.num_features = in_channels
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Paper initialisation: convolutions Kaiming normal (fan out), norms 1 and 0, then the special zeros."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(self.fc, nn.Linear):
+            nn.init.normal_(self.fc.weight, std=0.01)
+            nn.init.zeros_(self.fc.bias)
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                module.zero_init_last()
+            elif isinstance(module, LIP2d):
+                module.zero_logits()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's parameter groups (layer-wise learning rates): the stem, then every stage or block."""
+        return {"stem": r"^conv1|bn1|pool", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block's activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a fresh classifier of ``num_classes`` (0: none) in place, on the model's device and in its dtype."""
+        weight = self.conv1.weight
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(
+            self.num_features,
+            num_classes,
+            pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def stages(self) -> list[nn.Sequential]:
+        """The four stages, in order."""
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+    def _stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(stage, x)
+        return stage(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Images -> features of the stem (index 0) and the stages (1 to 4), as timm defines it.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: which features; an int takes the last n, None all five.
+            norm: unused, there is no final norm.
+            stop_early: stop after the last feature asked for.
+            output_fmt: only "NCHW".
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r}; only 'NCHW' is possible")
+        take, last = feature_take_indices(5, indices)
+        x = self.act1(self.bn1(self.conv1(x)))
+        features = [x] if 0 in take else []
+        x = self.pool(x)
+        for index, stage in enumerate(self.stages()[:last] if stop_early else self.stages(), start=1):
+            x = self._stage(stage, x)
+            if index in take:
+                features.append(x)
+        return features if intermediates_only else (x, features)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last feature asked for, and the head; returns the indices kept."""
+        take, last = feature_take_indices(5, indices)
+        for index in range(last + 1, 5):
+            setattr(self, f"layer{index}", nn.Sequential())
+        if last == 0:
+            self.pool = nn.Identity()
+        if last < 4:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or last < 4:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up."""
+        x = self.pool(self.act1(self.bn1(self.conv1(x))))
+        for stage in self.stages():
+            x = self._stage(stage, x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, num_features, h, w) -> (B, num_classes), or the pooled features with ``pre_logits``."""
+        x = self.global_pool(x)
+        x = nn.functional.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Released keys (the reference's attribute names) -> ours; keys that are ours already stay as they are."""
+    renames = (
+        (r"^maxpool\.logit\.bn\.", "pool.logits.norm."),
+        (r"^maxpool\.logit\.", "pool.logits."),
+        (r"\.bottleneck_shared\.logit\.bn(\d)\.", r".trunk.norm\1."),
+        (r"\.bottleneck_shared\.logit\.", ".trunk."),
+        (r"\.conv2\.0\.postprocessing\.bn\.", ".pool.logits.norm."),
+        (r"\.conv2\.0\.postprocessing\.", ".pool.logits."),
+        (r"\.conv2\.1\.", ".conv2."),
+        (r"\.downsample\.lip\.postprocessing\.bn\.", ".downsample.pool.logits.norm."),
+        (r"\.downsample\.lip\.postprocessing\.", ".downsample.pool.logits."),
+    )
+    renamed = {}
+    for key, tensor in state_dict.items():
+        for pattern, replacement in renames:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = tensor
+    return renamed
+
+
+LIPResNet.checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
+
+_CFG = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bilinear",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "conv1",
+    "classifier": "fc",
+    "paper_ids": "arXiv:1908.04156",
+    "origin_url": "https://github.com/sebgao/LIP",
+}
+
+default_cfgs = generate_default_cfgs({"lip_resnet50": _CFG, "lip_resnet101": _CFG})
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> LIPResNet:
+    return build_model_with_cfg(
+        LIPResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    )
+
+
+@register_model
+def lip_resnet50(pretrained: bool = False, **kwargs: Any) -> LIPResNet:
+    """LIP-ResNet-50, 23,864,232 parameters; keywords as ``LIPResNet``."""
+    return _create("lip_resnet50", pretrained, layers=(3, 4, 6, 3), **kwargs)
+
+
+@register_model
+def lip_resnet101(pretrained: bool = False, **kwargs: Any) -> LIPResNet:
+    """LIP-ResNet-101, 42,856,360 parameters; keywords as ``LIPResNet``."""
+    return _create("lip_resnet101", pretrained, layers=(3, 4, 23, 3), **kwargs)
