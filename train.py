@@ -1,4 +1,4 @@
-"""Train a recipe:  torchrun --nproc_per_node=8 train.py --config configs/imagenet/lip_resnet50_step90.yaml data.root=DIR
+"""Train a recipe:  torchrun --nproc_per_node=8 train.py --config configs/imagenet/lip_resnet50.yaml data.root=DIR
 
 The same with one process: python train.py ... . Every recipe key can be overridden as section.key=value.
 """
@@ -95,7 +95,11 @@ def fit(
             improved = top1 > state.best
             state.best = max(state.best, top1)
         if distributed.is_main():
-            payload = {**state.state_dict(), "config": config.model_dump(mode="json")}
+            payload = {
+                **state.state_dict(),
+                "config": config.model_dump(mode="json"),
+                "processes": distributed.world_size(),
+            }
             names = ["last.pt", "best.pt"] if improved else ["last.pt"]
             for name in names:
                 checkpoint.save(folder / "checkpoints" / name, payload)

@@ -16,6 +16,12 @@ from lip_resnet.config import InputError
 
 FORMAT = 1
 
+# What torch and safetensors raise on a file that is cut short, altered, or something else altogether.
+_DAMAGE = (
+    *(RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError),
+    *(SafetensorError, zipfile.BadZipFile, UnicodeDecodeError, MemoryError),
+)
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place with one rename.
@@ -69,9 +75,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: refused, it is not plain tensors and numbers: {reason[:200]}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
-        raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from None
-    except (SafetensorError, zipfile.BadZipFile, UnicodeDecodeError, MemoryError) as error:
+    except _DAMAGE as error:
         raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from None
     if not isinstance(payload, dict):
         raise InputError(f"{path}: holds a {type(payload).__name__}; a checkpoint is a dictionary")
@@ -125,7 +129,14 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False, new_h
         InputError: no such file, no checkpoint, or keys and shapes that are not the model's (all counted).
     """
     path = resolve(path)
-    state = extract_weights(load(path), str(path), ema)
+    put_weights(model, load(path), str(path), ema=ema, new_head=new_head)
+
+
+def put_weights(
+    model: nn.Module, payload: dict[str, Any], path: str, *, ema: bool = False, new_head: bool = False
+) -> None:
+    """``load_weights`` of a file that is read already; ``path`` names it in errors."""
+    state = extract_weights(payload, path, ema)
     rename = getattr(model, "checkpoint_filter_fn", None)
     if rename is not None:
         state = rename(state, model)

@@ -300,7 +300,7 @@ def _explain(error: ErrorDetails) -> str:
             section = section.model_fields[part].annotation
         allowed = list(section.model_fields)
         near = difflib.get_close_matches(location[-1], allowed, n=1)
-        prefix = ".".join(location[:-1] + [""])
+        prefix = ".".join([*location[:-1], ""])
         hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed: {', '.join(allowed)}"
         return f"{key}: unknown key; {hint}"
     if error["type"] == "missing":

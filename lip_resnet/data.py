@@ -46,7 +46,7 @@ def _read_rgb(path: str) -> Image.Image:
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 real handwritten digits (8x8, UCI 1998) as RGB images of 8x8 pixels; every fifth of a class validates."""
+    """scikit-learn's 1,797 real handwritten digits as RGB images of 8x8; every fifth of a class validates."""
 
     classes = tuple("0123456789")
 

@@ -128,7 +128,7 @@ def _fail(message: str, code: int) -> int:
     """Print one line, from rank 0 where it has come here too, and let all ranks leave together."""
     together = True
     if world_size() > 1:
-        # torchrun ends the other ranks as soon as one has exited: each must leave with its own code, after rank 0 spoke.
+        # torchrun ends the other ranks once one has exited: each must leave with its own code, after rank 0 spoke.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             dist.monitored_barrier(_control, timeout=datetime.timedelta(seconds=10))
@@ -137,5 +137,6 @@ def _fail(message: str, code: int) -> int:
     main = int(os.environ.get("RANK", 0)) == 0
     if main or not together:
         where = "" if together else f" (rank {rank()})"
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}{where}", file=sys.stderr, flush=True)
+        command, line = os.path.basename(sys.argv[0]), " ".join(message.split())
+        print(f"{command}: error: {line}{where}", file=sys.stderr, flush=True)
     return code

@@ -197,8 +197,8 @@ def train_one_epoch(
             sums = counts.reduce()
             if not math.isfinite(sums["loss"]):
                 raise FloatingPointError(
-                    f"the loss is {sums['loss']} in the {train.log_every} steps up to step {state.step} (epoch {epoch}, "
-                    f"learning rate {lr:g}); no checkpoint holds it"
+                    f"the loss is {sums['loss']} in the {train.log_every} steps up to step {state.step} "
+                    f"(epoch {epoch}, learning rate {lr:g}); no checkpoint holds it"
                 )
             elapsed = time.perf_counter() - began
             on_log(

@@ -1,4 +1,4 @@
-"""The run folder: who may write it, and numbers to TensorBoard, metrics.jsonl and the terminal. Silent on other ranks."""
+"""The run folder: who may write it, and numbers to TensorBoard, metrics.jsonl and the terminal (rank 0 only)."""
 
 import datetime
 import json
@@ -83,16 +83,12 @@ def open_run(folder: Path, config: Config, resume: str) -> Path | None:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, hardware, command and commit: what a number depends on beside its recipe."""
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        hardware = _cpu_name()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
