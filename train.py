@@ -1,4 +1,4 @@
-"""Train a recipe:  torchrun --nproc_per_node=8 train.py --config configs/imagenet/lip_resnet50.yaml data.root=DIR
+"""Train a recipe:  torchrun --nproc_per_node=8 train.py --config configs/imagenet/NAME.yaml data.root=DIR
 
 The same with one process: python train.py ... . Every recipe key can be overridden as section.key=value.
 """
