@@ -49,12 +49,12 @@ def main() -> None:
     config, trained = describe(options, payload)
     config, split = with_flags(config, options)
     ema = (options.weights or (config.train.rules if trained else "model")) == "ema"
+    source = build_sources(config.data, config.model.num_classes, (split,))[0]
     model = build(config, options, payload, ema)
 
     device = distributed.device()
     # TF32 rounds to 10 bits: counts would not be the float32 counts.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    source = build_sources(config.data, config.model.num_classes, (split,))[0]
     models.check_size(model, config.data.eval_size)
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
@@ -127,6 +127,8 @@ def with_flags(config: Config, options: Any) -> tuple[Config, str]:
     tree, split = config.model_dump(), "val"
     if options.data:
         root = Path(options.data).expanduser()
+        if not root.is_dir():
+            raise InputError(f"--data {root} is not a directory; it must hold val/, or be that folder")
         if not (root / "val").is_dir():
             root, split = root.resolve().parent, root.resolve().name
         tree["data"] |= {"name": "folder", "root": str(root)}

@@ -70,9 +70,10 @@ def load(path: str | Path) -> dict[str, Any]:
         else:
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        line = str(error).strip().splitlines()
-        reason = next((text.strip() for text in line if "Unsupported" in text or "GLOBAL" in text), "not a checkpoint")
-        raise InputError(f"{path}: refused, it is not plain tensors and numbers: {reason[:200]}") from None
+        code = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), None)
+        if code is None:
+            raise InputError(f"{path}: not a checkpoint: damaged, or not a file that torch.save wrote") from None
+        raise InputError(f"{path}: refused, it holds more than tensors and numbers: {code[:200]}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
     except _DAMAGE as error:
