@@ -6,7 +6,7 @@ RUN := runs/demo
 PROCESSES ?= 2
 # torchrun's default is one thread a process; this shares out the cores.
 THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(PROCESSES)))')
-TORCHRUN = OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --nproc_per_node=$(PROCESSES)
+TORCHRUN = OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
 .PHONY: install demo test test-slow lint bench clean
 

@@ -28,10 +28,12 @@ train: {epochs: 2, log_every: 10, ema_decay: 0.9, drop_path: 0.1}
 def start(*command: object, processes: int = 1) -> subprocess.CompletedProcess:
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     arguments = [*launcher, *map(str, command)]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        arguments, cwd=ROOT, capture_output=True, text=True, check=False, env=environment, timeout=240
+    )
 
 
 def done(*command: object, processes: int = 1) -> subprocess.CompletedProcess:
