@@ -25,7 +25,7 @@ from lip_resnet.pooling import GATE, BottleneckHead, BottleneckTrunk, LIP2d, Sim
 
 
 class Downsample(nn.Sequential):
-    """The shortcut (B, C, H, W) -> (B, out_channels, h, w) of a block that changes its shape: [LIP ->] conv 1x1 -> BN."""
+    """A shortcut that changes the shape, (B, C, H, W) -> (B, out_channels, h, w): [LIP ->] conv 1x1 -> BN."""
 
     def __init__(self, in_channels: int, out_channels: int, pool: LIP2d | None = None, **dd: Any) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class LIPResNet(nn.Module):
         self.pool = LIP2d(SimplifiedLogits(64, gate_coefficient, **dd), kernel_size)
         self.feature_info = [{"num_chs": 64, "reduction": 2, "module": "act1"}]
 
-        rates = torch.linspace(0, drop_path_rate, sum(layers)).tolist()
+        rates = [drop_path_rate * block / (sum(layers) - 1) for block in range(sum(layers))]
         in_channels = 64
         for stage, blocks in enumerate(layers):
             channels, modules = 64 * 2**stage, []
