@@ -149,9 +149,7 @@ class LIPResNet(nn.Module):
                 modules.append(Bottleneck(in_channels, channels, stride, rates.pop(0), **lip, **dd))
                 in_channels = channels * Bottleneck.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*modules))
-            self.feature_info.append(
-                {"num_chs": in_channels, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"}
-            )
+            self.feature_info.append({"num_chs": in_channels, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"})
 
         self.num_features = in_channels
         self.reset_classifier(num_classes, global_pool)
@@ -312,9 +310,7 @@ default_cfgs = generate_default_cfgs({"lip_resnet50": _CFG, "lip_resnet101": _CF
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> LIPResNet:
-    return build_model_with_cfg(
-        LIPResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
-    )
+    return build_model_with_cfg(LIPResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
