@@ -31,8 +31,9 @@ def fill_(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if not tensor.is_floating_point():
             tensor.zero_()
             continue
-        z = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())),
-                        dtype=torch.float64)
+        z = torch.randn(
+            tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())), dtype=torch.float64
+        )
         if tensor.dim() >= 2:
             z *= (2.0 / tensor[0].numel()) ** 0.5
         elif key.endswith("running_var"):
@@ -51,10 +52,12 @@ def images(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
 def released_state_dict(golden: str) -> dict[str, Tensor]:
     """The filled weights under the released keys, as a released checkpoint holds them."""
     shapes = GOLDEN[golden]["state_dict"]
-    return fill_({
-        key: torch.empty(shape, dtype=torch.int64 if key.endswith("num_batches_tracked") else torch.float32)
-        for key, shape in shapes.items()
-    })
+    return fill_(
+        {
+            key: torch.empty(shape, dtype=torch.int64 if key.endswith("num_batches_tracked") else torch.float32)
+            for key, shape in shapes.items()
+        }
+    )
 
 
 def filled_model(golden: str, **kwargs) -> nn.Module:
