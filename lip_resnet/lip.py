@@ -36,8 +36,24 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
     reference's ``imagenet/lip_resnet.py``, which divides two average poolings and overflows in float16.
     """
     _check(x, logits, kernel_size, stride, padding)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _plain(x.to(dtype), logits.to(dtype), kernel_size, stride, padding).to(x.dtype)
+    if x.dtype == torch.float64:
+        return _double(x, logits.double(), kernel_size, stride, padding)
+    return _plain(x.float(), logits.float(), kernel_size, stride, padding).to(x.dtype)
+
+
+def _double(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """float64, the precision of verification: to the last bit the reference's arithmetic, where that cannot overflow.
+
+    Training amplifies a rounding error of 1e-16 to 1e-3 within five steps (measured on LIP-ResNet-50 with random
+    weights), so a trajectory can be compared with the reference's only if every operation rounds as its own does.
+    """
+    safe = 300.0  # exp(+-300) times any sensible feature, and its gradient, are far from float64's limits
+    importance = torch.exp(logits.clamp(-safe, safe))
+    textbook = F.avg_pool2d(importance * x, kernel_size, stride, padding) / F.avg_pool2d(
+        importance, kernel_size, stride, padding
+    )
+    unclamped = F.max_pool2d(logits.detach().abs(), kernel_size, stride, padding) <= safe
+    return torch.where(unclamped, textbook, _plain(x, logits, kernel_size, stride, padding))
 
 
 def _plain(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
