@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lip_resnet.config import Config, parse_config
 
 ROOT = Path(__file__).parents[1]
+
+# Tests run side by side, a process a core: OpenMP threads that wait for each other would cost more than they give.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,7 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.xdist_group("run")
 def test_run_folder_holds_what_is_promised(run):
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     assert set(events.Tags()["scalars"]) >= TAGS
@@ -82,6 +83,7 @@ def test_run_folder_holds_what_is_promised(run):
     assert (run / "checkpoints" / "best.pt").is_file()
 
 
+@pytest.mark.xdist_group("run")
 def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
     rows = []
     for processes in (1, 2, 3):  # 355 images in batches of 50: neither divides
@@ -97,6 +99,7 @@ def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
     assert rows[0]["protocol"]["training"]["images_per_batch_norm"] == 32
 
 
+@pytest.mark.xdist_group("run")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
     """Stopped in the middle of the second epoch and continued: the same numbers and the same weights, bit for bit."""
@@ -126,6 +129,7 @@ def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
     assert "already trained" in again.stderr
 
 
+@pytest.mark.xdist_group("run")
 def test_refusals_under_torchrun(run, recipe):
     """Every rank leaves with 2, one line is printed, nothing changes, and torchrun itself exits 1."""
     before = (run / "checkpoints" / "last.pt").read_bytes()
@@ -138,6 +142,7 @@ def test_refusals_under_torchrun(run, recipe):
     assert (run / "checkpoints" / "last.pt").read_bytes() == before
 
 
+@pytest.mark.xdist_group("run")
 def test_fine_tuning_and_profile(run, recipe, tmp_path):
     folder = tmp_path / "tuned"
     overrides = [f"model.weights={run}", "model.new_head=true", "data.name=synthetic", "model.num_classes=4"]
