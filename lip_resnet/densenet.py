@@ -144,22 +144,22 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> LIPDenseNet:
 @register_model
 def lip_densenet121(pretrained: bool = False, **kwargs: Any) -> LIPDenseNet:
     """LIP-DenseNet-121, 8,690,920 parameters; keywords as ``LIPDenseNet``."""
-    return _create("lip_densenet121", pretrained, growth_rate=32, block_config=(6, 12, 24, 16), **kwargs)
+    return _create("lip_densenet121", pretrained, **{"growth_rate": 32, "block_config": (6, 12, 24, 16), **kwargs})
 
 
 @register_model
 def lip_densenet161(pretrained: bool = False, **kwargs: Any) -> LIPDenseNet:
     """LIP-DenseNet-161; keywords as ``LIPDenseNet``."""
-    return _create("lip_densenet161", pretrained, growth_rate=48, block_config=(6, 12, 36, 24), **kwargs)
+    return _create("lip_densenet161", pretrained, **{"growth_rate": 48, "block_config": (6, 12, 36, 24), **kwargs})
 
 
 @register_model
 def lip_densenet169(pretrained: bool = False, **kwargs: Any) -> LIPDenseNet:
     """LIP-DenseNet-169; keywords as ``LIPDenseNet``."""
-    return _create("lip_densenet169", pretrained, growth_rate=32, block_config=(6, 12, 32, 32), **kwargs)
+    return _create("lip_densenet169", pretrained, **{"growth_rate": 32, "block_config": (6, 12, 32, 32), **kwargs})
 
 
 @register_model
 def lip_densenet201(pretrained: bool = False, **kwargs: Any) -> LIPDenseNet:
     """LIP-DenseNet-201; keywords as ``LIPDenseNet``."""
-    return _create("lip_densenet201", pretrained, growth_rate=32, block_config=(6, 12, 48, 32), **kwargs)
+    return _create("lip_densenet201", pretrained, **{"growth_rate": 32, "block_config": (6, 12, 48, 32), **kwargs})

@@ -1,0 +1,140 @@
+"""Ways out of Python: compiled, exported and low-precision forms of the networks, each against eager float32.
+
+Exported files hold PyTorch's own operators alone: a process that cannot import this package runs them.
+"""
+
+import subprocess
+import sys
+
+import numpy
+import onnx
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from lip_resnet.pooling import LAYERS, logit_parameters, make_layer
+from lip_resnet.resnet import LIPResNet
+
+SIZES = [(2, 3, 64, 64), (1, 3, 97, 66)]
+BATCH = torch.export.Dim("batch", min=1, max=64)
+DYNAMIC = {"x": {0: BATCH, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+
+ELSEWHERE = """
+import sys
+sys.modules["lip_resnet"] = None  # importing it fails
+import glob, numpy, onnxruntime, torch
+inputs = [torch.from_numpy(x) for x in numpy.load("in.npz").values()]
+for path in glob.glob("*.pt2"):
+    network = torch.export.load(path).module()
+    numpy.savez(path + ".npz", *[network(x).detach().numpy() for x in inputs])
+for path in glob.glob("*.onnx"):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    fixed = inputs[:1] if path.startswith("fixed") else inputs
+    numpy.savez(path + ".npz", *[session.run(None, {name: x.numpy()})[0] for x in fixed])
+"""
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """With logits that are not constant and no block cut off, as after some training; in eval mode."""
+    torch.manual_seed(1)
+    for parameter in logit_parameters(model):
+        nn.init.normal_(parameter, std=0.05)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def small() -> nn.Module:
+    """Every kind of module of LIP-ResNet: the stem, two stages, the classifier."""
+    torch.manual_seed(0)
+    model = LIPResNet((1, 1, 1, 1))
+    model.prune_intermediate_layers([2])
+    model.reset_classifier(10, "avg")
+    return awake(model)
+
+
+def images(size: tuple[int, ...]) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+def check(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Largest error, in standard deviations of the logits."""
+    assert want.std() > 0
+    assert ((got - want).abs().max() / want.std()).item() <= tolerance
+
+
+def test_compile_has_no_graph_break():
+    """Loss and gradients in float32 against float32, the same kernels: rounding alone."""
+    torch.compiler.reset()
+    model, x = small(), images(SIZES[0])
+    want = model(x)
+    want.square().sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    got.square().sum().backward()
+    check(got, want, 1e-5)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if not layer.startswith("lip")])
+def test_every_other_layer_compiles_and_exports(layer):
+    torch.compiler.reset()
+    module = awake(nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8), make_layer(layer, 8)))
+    x = images((2, 3, 31, 22))
+    check(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x), 1e-5)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: BATCH, 2: DYNAMIC["x"][2], 3: DYNAMIC["x"][3]},))
+    other = images((1, 3, 40, 17))
+    check(program.module()(other), module(other), 1e-5)
+
+
+def test_exported_files(tmp_path):
+    """torch.export and ONNX of any batch and image size, ONNX of a fixed one, run by a process without this package.
+
+    1e-5 for PyTorch's own kernels, 1e-4 for those of onnxruntime.
+    """
+    model, sample = small(), (images(SIZES[0]),)
+    with torch.no_grad():
+        program = torch.export.export(model, sample, dynamic_shapes=DYNAMIC)
+        torch.export.save(program, tmp_path / "dynamic.pt2")
+        torch.onnx.export(program, (), tmp_path / "dynamic.onnx", verbose=False, optimize=False)
+        fixed = torch.export.export(model, sample)
+        torch.onnx.export(fixed, (), tmp_path / "fixed.onnx", verbose=False, optimize=False)
+        want = [model(images(size)) for size in SIZES]
+    operators = {n.target.namespace for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    assert operators == {"aten"}
+    for file in ("dynamic.onnx", "fixed.onnx"):
+        onnx.checker.check_model(onnx.load(tmp_path / file))
+
+    numpy.savez(tmp_path / "in.npz", *[images(size).numpy() for size in SIZES])
+    subprocess.run([sys.executable, "-c", ELSEWHERE], check=True, cwd=tmp_path)
+    for file, sizes, tolerance in (("dynamic.pt2", 2, 1e-5), ("dynamic.onnx", 2, 1e-4), ("fixed.onnx", 1, 1e-4)):
+        outputs = list(numpy.load(tmp_path / f"{file}.npz").values())
+        for got, expected in zip(outputs, want[:sizes], strict=True):
+            check(torch.from_numpy(got), expected, tolerance)
+
+
+def test_densenet_exports():
+    """torch.export of any batch and image size, read back from plain ATen."""
+    model = awake(timm.create_model("lip_densenet121", block_config=(1, 1)))
+    with torch.no_grad():
+        program = torch.export.export(model, (images(SIZES[0]),), dynamic_shapes=DYNAMIC)
+        check(program.module()(images(SIZES[1])), model(images(SIZES[1])), 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("name", ["lip_resnet50", "lip_densenet121"])
+def test_low_precision_inference(name, dtype, tolerance):
+    """half() and bfloat16() against float32, over the depth of a real network (2^-11 and 2^-8 a rounding)."""
+    torch.manual_seed(0)
+    model, x = awake(timm.create_model(name)), images((2, 3, 64, 64))
+    with torch.no_grad():
+        want = model(x)
+        got = model.to(dtype)(x.to(dtype))
+    assert got.dtype == dtype
+    check(got.float(), want, tolerance)
