@@ -71,7 +71,8 @@ class LIPDenseNet(DenseNet):
         if init not in ("reference", "zero"):
             raise ValueError(f"init {init!r}; it must be reference or zero")
         options = LogitOptions(logit_module, bottleneck_width, gate_coefficient if gate else None)
-        dd = {"device": device, "dtype": dtype}
+        # timm 1.0.20 takes neither; newer versions take both.
+        dd = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         # Fan in for every convolution, PyTorch's default for the classifier, with bias 0: timm's as the reference's.
         super().__init__(
             growth_rate,

@@ -167,7 +167,8 @@ class Blur(BlurPool2d):
     """timm's binomial filter of the window's size, reflecting at the border, with the window's own padding."""
 
     def __init__(self, channels: int, window: Window, device=None, dtype=None) -> None:
-        super().__init__(channels, window.kernel_size, window.stride, device=device, dtype=dtype)
+        super().__init__(channels, window.kernel_size, window.stride)
+        self.to(device, dtype)  # timm 1.0.20 takes neither as an argument
         self.padding = [window.padding] * 4
 
 

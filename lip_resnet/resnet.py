@@ -141,13 +141,10 @@ class LIPResNet(nn.Module):
         """Put a fresh classifier of ``num_classes`` (0: none) in place, on the model's device and in its dtype."""
         weight = self.conv1.weight
         self.num_classes = num_classes
-        self.global_pool, self.fc = create_classifier(
-            self.num_features,
-            num_classes,
-            pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.fc.to(weight.device, weight.dtype)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.fc.train(self.training)
