@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
-from lip_resnet import checkpoint, distributed, models, runlog
-from lip_resnet.config import Config, load_config, parse_config
+from lip_resnet import checkpoint, distributed, models, replace_downsampling, runlog
+from lip_resnet.config import Config, TrainConfig, load_config, parse_config
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.engine import TrainState, build_state, evaluate, train_one_epoch
 from lip_resnet.pooling import logit_parameters
@@ -33,7 +32,7 @@ def main() -> None:
     train_source, val_source = build_sources(config.data, config.model.num_classes)
     loader = TrainLoader(train_source, config.data, config.optim.accumulate, config.train.seed)
     val_loader = EvalLoader(val_source, config.data)
-    model = models.build_model(config.model, drop_path=config.train.drop_path, drop=config.train.drop)
+    model = models.build_model(config.model, replace_downsampling, **regularisers(config.train))
     models.check_size(model, min(config.data.size, config.data.eval_size))
     state = build_state(model, config, device)
 
@@ -49,6 +48,12 @@ def main() -> None:
             fit(state, config, loader, val_loader, folder, log, total)
     finally:
         log.close()
+
+
+def regularisers(train: TrainConfig) -> dict[str, float]:
+    """The model's keywords that belong to the protocol; a model without them takes no zero either."""
+    rates = {"drop_path_rate": train.drop_path, "drop_rate": train.drop}
+    return {name: rate for name, rate in rates.items() if rate}
 
 
 def restore(state: TrainState, config: Config, source: Path) -> None:

@@ -165,6 +165,8 @@ def train_one_epoch(
             if mixing is not None:
                 seeding.reseed(seeding.derive(train.seed, state.step))  # one draw for the whole global batch
                 images, targets = mixing(images, targets)
+            if train.target_threshold is not None:
+                targets = (targets > train.target_threshold).float()
             seeding.reseed_device(device, seeding.derive(train.seed, state.step, rank, part))
             last = part == len(batch.parts) - 1
             with contextlib.nullcontext() if last or world == 1 else state.wrapped.no_sync():

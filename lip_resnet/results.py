@@ -75,6 +75,13 @@ class Entry:
         """That of every row."""
         return self.rows[0]["protocol"]
 
+    @property
+    def baseline(self) -> str | None:
+        """The model that a delta is taken to: the same without LIP, or without another downsampling."""
+        if self.rows[0].get("downsampling"):
+            return self.model
+        return self.model.removeprefix("lip_") if self.model.startswith("lip_") else None
+
     def mean(self, key: str) -> float:
         """Over the seeds."""
         return statistics.fmean(row[key] for row in self.rows)
@@ -92,7 +99,14 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        identity = [row["model"], row.get("args"), row.get("weights"), row.get("selected_on_val"), row["protocol"]]
+        identity = [
+            row["model"],
+            row.get("args"),
+            row.get("downsampling"),
+            row.get("weights"),
+            row.get("selected_on_val"),
+            row["protocol"],
+        ]
         if row.get("seed") is None:
             identity.append(row.get("checkpoint"))
         groups.setdefault(json.dumps(identity, sort_keys=True), []).append(row)
@@ -102,7 +116,8 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
         if len(seeds) != len(set(seeds)):
             raise InputError(f"{members[0]['model']}: two rows have the same seed {sorted(seeds)}; give each run once")
         first = members[0]
-        options = ", ".join(f"{key}={value}" for key, value in (first.get("args") or {}).items())
+        options = {**(first.get("args") or {}), **(first.get("downsampling") or {})}
+        options = ", ".join(f"{key}={value}" for key, value in options.items())
         label = first["model"] + (f" ({options})" if options else "")
         label += ", EMA" if first.get("weights") == "ema" else ""
         label += ", best epoch (selected on val)" if first.get("selected_on_val") else ""
@@ -124,7 +139,7 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
     """Rows and the paper's figures -> (header, lines, notes).
 
-    A LIP network's delta is to its baseline: the model without the ``lip_`` prefix, under the same protocol. Where
+    A network's delta is to its baseline (``Entry.baseline``) under the same protocol. Where
     only other protocols are at hand there is no delta, and a note says what differs.
 
     Args:
@@ -137,8 +152,9 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
     lines = []
     for entry in entries:
         delta = "-"
-        if entry.model.startswith("lip_"):
-            partners = [other for other in entries if other.model == entry.model.removeprefix("lip_")]
+        if entry.baseline is not None:
+            plain = [other for other in entries if not other.rows[0].get("downsampling")]
+            partners = [other for other in plain if other.model == entry.baseline]
             differences = [_difference(entry.protocol, other.protocol) for other in partners]
             if None in differences:
                 partner = partners[differences.index(None)]
