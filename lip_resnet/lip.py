@@ -4,8 +4,10 @@ Letters in the shapes: B images, C channels, H x W input positions, h x w output
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from lip_resnet import kernels
+from lip_resnet.kernels import plain
 
 
 def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 1) -> Tensor:
@@ -36,27 +38,20 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
     reference's ``imagenet/lip_resnet.py``, which divides two average poolings and overflows in float16.
     """
     _check(x, logits, kernel_size, stride, padding)
+    window = (kernel_size, stride, padding)
+    if not _recorded() and kernels.supports(x, logits, kernel_size):
+        return torch.ops.lip_resnet.lip2d(x, logits, *window)[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _plain(x.to(dtype), logits.to(dtype), kernel_size, stride, padding).to(x.dtype)
+    return plain.pool(x.to(dtype), logits.to(dtype), window).to(x.dtype)
 
 
-def _plain(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """The operator in ordinary tensor calls: a loop over the window's offsets, each a strided view of the input."""
-    # The maximum cancels in the ratio, so no gradient belongs to it.
-    top = F.max_pool2d(logits.detach(), kernel_size, stride, padding)
-    if padding:
-        x = F.pad(x, (padding,) * 4)
-        logits = F.pad(logits, (padding,) * 4, value=-torch.inf)
-    h, w = top.shape[-2:]
-    numerator = denominator = 0
-    for i in range(kernel_size):
-        for j in range(kernel_size):
-            rows = slice(i, i + stride * (h - 1) + 1, stride)
-            columns = slice(j, j + stride * (w - 1) + 1, stride)
-            weight = torch.exp(logits[:, :, rows, columns] - top)
-            numerator = numerator + weight * x[:, :, rows, columns]
-            denominator = denominator + weight
-    return numerator / denominator
+def _recorded() -> bool:
+    """Whether a graph for elsewhere is being recorded, or a transform runs that a kernel has no rule for."""
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _check(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> None:

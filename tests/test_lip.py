@@ -70,7 +70,9 @@ def test_accuracy(dtype, layout, low, high):
 def test_layout_is_kept(dtype, layout):
     x, logits = make((2, 6, 8, 10), dtype, layout)
     y = lip2d(x, logits)
-    assert y.is_contiguous(memory_format=LAYOUTS[layout])
+    dx, dl = torch.autograd.grad(y, (x, logits), torch.ones_like(y))
+    for tensor in (y, dx, dl):
+        assert tensor.is_contiguous(memory_format=LAYOUTS[layout])
 
 
 def test_mixed_layouts_and_views():
@@ -98,6 +100,11 @@ def test_mixed_layouts_and_views():
 def test_gradcheck(window, layout):
     x, logits = make((2, 2, 4, 5), layout=layout, low=-2, high=2)
     assert torch.autograd.gradcheck(lambda a, b: lip2d(a, b, *window), (x, logits), eps=1e-6, atol=1e-8, rtol=1e-5)
+
+
+def test_second_derivative():
+    x, logits = make((1, 2, 4, 5), low=-2, high=2)
+    assert torch.autograd.gradgradcheck(lip2d, (x, logits), eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
 def test_gradient_of_one_input():
