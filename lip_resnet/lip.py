@@ -47,11 +47,7 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
 
 def _recorded() -> bool:
     """Whether a graph for elsewhere is being recorded, or a transform runs that a kernel has no rule for."""
-    return (
-        torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _check(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> None:

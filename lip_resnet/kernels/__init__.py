@@ -6,48 +6,67 @@ environment variable LIP_KERNELS=auto|plain chooses; ``plain`` never uses a kern
 """
 
 import functools
+import importlib.util
 import os
 import warnings
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lip_resnet.kernels import plain
 
+
+class KernelUnavailable(Exception):
+    """A kernel cannot be built or loaded here; the message says why, in one line."""
+
+
 CHOICES = ("auto", "plain")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_KERNEL_SIZE = 8
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def available(device_type: str) -> bool:
     """Whether a fused kernel runs on this type of device; where one should but cannot, a warning says why, once."""
+    return _available(device_type)
+
+
+@functools.cache
+def _available(device_type: str) -> bool:
     choice = os.environ.get("LIP_KERNELS", "auto")
     if choice not in CHOICES:
         raise ValueError(f"environment variable LIP_KERNELS is {choice!r}; it must be one of {', '.join(CHOICES)}")
     if choice == "plain":
         return False
     if device_type == "cpu":
-        from lip_resnet.kernels import cpu
-
         try:
-            cpu.library()
-        except cpu.Unavailable as error:
-            warnings.warn(f"lip2d runs in its plain form, slower than the fused kernel: {error}", stacklevel=2)
+            _backend("cpu").library()
+        except KernelUnavailable as error:
+            _warn(str(error))
             return False
         return True
-    return False
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        _warn("Triton is not installed")
+        return False
+    return device_type == "cuda"
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"lip2d runs in its plain form, slower than the fused kernel: {reason}", stacklevel=2)
+
+
+def _backend(device_type: str) -> ModuleType:
+    return importlib.import_module(f"lip_resnet.kernels.{'cpu' if device_type == 'cpu' else 'gpu'}")
 
 
 def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
     """Whether ``lip2d`` takes these tensors."""
-    from lip_resnet.kernels import cpu
-
-    double = torch.float64 in (x.dtype, logits.dtype)
     return (
-        x.dtype in cpu.DTYPES
-        and logits.dtype in cpu.DTYPES
-        and (not double or x.dtype == logits.dtype)
-        and kernel_size <= cpu.MAX_KERNEL_SIZE
+        x.dtype in DTYPES
+        and logits.dtype in DTYPES
+        and (torch.float64 not in (x.dtype, logits.dtype) or x.dtype == logits.dtype)
+        and kernel_size <= MAX_KERNEL_SIZE
         and available(x.device.type)
     )
 
@@ -65,20 +84,18 @@ def _outputs(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Te
     return y, torch.empty_like(y, dtype=dtype)
 
 
-@torch.library.custom_op("lip_resnet::lip2d", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("lip_resnet::lip2d", mutates_args=(), device_types=("cpu", "cuda"))
 def lip2d(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """x, logits (B, C, H, W) -> y and r = 1 / sum exp(logits - max logits) of every window, both (B, C, h, w).
 
     ``y`` has the dtype and layout of x, ``r`` is float32 (float64 beside float64). See ``lip_resnet.lip2d``, which
     checks the arguments.
     """
-    from lip_resnet.kernels import cpu
-
     y, r = _outputs(x, kernel_size, stride, padding)
     if y.numel():
         layout = _format(x)
         x, logits = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout)
-        cpu.forward(x, logits, y, r, (kernel_size, stride, padding))
+        _backend(x.device.type).forward(x, logits, y, r, (kernel_size, stride, padding))
     return y, r
 
 
@@ -87,18 +104,16 @@ def _(x, logits, kernel_size, stride, padding):
     return _outputs(x, kernel_size, stride, padding)
 
 
-@torch.library.custom_op("lip_resnet::lip2d_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("lip_resnet::lip2d_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def lip2d_backward(
     dy: Tensor, x: Tensor, logits: Tensor, y: Tensor, r: Tensor, kernel_size: int, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:
     """dy, y, r (B, C, h, w); x, logits (B, C, H, W) -> dx in x's dtype, dlogits in theirs, both in x's layout."""
-    from lip_resnet.kernels import cpu
-
     dx, dl = _gradients(x, logits)
     if x.numel():
         layout = _format(x)
         dy, x, logits, y, r = (t.contiguous(memory_format=layout) for t in (dy, x, logits, y, r))
-        cpu.backward(dy, x, logits, y, r, dx, dl, (kernel_size, stride, padding))
+        _backend(x.device.type).backward(dy, x, logits, y, r, dx, dl, (kernel_size, stride, padding))
     return dx, dl
 
 

@@ -18,15 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lip_resnet.kernels import KernelUnavailable
+
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # OpenMP's library is the one that PyTorch has loaded already: one pool of threads for both.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
-MAX_KERNEL_SIZE = 8
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-class Unavailable(Exception):
-    """The kernel cannot be built or loaded here; the message says why, in one line."""
 
 
 @functools.cache
@@ -34,11 +31,11 @@ def library() -> ctypes.CDLL:
     """The loaded kernel, built first where this machine's cache has none.
 
     Raises:
-        Unavailable: no compiler, a failed build, or no folder to write to.
+        KernelUnavailable: no compiler, a failed build, or no folder to write to.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     if compiler is None:
-        raise Unavailable("no C++ compiler was found (c++, g++, clang++ or $CXX)")
+        raise KernelUnavailable("no C++ compiler was found (c++, g++, clang++ or $CXX)")
     machine = platform.machine()
     command = [compiler, *FLAGS, "-march=native" if machine in ("x86_64", "AMD64") else "-mcpu=native"]
     try:
@@ -52,9 +49,9 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         reason = (error.stderr or b"").decode(errors="replace").strip().splitlines()
-        raise Unavailable(f"{compiler} failed: {reason[0] if reason else error}") from error
+        raise KernelUnavailable(f"{compiler} failed: {reason[0] if reason else error}") from error
     except OSError as error:
-        raise Unavailable(str(error)) from error
+        raise KernelUnavailable(str(error)) from error
     # ctypes would pass pointers as 32-bit integers
     tail = [ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int), ctypes.c_int]
     loaded.lip2d_forward.argtypes = [ctypes.c_void_p] * 4 + tail
