@@ -28,14 +28,13 @@ def stable(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
     if padding:
         x = F.pad(x, (padding,) * 4)
         logits = F.pad(logits, (padding,) * 4, value=-torch.inf)
-    h, w = top.shape[-2:]
+    # (B, C, h, w, kernel_size, kernel_size), views
+    x, logits = (t.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride) for t in (x, logits))
     numerator = denominator = 0
     for i in range(kernel_size):
         for j in range(kernel_size):
-            rows = slice(i, i + stride * (h - 1) + 1, stride)
-            columns = slice(j, j + stride * (w - 1) + 1, stride)
-            weight = torch.exp(logits[:, :, rows, columns] - top)
-            numerator = numerator + weight * x[:, :, rows, columns]
+            weight = torch.exp(logits[..., i, j] - top)
+            numerator = numerator + weight * x[..., i, j]
             denominator = denominator + weight
     return numerator / denominator
 
