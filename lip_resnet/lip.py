@@ -39,15 +39,10 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
     """
     _check(x, logits, kernel_size, stride, padding)
     window = (kernel_size, stride, padding)
-    if not _recorded() and kernels.supports(x, logits, kernel_size):
+    if not kernels.recorded() and kernels.supports(x, logits, kernel_size):
         return torch.ops.lip_resnet.lip2d(x, logits, *window)[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return plain.pool(x.to(dtype), logits.to(dtype), window).to(x.dtype)
-
-
-def _recorded() -> bool:
-    """Whether a graph for elsewhere is being recorded, or a transform runs that a kernel has no rule for."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _check(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> None:

@@ -71,6 +71,11 @@ def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
     )
 
 
+def recorded() -> bool:
+    """Whether a graph for elsewhere is being recorded, or a transform runs that a kernel has no rule for."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
 def _format(x: Tensor) -> torch.memory_format:
     """The layout that results take: x's own, where it has one; a view with gaps keeps the order of its dimensions."""
     channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()

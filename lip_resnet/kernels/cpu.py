@@ -56,7 +56,10 @@ def library() -> ctypes.CDLL:
     tail = [ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int), ctypes.c_int]
     loaded.lip2d_forward.argtypes = [ctypes.c_void_p] * 4 + tail
     loaded.lip2d_backward.argtypes = [ctypes.c_void_p] * 7 + tail
-    loaded.lip2d_forward.restype = loaded.lip2d_backward.restype = None
+    loaded.instance_norm.argtypes = [ctypes.c_void_p] * 9 + [
+        ctypes.POINTER(ctypes.c_int64), ctypes.c_double, ctypes.c_double, ctypes.c_int, ctypes.c_int,
+    ]  # fmt: skip
+    loaded.lip2d_forward.restype = loaded.lip2d_backward.restype = loaded.instance_norm.restype = None
     return loaded
 
 
@@ -101,3 +104,12 @@ def _description(x: Tensor, logits: Tensor, y: Tensor, r: Tensor, window: tuple[
     channels_last = not x.is_contiguous()
     shape = (ctypes.c_int64 * 10)(*x.shape, *y.shape[-2:], *window, channels_last)
     return shape, (ctypes.c_int * 3)(*(DTYPES[t.dtype] for t in (x, logits, r)))
+
+
+def instance_norm(tensors: list[Tensor | None], activation: int, eps: float, coefficient: float) -> None:
+    """Forward or backward, by the order of ``cpu.cpp``: z, weight, bias, dout or None, out, mean, rstd, two sums or None."""
+    z = tensors[0]
+    shape = (ctypes.c_int64 * 4)(*z.shape[:2], z.shape[2] * z.shape[3], activation)
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    double = z.dtype == torch.float64
+    library().instance_norm(*pointers, shape, eps, coefficient, double, torch.get_num_threads())
