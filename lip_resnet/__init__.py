@@ -1,9 +1,11 @@
 """LIP, local importance-based pooling: the operator, its networks, and their honest measurement.
 
-Importing the package registers ``lip_resnet50`` and ``lip_resnet101`` with timm.
+Importing the package registers ``lip_resnet18`` to ``152`` and ``lip_densenet121`` to ``201`` with timm.
 """
 
-from lip_resnet import resnet
+from lip_resnet import densenet, resnet
 from lip_resnet.lip import lip2d
+from lip_resnet.pooling import LAYERS, make_layer
+from lip_resnet.replace import replace_downsampling
 
-__all__ = ["lip2d", "resnet"]
+__all__ = ["LAYERS", "densenet", "lip2d", "make_layer", "replace_downsampling", "resnet"]

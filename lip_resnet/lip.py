@@ -39,10 +39,11 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
     """
     _check(x, logits, kernel_size, stride, padding)
     window = (kernel_size, stride, padding)
+    if x.dtype == torch.float64:
+        return plain.double(x, logits.double(), window)
     if not kernels.recorded() and kernels.supports(x, logits, kernel_size):
         return torch.ops.lip_resnet.lip2d(x, logits, *window)[0]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return plain.pool(x.to(dtype), logits.to(dtype), window).to(x.dtype)
+    return plain.pool(x.float(), logits.float(), window).to(x.dtype)
 
 
 def _check(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> None:

@@ -4,14 +4,14 @@
 first block of stages 2 to 4 one logit trunk on the block's input serves two LIPs, one on the main path (with a 1x1
 convolution it replaces the 3x3 convolution of stride 2) and one in front of the shortcut's 1x1 convolution.
 All other blocks are the ordinary bottleneck. Source: paper section 4; reference ``imagenet/lip_resnet.py``.
+
+LIP-ResNet-18 and 34 are ours, not the paper's. Any layer of ``pooling.LAYERS`` can stand at each of the three sites.
 """
 
-import re
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, create_classifier
+from timm.layers import create_classifier
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -21,80 +21,10 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from lip_resnet.pooling import GATE, BottleneckHead, BottleneckTrunk, LIP2d, SimplifiedLogits
-
-
-class Downsample(nn.Sequential):
-    """The shortcut (B, C, H, W) -> (B, out_channels, h, w) of a block that changes its shape: [LIP ->] conv 1x1 -> BN."""
-
-    def __init__(self, in_channels: int, out_channels: int, pool: LIP2d | None = None, **dd: Any) -> None:
-        super().__init__()
-        self.pool = pool or nn.Identity()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd)
-        self.bn = nn.BatchNorm2d(out_channels, **dd)
-
-    def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
-        x = self.pool(x) if trunk is None else self.pool(x, trunk)
-        return self.bn(self.conv(x))
-
-
-class Bottleneck(nn.Module):
-    """(B, in_channels, H, W) -> (B, 4 * channels, h, w): conv 1x1, conv 3x3, conv 1x1 and a shortcut.
-
-    With stride 2, LIP 3x3/2 -> conv 1x1 stands in place of the 3x3 convolution, and LIP in front of the shortcut's
-    convolution; ``trunk`` makes the features that both LIPs turn into logits.
-    """
-
-    expansion = 4
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        drop_path: float,
-        bottleneck_width: int,
-        gate: float | None,
-        kernel_size: int,
-        **dd: Any,
-    ) -> None:
-        super().__init__()
-        out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False, **dd)
-        self.bn1 = nn.BatchNorm2d(channels, **dd)
-        self.act1 = nn.ReLU(inplace=True)
-        if stride == 1:
-            self.trunk = self.pool = None
-            self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **dd)
-            shortcut_pool = None
-        else:
-            self.trunk = BottleneckTrunk(in_channels, bottleneck_width, **dd)
-            self.pool = LIP2d(BottleneckHead(bottleneck_width, channels, gate, **dd), kernel_size, stride)
-            self.conv2 = nn.Conv2d(channels, channels, 1, bias=False, **dd)
-            shortcut_pool = LIP2d(BottleneckHead(bottleneck_width, in_channels, gate, **dd), kernel_size, stride)
-        self.bn2 = nn.BatchNorm2d(channels, **dd)
-        self.act2 = nn.ReLU(inplace=True)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False, **dd)
-        self.bn3 = nn.BatchNorm2d(out_channels, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.downsample = None
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = Downsample(in_channels, out_channels, shortcut_pool, **dd)
-        self.act3 = nn.ReLU(inplace=True)
-
-    def zero_init_last(self) -> None:
-        """Zero the last BN's weight, so that the block starts as its shortcut."""
-        nn.init.zeros_(self.bn3.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        trunk = None if self.trunk is None else self.trunk(x)
-        shortcut = x if self.downsample is None else self.downsample(x, trunk)
-        x = self.act1(self.bn1(self.conv1(x)))
-        if self.pool is not None:
-            x = self.pool(x, trunk)
-        x = self.act2(self.bn2(self.conv2(x)))
-        x = self.drop_path(self.bn3(self.conv3(x)))
-        return self.act3(x + shortcut)
+from lip_resnet.blocks import BasicBlock, Bottleneck, stride2_layers
+from lip_resnet.logits import GATE
+from lip_resnet.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.released import CFG, rename_keys
 
 
 class LIPResNet(nn.Module):
@@ -107,28 +37,44 @@ class LIPResNet(nn.Module):
         global_pool: how (B, C, h, w) becomes (B, C) before the classifier: timm's names.
         drop_rate: dropout in front of the classifier, in [0, 1).
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first, in [0, 1).
+        stem, main, shortcut: the layer of ``pooling.LAYERS`` at the stem's pooling, and on the main path and the
+            shortcut of the stride-2 blocks. ``lip`` has simplified logits in the stem, elsewhere a head on the trunk.
+        logit_module: what ``lip`` means in the blocks: bottleneck (published), simplified or projection.
         bottleneck_width: channels of the logit trunks (published: 128; ablations: 64 and 256).
-        gate_coefficient: bound of the logits; None leaves the gate out.
-        kernel_size: of every LIP window (stride 2, padding (kernel_size - 1) // 2).
+        gate_coefficient: bound of the logits.
+        gate: False leaves the gate out.
+        kernel_size: of every layer's window (stride 2, padding (kernel_size - 1) // 2).
+
+    Raises:
+        ValueError: a keyword out of its range, or an unknown layer or logit module.
     """
 
     def __init__(
         self,
         layers: tuple[int, int, int, int],
+        block: type[Bottleneck] | type[BasicBlock] = Bottleneck,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        stem: str = "lip",
+        main: str = "lip",
+        shortcut: str = "lip",
+        logit_module: str = "bottleneck",
         bottleneck_width: int = 128,
-        gate_coefficient: float | None = GATE,
+        gate_coefficient: float = GATE,
+        gate: bool = True,
         kernel_size: int = 3,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
+        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} {rate!r}; it must be at least 0 and below 1")
+        options = LogitOptions(logit_module, bottleneck_width, gate_coefficient if gate else None)
         dd = {"device": device, "dtype": dtype}
-        lip = {"bottleneck_width": bottleneck_width, "gate": gate_coefficient, "kernel_size": kernel_size}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -137,21 +83,24 @@ class LIPResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(64, **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.pool = LIP2d(SimplifiedLogits(64, gate_coefficient, **dd), kernel_size)
+        check_layer(stem, "stem")
+        self.pool = make_layer("lip_simplified" if stem == "lip" else stem, 64, kernel_size, options=options, **dd)
         self.feature_info = [{"num_chs": 64, "reduction": 2, "module": "act1"}]
 
-        rates = torch.linspace(0, drop_path_rate, sum(layers)).tolist()
+        rates = [drop_path_rate * index / (sum(layers) - 1) for index in range(sum(layers))]
         in_channels = 64
         for stage, blocks in enumerate(layers):
             channels, modules = 64 * 2**stage, []
-            for block in range(blocks):
-                stride = 2 if stage and not block else 1
-                modules.append(Bottleneck(in_channels, channels, stride, rates.pop(0), **lip, **dd))
-                in_channels = channels * Bottleneck.expansion
+            for index in range(blocks):
+                sites = {}
+                if stage and not index:
+                    # What is pooled: conv1's output on the main path, the block's input on the shortcut.
+                    pooled = {"main": (main, channels), "shortcut": (shortcut, in_channels)}
+                    sites = stride2_layers(pooled, in_channels, kernel_size, options, dd)
+                modules.append(block(in_channels, channels, rates.pop(0), **sites, **dd))
+                in_channels = channels * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*modules))
-            self.feature_info.append(
-                {"num_chs": in_channels, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"}
-            )
+            self.feature_info.append({"num_chs": in_channels, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"})
 
         self.num_features = in_channels
         self.reset_classifier(num_classes, global_pool)
@@ -167,7 +116,7 @@ class LIPResNet(nn.Module):
             nn.init.normal_(self.fc.weight, std=0.01)
             nn.init.zeros_(self.fc.bias)
         for module in self.modules():
-            if isinstance(module, Bottleneck):
+            if isinstance(module, Bottleneck | BasicBlock):
                 module.zero_init_last()
             elif isinstance(module, LIP2d):
                 module.zero_logits()
@@ -175,6 +124,10 @@ class LIPResNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm's parameter groups (layer-wise learning rates): the stem, then every stage or block."""
         return {"stem": r"^conv1|bn1|pool", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that must not decay: none, the reference decays everything."""
+        return set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block's activations in the backward pass instead of keeping them."""
@@ -284,37 +237,28 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         (r"\.downsample\.lip\.postprocessing\.bn\.", ".downsample.pool.logits.norm."),
         (r"\.downsample\.lip\.postprocessing\.", ".downsample.pool.logits."),
     )
-    renamed = {}
-    for key, tensor in state_dict.items():
-        for pattern, replacement in renames:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = tensor
-    return renamed
+    return rename_keys(state_dict, renames)
 
 
 LIPResNet.checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
 
-_CFG = {
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "pool_size": (7, 7),
-    "crop_pct": 0.875,
-    "interpolation": "bilinear",
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "conv1",
-    "classifier": "fc",
-    "paper_ids": "arXiv:1908.04156",
-    "origin_url": "https://github.com/sebgao/LIP",
-}
-
-default_cfgs = generate_default_cfgs({"lip_resnet50": _CFG, "lip_resnet101": _CFG})
+default_cfgs = generate_default_cfgs({f"lip_resnet{depth}": CFG for depth in (18, 34, 50, 101, 152)})
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> LIPResNet:
-    return build_model_with_cfg(
-        LIPResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
-    )
+    return build_model_with_cfg(LIPResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def lip_resnet18(pretrained: bool = False, **kwargs: Any) -> LIPResNet:
+    """LIP-ResNet-18, ours and not the paper's; keywords as ``LIPResNet``."""
+    return _create("lip_resnet18", pretrained, layers=(2, 2, 2, 2), block=BasicBlock, **kwargs)
+
+
+@register_model
+def lip_resnet34(pretrained: bool = False, **kwargs: Any) -> LIPResNet:
+    """LIP-ResNet-34, ours and not the paper's; keywords as ``LIPResNet``."""
+    return _create("lip_resnet34", pretrained, layers=(3, 4, 6, 3), block=BasicBlock, **kwargs)
 
 
 @register_model
@@ -327,3 +271,9 @@ def lip_resnet50(pretrained: bool = False, **kwargs: Any) -> LIPResNet:
 def lip_resnet101(pretrained: bool = False, **kwargs: Any) -> LIPResNet:
     """LIP-ResNet-101, 42,856,360 parameters; keywords as ``LIPResNet``."""
     return _create("lip_resnet101", pretrained, layers=(3, 4, 23, 3), **kwargs)
+
+
+@register_model
+def lip_resnet152(pretrained: bool = False, **kwargs: Any) -> LIPResNet:
+    """LIP-ResNet-152; keywords as ``LIPResNet``."""
+    return _create("lip_resnet152", pretrained, layers=(3, 8, 36, 3), **kwargs)

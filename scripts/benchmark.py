@@ -31,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import lip_resnet
 from lip_resnet import kernels, lip2d
 from lip_resnet.kernels import plain
-from lip_resnet.pooling import Gate, InstanceNorm2d, LIP2d
+from lip_resnet.logits import Gate, InstanceNorm2d
+from lip_resnet.pooling import LIP2d
 
 # Channels and height = width of the features that LIP-ResNet-50 pools at 224x224: the stem, then main path and shortcut
 # of stages 2 to 4.

@@ -107,7 +107,7 @@ def _description(x: Tensor, logits: Tensor, y: Tensor, r: Tensor, window: tuple[
 
 
 def instance_norm(tensors: list[Tensor | None], activation: int, eps: float, coefficient: float) -> None:
-    """Forward or backward, by the order of ``cpu.cpp``: z, weight, bias, dout or None, out, mean, rstd, two sums or None."""
+    """Run ``cpu.cpp``'s with its tensors in its order; without dout (None) forward, with it backward."""
     z = tensors[0]
     shape = (ctypes.c_int64 * 4)(*z.shape[:2], z.shape[2] * z.shape[3], activation)
     pointers = [None if t is None else t.data_ptr() for t in tensors]

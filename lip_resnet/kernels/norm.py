@@ -73,7 +73,14 @@ def _(z, weight, bias, eps, activation, coefficient):
 
 @torch.library.custom_op("lip_resnet::instance_norm_backward", mutates_args=(), device_types="cpu")
 def instance_norm_backward(
-    dout: Tensor, z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, activation: int, coefficient: float
+    dout: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+    coefficient: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dz (B, C, H, W) channels-last, dweight and dbias (C,)."""
     from lip_resnet.kernels import cpu

@@ -1,0 +1,46 @@
+# Every target works from a bare clone: the virtual environment is made on first use and again when the pins change.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+RUN := runs/demo
+PROCESSES ?= 2
+# torchrun's default is one thread a process; this shares out the cores.
+THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(PROCESSES)))')
+TORCHRUN = OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
+
+.PHONY: install demo test test-slow lint bench clean
+
+install: $(READY)
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# Keeps what a failed step made; every file is written whole or not at all.
+.PRECIOUS: $(RUN)/%/eval.json
+
+# Both digits recipes are trained, evaluated and compared. A finished part is not repeated; a killed one goes on.
+demo: $(RUN)/lip_resnet50/eval.json $(RUN)/resnet50/eval.json
+	$(BIN)/python scripts/make_table.py $(RUN)/lip_resnet50 $(RUN)/resnet50 --output $(RUN)/table.md --force
+
+$(RUN)/%/eval.json: | $(READY)
+	$(TORCHRUN) train.py --config configs/digits/$*.yaml --output $(RUN)/$* --resume auto
+	$(TORCHRUN) eval.py --checkpoint $(RUN)/$*
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python scripts/benchmark.py op
+
+clean:
+	rm -rf .venv runs/demo

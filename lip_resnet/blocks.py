@@ -1,0 +1,149 @@
+"""Residual blocks of LIP-ResNet, and the layers that stand in those of stride 2.
+
+Letters in the shapes: B images, C channels, H x W input positions, h x w output positions.
+"""
+
+from typing import Any
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from lip_resnet.logits import BottleneckHead, BottleneckTrunk
+from lip_resnet.pooling import LIP2d, LogitOptions, check_layer, make_layer
+
+
+class Downsample(nn.Sequential):
+    """A shortcut that changes the shape, (B, C, H, W) -> (B, out_channels, h, w): [layer ->] conv 1x1 -> BN."""
+
+    def __init__(self, in_channels: int, out_channels: int, pool: nn.Module | None = None, **dd: Any) -> None:
+        super().__init__()
+        self.pool = pool or nn.Identity()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_channels, **dd)
+
+    def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
+        return self.bn(self.conv(_pool(self.pool, x, trunk)))
+
+
+def _pool(layer: nn.Module, x: Tensor, trunk: Tensor | None) -> Tensor:
+    """LIP may make its logits from the block's trunk; every other layer knows ``x`` alone."""
+    return layer(x, trunk) if isinstance(layer, LIP2d) else layer(x)
+
+
+class Bottleneck(nn.Module):
+    """(B, in_channels, H, W) -> (B, 4 * channels, h, w): conv 1x1, conv 3x3, conv 1x1 and a shortcut.
+
+    With stride 2 the layer ``pool`` 3x3/2 -> conv 1x1 stands in place of the 3x3 convolution, and ``shortcut_pool`` in
+    front of the shortcut's convolution; ``trunk`` makes the features that LIPs of both turn into logits.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        drop_path: float = 0.0,
+        trunk: nn.Module | None = None,
+        pool: nn.Module | None = None,
+        shortcut_pool: nn.Module | None = None,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(channels, **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.trunk = trunk
+        self.pool = pool
+        kernel = 3 if pool is None else 1
+        self.conv2 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False, **dd)
+        self.bn2 = nn.BatchNorm2d(channels, **dd)
+        self.act2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False, **dd)
+        self.bn3 = nn.BatchNorm2d(out_channels, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.downsample = None
+        if pool is not None or in_channels != out_channels:
+            self.downsample = Downsample(in_channels, out_channels, shortcut_pool, **dd)
+        self.act3 = nn.ReLU(inplace=True)
+
+    def zero_init_last(self) -> None:
+        """Zero the last BN's weight, so that the block starts as its shortcut."""
+        nn.init.zeros_(self.bn3.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        trunk = None if self.trunk is None else self.trunk(x)
+        shortcut = x if self.downsample is None else self.downsample(x, trunk)
+        x = self.act1(self.bn1(self.conv1(x)))
+        if self.pool is not None:
+            x = _pool(self.pool, x, trunk)
+        x = self.act2(self.bn2(self.conv2(x)))
+        x = self.drop_path(self.bn3(self.conv3(x)))
+        return self.act3(x + shortcut)
+
+
+class BasicBlock(nn.Module):
+    """(B, in_channels, H, W) -> (B, channels, h, w): two 3x3 convolutions and a shortcut.
+
+    With stride 2 the first convolution runs at stride 1 and the layer ``pool`` takes its output; otherwise as
+    ``Bottleneck``.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        drop_path: float = 0.0,
+        trunk: nn.Module | None = None,
+        pool: nn.Module | None = None,
+        shortcut_pool: nn.Module | None = None,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False, **dd)
+        self.trunk = trunk
+        self.pool = pool
+        self.bn1 = nn.BatchNorm2d(channels, **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **dd)
+        self.bn2 = nn.BatchNorm2d(channels, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.downsample = None
+        if pool is not None or in_channels != channels:
+            self.downsample = Downsample(in_channels, channels, shortcut_pool, **dd)
+        self.act2 = nn.ReLU(inplace=True)
+
+    def zero_init_last(self) -> None:
+        """Zero the last BN's weight, so that the block starts as its shortcut."""
+        nn.init.zeros_(self.bn2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        trunk = None if self.trunk is None else self.trunk(x)
+        shortcut = x if self.downsample is None else self.downsample(x, trunk)
+        x = self.conv1(x)
+        if self.pool is not None:
+            x = _pool(self.pool, x, trunk)
+        x = self.act1(self.bn1(x))
+        x = self.drop_path(self.bn2(self.conv2(x)))
+        return self.act2(x + shortcut)
+
+
+def stride2_layers(
+    sites: dict[str, tuple[str, int]], in_channels: int, kernel_size: int, options: LogitOptions, dd: dict[str, Any]
+) -> dict[str, nn.Module | None]:
+    """The layers of a stride-2 block, as its keywords; ``sites``: main and shortcut, each a name and its channels.
+
+    ``lip`` with bottleneck logits is a head on a trunk that the sites share; any other layer stands on its own.
+    """
+    layers = {}
+    for site, (name, channels) in sites.items():
+        if check_layer(name, site) == "lip" and options.module == "bottleneck":
+            layers[site] = LIP2d(BottleneckHead(options.width, channels, options.gate, **dd), kernel_size)
+        else:
+            layers[site] = make_layer(name, channels, kernel_size, options=options, **dd)
+    shared = any(isinstance(layer, LIP2d) and isinstance(layer.logits, BottleneckHead) for layer in layers.values())
+    trunk = BottleneckTrunk(in_channels, options.width, **dd) if shared else None
+    return {"trunk": trunk, "pool": layers["main"], "shortcut_pool": layers["shortcut"]}

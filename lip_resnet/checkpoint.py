@@ -1,0 +1,167 @@
+"""Dictionaries to files and back: atomic when written, safe and strict when read."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lip_resnet.config import InputError
+
+FORMAT = 1
+
+# What torch and safetensors raise on a file that is cut short, altered, or something else altogether.
+_DAMAGE = (
+    *(RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError),
+    *(SafetensorError, zipfile.BadZipFile, UnicodeDecodeError, MemoryError),
+)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place with one rename.
+
+    File and folder are synced to the disk: whenever the power goes, ``path`` is the old file or the new one, whole.
+
+    Raises:
+        InputError: the file cannot be written (full disk, no permission).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+def save(path: Path, payload: dict[str, Any]) -> None:
+    """Write tensors, numbers, strings, and dicts and lists of them."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **payload}, file))
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a ``.pth``, ``.pt`` or ``.safetensors`` file onto the CPU; nothing in it is ever executed.
+
+    Raises:
+        InputError: there is no such file, or it is no checkpoint, or it would execute code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    try:
+        if path.suffix == ".safetensors":
+            payload = safetensors.torch.load_file(path)
+        else:
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), None)
+        if code is None:
+            raise InputError(f"{path}: not a checkpoint: damaged, or not a file that torch.save wrote") from None
+        raise InputError(f"{path}: refused, it holds more than tensors and numbers: {code[:200]}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
+    except _DAMAGE as error:
+        raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from None
+    if not isinstance(payload, dict):
+        raise InputError(f"{path}: holds a {type(payload).__name__}; a checkpoint is a dictionary")
+    return payload
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def resolve(path: str | Path) -> Path:
+    """A run folder stands for its last checkpoint; a file for itself."""
+    path = Path(path).expanduser()
+    return path / "checkpoints" / "last.pt" if path.is_dir() else path
+
+
+def extract_weights(payload: dict[str, Any], source: str, ema: bool = False) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint: our own (``model``, ``ema``), the reference's or timm's (``state_dict``,
+    ``state_dict_ema``), or a bare one; without the prefixes of DDP and torch.compile.
+
+    Raises:
+        InputError: there is none, or no averaged one where ``ema`` asks for it.
+    """
+    if "format" in payload and "model" in payload:
+        state = payload["ema"] if ema else payload["model"]
+    elif "state_dict" in payload or "state_dict_ema" in payload:
+        state = payload.get("state_dict_ema") if ema else payload.get("state_dict", payload.get("state_dict_ema"))
+    else:
+        state = None if ema else payload
+    if state is None:
+        raise InputError(f"{source}: holds no averaged (EMA) weights")
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{source}: holds no weights: {_sample(payload)}")
+    for prefix in ("module.", "_orig_mod."):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False, new_head: bool = False) -> None:
+    """Put the weights of a file into a model, completely or not at all.
+
+    Takes a released LIP checkpoint, the reference's training checkpoint, our own (a run folder or a file), timm's or
+    torchvision's; ``.pth``, ``.pt`` or ``.safetensors``.
+
+    Args:
+        model: a timm model; its ``checkpoint_filter_fn`` maps released keys to its own.
+        ema: take the averaged weights.
+        new_head: leave the file's classifier out and keep the model's (fine-tuning on other classes).
+
+    Raises:
+        InputError: no such file, no checkpoint, or keys and shapes that are not the model's (all counted).
+    """
+    path = resolve(path)
+    put_weights(model, load(path), str(path), ema=ema, new_head=new_head)
+
+
+def put_weights(
+    model: nn.Module, payload: dict[str, Any], path: str, *, ema: bool = False, new_head: bool = False
+) -> None:
+    """``load_weights`` of a file that is read already; ``path`` names it in errors."""
+    state = extract_weights(payload, path, ema)
+    rename = getattr(model, "checkpoint_filter_fn", None)
+    if rename is not None:
+        state = rename(state, model)
+    wanted = model.state_dict()
+    if new_head:
+        head = model.default_cfg["classifier"]
+        for key in [key for key in wanted if key.startswith(f"{head}.")]:
+            state[key] = wanted[key]
+    problems = []
+    for label, keys in (
+        ("missing", [key for key in wanted if key not in state]),
+        ("unknown", [key for key in state if key not in wanted]),
+        ("of another shape", [key for key in wanted if key in state and state[key].shape != wanted[key].shape]),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} keys {label} ({_sample(keys)})")
+    if problems:
+        hint = ""
+        if not new_head and all("of another shape" in problem for problem in problems):
+            hint = "; for another number of classes set model.new_head: true"
+        raise InputError(f"{path}: not the weights of this {type(model).__name__}: {'; '.join(problems)}{hint}")
+    model.load_state_dict(state)
+
+
+def _sample(keys: Any) -> str:
+    keys = [str(key) for key in keys]
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")

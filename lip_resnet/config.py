@@ -1,0 +1,311 @@
+"""What a run is: a YAML recipe, read strictly into frozen sections. Defaults exist here and nowhere else."""
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+
+class InputError(ValueError):
+    """Something a user gave is wrong. The message is one line: what was given and what is allowed."""
+
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Colour = Annotated[tuple[float, float, float], Field(strict=False)]
+Range = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys: unknown keys, wrong types, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The network: the only section in which a LIP recipe and its baseline differ."""
+
+    name: str
+    """A name registered with timm: lip_resnet50, lip_resnet101, or any of timm's own."""
+    num_classes: Positive = 1000
+    args: dict[str, Any] = {}
+    """Further keywords of the model, such as bottleneck_width: 64."""
+    weights: str | None = None
+    """A checkpoint file or run folder to start from."""
+    new_head: bool = False
+    """Leave the classifier of `weights` out and start it afresh (fine-tuning)."""
+
+
+class DataConfig(Section):
+    """Files to batches."""
+
+    name: Literal["folder", "digits", "synthetic"] = "folder"
+    """folder: class folders under root/train and root/val; digits: scikit-learn's, embedded; synthetic: noise."""
+    root: str | None = None
+    """For `folder`: the directory that holds train/ and val/."""
+    classes: str | None = None
+    """A text file: a class folder's name a line keeps those classes alone (in sorted order); lines that are image
+    files (folder/name or name) keep those training images alone. Validation keeps every image of the classes."""
+    batch_size: Positive
+    """Images per optimizer step over all processes and accumulated parts; must divide by processes x accumulate."""
+    eval_batch_size: Positive = 256
+    """Images per batch of the evaluation, on one process."""
+    last_batch: Literal["keep", "drop"] = "keep"
+    """What happens to the images left over when the set does not divide by batch_size: a smaller step, or none."""
+    size: Positive = 224
+    """Side of the training images, pixels."""
+    eval_size: Positive = 224
+    """Side of the evaluation's centre crop, pixels."""
+    eval_resize: Positive = 256
+    """The evaluation first resizes an image's shorter side to this, pixels."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of every resize, with PIL's antialiasing."""
+    crop_scale: Range = (0.08, 1.0)
+    """RandomResizedCrop: area of the crop as a fraction of the image, lowest and highest."""
+    crop_ratio: Range = (3 / 4, 4 / 3)
+    """RandomResizedCrop: width / height of the crop, lowest and highest."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: NonNegative = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    rand_augment: str | None = None
+    """timm's RandAugment string, such as m7-mstd0.5-inc1."""
+    random_erasing: Fraction = 0.0
+    """Probability of erasing a random rectangle."""
+    mean: Colour = (0.485, 0.456, 0.406)
+    std: Colour = (0.229, 0.224, 0.225)
+    """Of the pixels in [0, 1]; images are normalised on the device."""
+    workers: Count = 8
+    """Loader processes of each training process; 0 loads in the training process itself."""
+    images: Positive = 12800
+    """For `synthetic`: how many training images to pretend; a tenth as many for validation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        if self.name == "folder" and not self.root:
+            raise ValueError("root is missing; data.name: folder needs the directory that holds train/ and val/")
+        for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+            low, high = getattr(self, key)
+            if not 0 < low <= high <= top:
+                raise ValueError(f"{key} is [{low}, {high}]; it must be 0 < lowest <= highest <= {top:g}")
+        if self.eval_size > self.eval_resize:
+            raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {list(self.std)}; each must be greater than 0")
+        return self
+
+
+class OptimConfig(Section):
+    """The optimizer and its learning rate, which is a function of the step alone."""
+
+    name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate for data.batch_size as it stands; nothing rescales it."""
+    momentum: Rate = 0.9
+    """Of sgd and lars."""
+    nesterov: bool = False
+    betas: Range = (0.9, 0.999)
+    """Of adamw and lamb."""
+    weight_decay: NonNegative = 1e-4
+    decay: Literal["all", "matrices"] = "all"
+    """all: decay every parameter (the paper); matrices: only tensors of two or more dimensions."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    milestones: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
+    """For `step`: the epochs at which the rate is multiplied by gamma."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    min_lr: NonNegative = 0.0
+    """For `cosine`: the rate at the end."""
+    warmup_epochs: NonNegative = 0.0
+    """Linear rise from (almost) 0, per step."""
+    accumulate: Positive = 1
+    """Parts into which each process cuts its share of a batch; gradients are summed over them."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the whole gradient."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OptimConfig":
+        if self.schedule == "step" and not self.milestones:
+            raise ValueError("milestones is missing; schedule: step needs the epochs at which the rate drops")
+        if self.schedule != "step" and self.milestones:
+            raise ValueError(f"milestones belong to schedule: step; the schedule is {self.schedule}")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones are {list(self.milestones)}; they must rise")
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise ValueError("nesterov needs name: sgd and a momentum above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}; each must be at least 0 and below 1")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+        return self
+
+
+class TrainConfig(Section):
+    """The protocol around the optimizer."""
+
+    epochs: Positive
+    seed: Count = 0
+    max_steps: Positive | None = None
+    """Stop after this many optimizer steps; the schedule still spans `epochs`."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the autocast forward; float16 scales its loss and needs sgd or adamw, whose fused form never synchronises."""
+    channels_last: bool = True
+    compile: bool = False
+    """torch.compile the training step's forward and backward."""
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    label_smoothing: Rate = 0.0
+    mixup: NonNegative = 0.0
+    """Alpha of mixup's Beta distribution; 0 is off. With cutmix too, each step takes one of the two."""
+    cutmix: NonNegative = 0.0
+    """Alpha of cutmix's Beta distribution; 0 is off."""
+    drop_path: Rate = 0.0
+    """Stochastic depth, where the model has it."""
+    drop: Rate = 0.0
+    """Dropout in front of the classifier."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights, with this decay per step."""
+    rules: Literal["model", "ema"] = "model"
+    """Which weights choose `best` and stand in tables."""
+    sync_bn: bool = False
+    """Batch statistics over all processes (GPUs only)."""
+    eval_every: Positive = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    log_every: Positive = 50
+    """Steps between log lines, which are the only host synchronisations."""
+    profile: Count = 0
+    """Trace this many steps with torch.profiler for TensorBoard, after the first 5; 0 is off."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if self.rules == "ema" and self.ema_decay is None:
+            raise ValueError("rules: ema needs an ema_decay")
+        return self
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.optim.milestones and self.optim.milestones[-1] >= self.train.epochs:
+            raise ValueError(
+                f"optim.milestones end at epoch {self.optim.milestones[-1]}; train.epochs is {self.train.epochs}"
+            )
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs is {self.optim.warmup_epochs:g}; train.epochs is {self.train.epochs}"
+            )
+        if self.train.precision == "float16" and self.optim.name not in ("sgd", "adamw"):
+            raise ValueError(
+                f"train.precision float16 with optim.name {self.optim.name}; its scaler needs a fused optimizer: "
+                "sgd or adamw"
+            )
+        return self
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also refuses duplicate keys and reads 1e-4 as the number it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else str(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{source}:{where} {problem}") from None
+    except (ValueError, RecursionError) as error:  # such as a date that is none, or nesting without end
+        raise InputError(f"{source}: not a YAML recipe: {error}") from None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a recipe and apply ``section.key=value`` overrides, whose values are YAML too.
+
+    Raises:
+        InputError: one line naming file, key, what was given, what is allowed, and the nearest valid key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"{path}: cannot read the recipe: {reason}") from None
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        given = "an empty file" if tree is None else f"a {type(tree).__name__}"
+        raise InputError(f"{path}: {given}; a recipe is a mapping of {', '.join(Config.model_fields)}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Validate a mapping, such as the config stored in a checkpoint; ``source`` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(error.errors()[0])}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, value = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise InputError(f"override {override!r}: it must be section.key=value, such as optim.lr=0.05")
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"override {override!r}: {key} is not a section")
+    tree[keys[-1]] = _parse_yaml(value, f"override {override!r}")
+
+
+def _explain(error: ErrorDetails) -> str:
+    """pydantic's account of one error as half a line: key, what was given, what is allowed."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        section = Config
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        allowed = list(section.model_fields)
+        near = difflib.get_close_matches(location[-1], allowed, n=1)
+        prefix = ".".join([*location[:-1], ""])
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed: {', '.join(allowed)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    given = repr(error["input"])
+    given = given if len(given) < 80 else given[:77] + "..."
+    return f"{key}: given {given} ({type(error['input']).__name__}); {message[0].lower()}{message[1:]}"

@@ -1,0 +1,158 @@
+"""Where images come from.
+
+A *source* is a torchvision-style dataset: ``source[i]`` is (PIL image, label), ``source.classes`` the class names.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lip_resnet.config import DataConfig, InputError
+
+
+def _read_rgb(path: str) -> Image.Image:
+    try:
+        with open(path, "rb") as file:
+            return Image.open(file).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot decode this image: {error}") from None
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 real handwritten digits as RGB images of 8x8; every fifth of a class validates."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, train: bool) -> None:
+        from sklearn.datasets import load_digits  # a second of imports that only this source needs
+
+        digits = load_digits()
+        rank_in_class = np.empty(len(digits.target), dtype=int)
+        for label in range(10):
+            members = digits.target == label
+            rank_in_class[members] = np.arange(members.sum())
+        chosen = (rank_in_class % 5 != 4) if train else (rank_in_class % 5 == 4)
+        self.pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        self.targets = digits.target[chosen].tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), self.targets[index]
+
+
+class Synthetic(Dataset):
+    """Noise that costs nothing to load: (3, size, size) uint8 tensors, so that train.py's own speed can be measured."""
+
+    def __init__(self, images: int, num_classes: int, size: int) -> None:
+        self.images = images
+        self.classes = tuple(str(label) for label in range(num_classes))
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randint(0, 256, (min(images, 64), 3, size, size), dtype=torch.uint8, generator=generator)
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels[index % len(self.pixels)], index % len(self.classes)
+
+
+def _class_folders(root: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    except OSError as error:
+        raise InputError(f"data.root: cannot read {root}: {error.strerror}") from None
+
+
+def _read_selection(path: str, found: list[str]) -> tuple[list[str], set[str] | None]:
+    """A data.classes file -> the classes to keep, and the names of the training images to keep (None: all)."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"data.classes: cannot read {path}: {reason}") from None
+    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    images = {line for line in lines if line.lower().endswith(IMG_EXTENSIONS)}
+    # An image's class is its folder, or in ImageNet's own naming what stands before the underscore.
+    classes = {line.split("/")[0] if "/" in line else line.rsplit("_", 1)[0] for line in images}
+    classes |= {line for line in lines if line not in images}
+    if not classes:
+        raise InputError(f"data.classes: {path} names no class")
+    unknown = sorted(classes - set(found))
+    if unknown:
+        raise InputError(f"data.classes: {path}: {len(unknown)} names have no folder, the first is {unknown[0]!r}")
+    return sorted(classes), {image.split("/")[-1] for image in images} or None
+
+
+class _Folder(ImageFolder):
+    """torchvision's ImageFolder, restricted to some classes; an image that does not decode stops with its path."""
+
+    def __init__(self, root: Path, classes: list[str]) -> None:
+        self._classes = classes
+        try:
+            super().__init__(str(root), loader=_read_rgb)
+        except (FileNotFoundError, PermissionError) as error:
+            raise InputError(f"data.root: {error}") from None
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return self._classes, {name: label for label, name in enumerate(self._classes)}
+
+
+def _folder_sources(config: DataConfig, splits: tuple[str, ...]) -> list[_Folder]:
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise InputError(f"data.root: {root} is not a directory; it must hold train/ and val/")
+    for split in splits:
+        if not (root / split).is_dir():
+            raise InputError(f"data.root: {root} has no {split}/; it must hold {' and '.join(s + '/' for s in splits)}")
+    found = {split: _class_folders(root / split) for split in splits}
+    classes = found[splits[0]]
+    if not classes:
+        raise InputError(f"data.root: {root / splits[0]} holds no class folders")
+    images = None
+    if config.classes:
+        classes, images = _read_selection(config.classes, classes)
+    for split in splits[1:]:
+        differing = sorted(set(classes) ^ (set(found[split]) & set(classes) if config.classes else set(found[split])))
+        if differing:
+            raise InputError(
+                f"data.root: class folders of {splits[0]}/ and {split}/ differ in {len(differing)}, "
+                f"the first is {differing[0]!r}"
+            )
+    sources = [_Folder(root / split, classes) for split in splits]
+    if images is not None and splits[0] == "train":
+        train = sources[0]
+        train.samples = [(path, label) for path, label in train.samples if Path(path).name in images]
+        train.imgs, train.targets = train.samples, [label for _, label in train.samples]
+        if len(train.samples) != len(images):
+            raise InputError(
+                f"data.classes: {config.classes} lists {len(images)} images, {len(train.samples)} are in {root}/train"
+            )
+    return sources
+
+
+def build_sources(config: DataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Any]:
+    """The datasets of the splits asked for, ("train", "val") or ("val",).
+
+    Raises:
+        InputError: the folders are not there, differ between the splits, or hold another number of classes.
+    """
+    if config.name == "digits":
+        sources = [Digits(train=split == "train") for split in splits]
+    elif config.name == "synthetic":
+        shapes = {"train": (config.images, config.size), "val": (max(1, config.images // 10), config.eval_size)}
+        sources = [Synthetic(shapes[split][0], num_classes, shapes[split][1]) for split in splits]
+    else:
+        sources = _folder_sources(config, splits)
+    found = len(sources[0].classes)
+    if found != num_classes:
+        raise InputError(f"model.num_classes is {num_classes}, but the data has {found} classes")
+    return sources

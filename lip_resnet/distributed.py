@@ -1,0 +1,142 @@
+"""Ranks: the same code for one process and for many, and the one way in and out of every command."""
+
+import argparse
+import datetime
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lip_resnet.config import InputError
+
+T = TypeVar("T")
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_control: Any = None  # Gloo group for objects and barriers, so that they never touch a GPU stream
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU where there is none.
+
+    Raises:
+        InputError: more processes on this machine than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise InputError(f"process {local} of this machine has no GPU: {count} are visible; lower --nproc_per_node")
+    return torch.device("cuda", local)
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, in place; any shape and dtype."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_control)
+    return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run on rank 0 alone; every rank gets what it returned, or its InputError."""
+    value = error = None
+    if is_main():
+        try:
+            value = function()
+        except InputError as caught:
+            error = str(caught)
+    value, error = broadcast_object((value, error))
+    if error is not None:
+        raise InputError(error)
+    return value
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are an InputError: one line, like every other wrong input."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run a command's ``main`` inside its process group and leave the process with the right exit code.
+
+    0: done. 2: an InputError; every rank exits with 2 and only rank 0 prints the line. 1: the numbers went wrong
+    (FloatingPointError), one line too. Anything else is a defect of ours and keeps its traceback.
+    """
+    code = 0
+    try:
+        _init()
+        main()
+    except InputError as error:
+        code = _fail(str(error), 2)
+    except FloatingPointError as error:
+        code = _fail(str(error), 1)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code)
+
+
+def _init() -> None:
+    global _control
+    present = [name for name in _VARIABLES if name in os.environ]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        return
+    if len(present) < len(_VARIABLES):
+        missing = ", ".join(name for name in _VARIABLES if name not in present)
+        raise InputError(f"the environment sets {', '.join(present)} but not {missing}; start with torchrun")
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+        dist.init_process_group("nccl", device_id=here)
+        _control = dist.new_group(backend="gloo")
+    else:
+        dist.init_process_group("gloo")
+        _control = dist.group.WORLD
+
+
+def _fail(message: str, code: int) -> int:
+    """Print one line, from rank 0 where it has come here too, and let all ranks leave together."""
+    together = True
+    if world_size() > 1:
+        # torchrun ends the other ranks once one has exited: each must leave with its own code, after rank 0 spoke.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            dist.monitored_barrier(_control, timeout=datetime.timedelta(seconds=10))
+        except RuntimeError:  # the others are elsewhere: only this rank met the error
+            together = False
+    main = int(os.environ.get("RANK", 0)) == 0
+    if main or not together:
+        where = "" if together else f" (rank {rank()})"
+        command, line = os.path.basename(sys.argv[0]), " ".join(message.split())
+        print(f"{command}: error: {line}{where}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,80 @@
+"""Names to networks: LIP nets and timm's baselines through one door, with one initialisation."""
+
+import copy
+import difflib
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lip_resnet.checkpoint import load_weights
+from lip_resnet.config import InputError, ModelConfig
+
+
+def create_model(name: str, **keywords: Any) -> nn.Module:
+    """``timm.create_model`` whose refusals are one line, with near names.
+
+    Raises:
+        InputError: unknown name, or a keyword or value that the model does not take.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise InputError(f"model.name: unknown model {name!r}; near names: {', '.join(near) or 'none'}")
+    try:
+        return timm.create_model(name, **keywords)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"model {name} does not take {keywords}: {error}") from None
+
+
+def build_model(config: ModelConfig, *, drop_path: float = 0.0, drop: float = 0.0) -> nn.Module:
+    """The network of a recipe, initialised, with its starting weights if it names any."""
+    keywords = {"drop_path_rate": drop_path, "drop_rate": drop}
+    keywords = {key: value for key, value in keywords.items() if value}
+    model = create_model(config.name, num_classes=config.num_classes, **keywords, **config.args)
+    initialize(model)
+    if config.weights:
+        load_weights(model, config.weights, new_head=config.new_head)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: nn.Module) -> None:
+    """Give every residual network, LIP or not, the reference's classifier N(0, 0.01), bias 0, and zero last BNs.
+
+    timm's ResNets bring their own classifier initialisation; a comparison must not depend on it.
+    """
+    blocks = [module for module in model.modules() if hasattr(module, "zero_init_last")]
+    for block in blocks:
+        block.zero_init_last()
+    head = model.get_classifier()
+    if blocks and isinstance(head, nn.Linear):
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+
+
+def check_size(model: nn.Module, size: int) -> None:
+    """Let a network see two images of ``size`` x ``size`` without computing anything.
+
+    Raises:
+        InputError: they are too small for it.
+    """
+    trial = copy.deepcopy(model).to("meta").train()
+    try:
+        trial(torch.empty(2, 3, size, size, device="meta"))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from None
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, size: int) -> int:
+    """Multiply-adds of the convolutions and linear layers for one ``size`` x ``size`` image (the papers' "FLOPs")."""
+    trial = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        trial(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() // 2

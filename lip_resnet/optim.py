@@ -1,0 +1,48 @@
+"""Parameter groups, the optimizer, and the learning rate as a function of the step."""
+
+import math
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from torch import nn
+
+from lip_resnet.config import OptimConfig
+
+_TIMM_NAMES = {"sgd": "momentum", "adamw": "adamw", "lamb": "lamb", "lars": "lars"}
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimizer over one group, or over two: tensors of two and more dimensions decay, the others do not.
+
+    SGD and AdamW run fused: one pass over the parameters, and no synchronisation under float16's scaler.
+    """
+    parameters = (
+        param_groups_weight_decay(model, config.weight_decay)
+        if config.decay == "matrices"
+        else [parameter for parameter in model.parameters() if parameter.requires_grad]
+    )
+    name, options = _TIMM_NAMES[config.name], {}
+    if config.name in ("sgd", "lars"):
+        options["momentum"] = config.momentum
+    if config.name in ("adamw", "lamb"):
+        options["betas"] = config.betas
+    if config.name in ("sgd", "adamw"):
+        options["fused"] = True
+    if config.nesterov:
+        name = "nesterov"
+    return create_optimizer_v2(parameters, opt=name, lr=config.lr, weight_decay=config.weight_decay, **options)
+
+
+def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, epochs: int) -> float:
+    """The learning rate of optimizer step ``step`` (from 0).
+
+    Warm-up: lr * (step + 1) / warm-up steps. Then either lr * gamma^(milestones passed), the reference's rule, or a
+    cosine from lr, at the end of the warm-up, to min_lr, at step epochs * steps_per_epoch.
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+    progress = min(1.0, (step - warmup) / (epochs * steps_per_epoch - warmup))
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,192 @@
+"""Rows of eval.py to tables: seeds grouped, deltas computed, and refused where the protocols differ."""
+
+import csv
+import io
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lip_resnet.config import Config, InputError
+
+_NEEDED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
+
+
+def describe_protocol(config: Config, processes: int | None) -> dict[str, Any]:
+    """All that must be equal before two accuracies may be subtracted: data, evaluation, and training but for the seed.
+
+    Args:
+        processes: that trained the weights with ``config``; None where their training is unknown.
+    """
+    tree = config.model_dump(mode="json")
+    data = tree["data"]
+    evaluation = {key: data[key] for key in ("eval_size", "eval_resize", "interpolation", "mean", "std")}
+    evaluation |= {"precision": tree["train"]["precision"], "decode": "exact", "views": "one centre crop"}
+    training = None
+    if processes is not None:
+        hardware = {"root", "workers", "eval_batch_size", "images", *evaluation}
+        training = {f"data.{key}": value for key, value in data.items() if key not in hardware}
+        training |= {f"optim.{key}": value for key, value in tree["optim"].items()}
+        # Batch statistics see this many images: on another number of processes it is another experiment.
+        parts = 1 if config.train.sync_bn else processes * config.optim.accumulate
+        training["images_per_batch_norm"] = config.data.batch_size // parts
+        free = {"seed", "log_every", "profile", "eval_every"}
+        training |= {f"train.{key}": value for key, value in tree["train"].items() if key not in free}
+    return {"data": data["name"], "classes": config.model.num_classes, **evaluation, "training": training}
+
+
+def read_rows(paths: list[str]) -> list[dict[str, Any]]:
+    """Rows from JSON files, or from run folders that hold an eval.json.
+
+    Raises:
+        InputError: no such file, or it is no row of eval.py.
+    """
+    rows = []
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            path = path / "eval.json"
+            if not path.is_file():
+                raise InputError(f"{name} holds no eval.json; make it with: python eval.py --checkpoint {name}")
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot read: {error.strerror}") from None
+        except ValueError:
+            raise InputError(f"{path}: not JSON") from None
+        missing = [key for key in _NEEDED if key not in row] if isinstance(row, dict) else list(_NEEDED)
+        if missing:
+            raise InputError(f"{path}: not a row of eval.py; it lacks {', '.join(missing)}")
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table: a model under one protocol, over its seeds."""
+
+    label: str
+    model: str
+    rows: list[dict[str, Any]]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """That of every row."""
+        return self.rows[0]["protocol"]
+
+    def mean(self, key: str) -> float:
+        """Over the seeds."""
+        return statistics.fmean(row[key] for row in self.rows)
+
+    def deviation(self, key: str) -> float | None:
+        """Sample standard deviation over the seeds; None for one."""
+        return statistics.stdev(row[key] for row in self.rows) if len(self.rows) > 1 else None
+
+
+def group(rows: list[dict[str, Any]]) -> list[Entry]:
+    """Rows that differ only in their seed become one entry; the order of first appearance stays.
+
+    Raises:
+        InputError: the same seed twice: a mean over it would count one run double.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        identity = [row["model"], row.get("args"), row.get("weights"), row.get("selected_on_val"), row["protocol"]]
+        if row.get("seed") is None:
+            identity.append(row.get("checkpoint"))
+        groups.setdefault(json.dumps(identity, sort_keys=True), []).append(row)
+    entries = []
+    for members in groups.values():
+        seeds = [row.get("seed") for row in members]
+        if len(seeds) != len(set(seeds)):
+            raise InputError(f"{members[0]['model']}: two rows have the same seed {sorted(seeds)}; give each run once")
+        first = members[0]
+        options = ", ".join(f"{key}={value}" for key, value in (first.get("args") or {}).items())
+        label = first["model"] + (f" ({options})" if options else "")
+        label += ", EMA" if first.get("weights") == "ema" else ""
+        label += ", best epoch (selected on val)" if first.get("selected_on_val") else ""
+        entries.append(Entry(label, first["model"], members))
+    return entries
+
+
+def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first thing in which two protocols differ, or None where a delta is honest."""
+    if ours["training"] is None or theirs["training"] is None:
+        return "unknown training protocol"
+    for part, other in ((ours, theirs), (ours["training"], theirs["training"])):
+        for key in sorted(part.keys() | other.keys()):
+            if key != "training" and part.get(key) != other.get(key):
+                return f"{key}: {part.get(key)} against {other.get(key)}"
+    return None
+
+
+def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Rows and the paper's figures -> (header, lines, notes).
+
+    A LIP network's delta is to its baseline: the model without the ``lip_`` prefix, under the same protocol. Where
+    only other protocols are at hand there is no delta, and a note says what differs.
+
+    Args:
+        paper: model name -> published ``top1`` and ``top5``, shown beside runs on the 50,000 ImageNet images.
+    """
+    entries, notes = group(rows), []
+    with_paper = any(_is_imagenet(entry) and entry.model in paper for entry in entries)
+    header = ["model", "params (M)", "MACs (G)", "top-1 (%)", "top-5 (%)", "delta top-1", "seeds", "images"]
+    header += ["paper top-1", "paper top-5"] if with_paper else []
+    lines = []
+    for entry in entries:
+        delta = "-"
+        if entry.model.startswith("lip_"):
+            partners = [other for other in entries if other.model == entry.model.removeprefix("lip_")]
+            differences = [_difference(entry.protocol, other.protocol) for other in partners]
+            if None in differences:
+                partner = partners[differences.index(None)]
+                delta = f"{entry.mean('top1') - partner.mean('top1'):+.2f}"
+            elif partners:
+                notes.append(f"no delta for {entry.label}, its protocol is not {partners[0].label}'s: {differences[0]}")
+        line = [
+            entry.label,
+            f"{entry.mean('params') / 1e6:.2f}",
+            f"{entry.mean('macs') / 1e9:.3f}",
+            _with_deviation(entry, "top1"),
+            _with_deviation(entry, "top5"),
+            delta,
+            str(len(entry.rows)),
+            str(entry.rows[0]["images"]),
+        ]
+        if with_paper:
+            published = paper.get(entry.model, {}) if _is_imagenet(entry) else {}
+            line += [f"{published[key]:.2f}" if key in published else "-" for key in ("top1", "top5")]
+        lines.append(line)
+    return header, lines, notes
+
+
+def _is_imagenet(entry: Entry) -> bool:
+    return entry.protocol["classes"] == 1000 and entry.rows[0]["images"] == 50000
+
+
+def _with_deviation(entry: Entry, key: str) -> str:
+    deviation = entry.deviation(key)
+    return f"{entry.mean(key):.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def render(header: list[str], lines: list[list[str]], notes: list[str], style: str) -> str:
+    """A table as ``md``, ``csv`` or ``latex`` text."""
+    if style == "csv":
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerows([header, *lines])
+        return buffer.getvalue()
+    if style == "latex":
+        escape = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$"})
+        body = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in [header, *lines]]
+        body = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\hline", body[0], r"\hline", *body[1:]]
+        return "\n".join([*body, r"\hline", r"\end{tabular}", *(f"% {note}" for note in notes)]) + "\n"
+    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
+    rule = ["-" * (widths[0])] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    table = []
+    for line in [header, rule, *lines]:
+        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        table.append("| " + " | ".join([line[0].ljust(widths[0]), *numbers]) + " |")
+    return "\n".join([*table, "", *notes]).rstrip() + "\n"

@@ -1,0 +1,221 @@
+"""The run folder: who may write it, and numbers to TensorBoard, metrics.jsonl and the terminal (rank 0 only)."""
+
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from lip_resnet import checkpoint, distributed
+from lip_resnet.config import Config, InputError, load_config
+
+# What may change when a run goes on: where it runs and how it reports, not what it computes.
+_FREE = {
+    "data": {"root", "workers"},
+    "train": {"max_steps", "log_every", "profile"},
+    "model": {"weights"},
+}
+
+
+def check_same_recipe(config: Config, other: Config, where: str) -> None:
+    """Refuse to continue a run under another recipe.
+
+    Raises:
+        InputError: the first key that differs, of those that decide the result.
+    """
+    ours, theirs = config.model_dump(mode="json"), other.model_dump(mode="json")
+    for section, values in ours.items():
+        for key, value in values.items():
+            if key not in _FREE.get(section, ()) and value != theirs[section][key]:
+                raise InputError(
+                    f"{where} was trained with {section}.{key}={theirs[section][key]}, this recipe says {value}; "
+                    "choose another --output"
+                )
+
+
+def open_run(folder: Path, config: Config, resume: str) -> Path | None:
+    """Decide where a run writes and from which checkpoint it continues; nothing is ever overwritten.
+
+    Args:
+        folder: the run folder, new or empty unless ``resume`` continues the run in it.
+        resume: "none" starts; "auto" continues the run in ``folder`` if there is one; else a checkpoint's path.
+
+    Returns:
+        The checkpoint to continue from, or None for a fresh start.
+
+    Raises:
+        InputError: the folder holds another run or other files, or there is nothing to continue from.
+    """
+    recipe, last = folder / "config.yaml", folder / "checkpoints" / "last.pt"
+    try:
+        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}") from None
+    source = None if resume in ("none", "auto") else checkpoint.resolve(resume)
+    continues = resume == "auto" or source == last
+    if occupied and not recipe.is_file():
+        raise InputError(f"--output {folder} exists and is not a run; choose another")
+    if occupied and not continues:
+        raise InputError(f"--output {folder} already holds a run; continue it with --resume auto or choose another")
+    if occupied:
+        check_same_recipe(config, load_config(recipe), str(folder))
+    if source is not None and not source.is_file():
+        raise InputError(f"--resume {resume}: no such checkpoint")
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot create it: {error.strerror}") from None
+    if source is None and last.is_file():
+        source = last
+    return source
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, hardware, command and commit: what a number depends on beside its recipe."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).parent
+    try:
+        result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+class RunLog:
+    """Writes a run's numbers; every method does nothing on ranks other than 0.
+
+    Args:
+        folder: the run folder, which ``open_run`` has prepared.
+        config: the resolved recipe; written as config.yaml and as TensorBoard text.
+        step: where the run starts or continues: lines and events beyond it are dropped.
+        total_steps: of the whole run, for the progress bar and the time left.
+    """
+
+    def __init__(self, folder: Path, config: Config, environment: dict[str, Any], step: int, total_steps: int) -> None:
+        self.active = distributed.is_main()
+        if not self.active:
+            return
+        self.folder, self.total_steps, self.first_step = folder, total_steps, step
+        self.started = time.monotonic()
+        self._write("config.yaml", config.dump())
+        path = folder / "env.json"
+        if path.is_file() and step:
+            environment = {**environment, "continues": json.loads(path.read_text(encoding="utf-8"))}
+        self._write("env.json", json.dumps(environment, indent=2) + "\n")
+        kept = [line for line in _read_lines(folder / "metrics.jsonl") if line["step"] <= step]
+        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        if not step:
+            self.writer.add_text("config", f"```yaml\n{config.dump()}```", 0)
+        quiet = not sys.stderr.isatty()
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
+        self.quiet = quiet
+
+    def _write(self, name: str, text: str) -> None:
+        checkpoint.write_atomically(self.folder / name, lambda file: file.write(text.encode()))
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        if self.active:
+            self.bar.update()
+
+    def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Write numbers under their TensorBoard names; ``step`` counts completed optimizer steps."""
+        if not self.active:
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        # Infinity and NaN are not JSON.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.metrics.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+        self.metrics.flush()
+        if "train/loss" in values:
+            self.bar.set_postfix_str(
+                f"loss {values['train/loss']:.3f}, top-1 {values['train/top1']:.1f}%, "
+                f"{values['train/images_per_second']:.0f} images/s, wait {values['train/data_wait']:.0%}"
+            )
+        if self.quiet:
+            self.say(f"epoch {epoch} step {step}/{self.total_steps}: {_brief(values)}{self._time_left(step)}")
+        elif "val/top1" in values:
+            self.say(f"epoch {epoch}: {_brief(values)}")
+
+    def _time_left(self, step: int) -> str:
+        done = step - self.first_step
+        if not done or step >= self.total_steps:
+            return ""
+        left = (time.monotonic() - self.started) / done * (self.total_steps - step)
+        return f", {datetime.timedelta(seconds=round(left))} left"
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+        if self.active:
+            self.bar.write(text, file=sys.stderr)
+
+    def finish(self, config: Config, final: dict[str, float]) -> None:
+        """Write the hyper-parameters with the final metrics, for TensorBoard's comparison of runs."""
+        if self.active:
+            flat = {
+                f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
+                for section, values in config.model_dump(mode="json").items()
+                for key, value in values.items()
+            }
+            self.writer.add_hparams(flat, {f"final/{name}": value for name, value in final.items()}, run_name=".")
+
+    def close(self) -> None:
+        """Flush and close everything; safe after a failure too."""
+        if self.active:
+            self.bar.close()
+            self.metrics.close()
+            self.writer.close()
+
+
+def _brief(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a kill can have cut the last one short."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

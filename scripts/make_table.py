@@ -1,0 +1,30 @@
+"""Rows or run folders to a table:  python scripts/make_table.py runs/a runs/b row.json --format md --output table.md"""
+
+from pathlib import Path
+
+import yaml
+
+from lip_resnet import checkpoint, distributed, results
+from lip_resnet.config import InputError
+
+
+def main() -> None:
+    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="+", help="JSON rows of eval.py, or run folders that hold an eval.json")
+    parser.add_argument("--format", choices=("md", "csv", "latex"), default="md")
+    parser.add_argument("--output", help="write the table here too; an existing file is replaced only with --force")
+    parser.add_argument("--force", action="store_true")
+    options = parser.parse_args()
+    output = Path(options.output) if options.output else None
+    if output is not None and output.exists() and not options.force:
+        raise InputError(f"{output} exists; choose another --output or add --force")
+    paper = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
+    header, lines, notes = results.build_table(results.read_rows(options.rows), paper)
+    text = results.render(header, lines, notes, options.format)
+    print(text, end="")
+    if output is not None:
+        checkpoint.write_atomically(output, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    distributed.launch(main)

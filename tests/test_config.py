@@ -1,0 +1,141 @@
+"""Recipes: strict, frozen, and every refusal is one line that names the key and what is allowed."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from lip_resnet.config import InputError, load_config, parse_config
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+MINIMAL = "model: {name: resnet50}\ndata: {root: x, batch_size: 8}\noptim: {lr: 0.1}\ntrain: {epochs: 2}\n"
+
+
+def write(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def refusal(tmp_path: Path, text: str | bytes, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path, text), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_and_survives_its_own_dump(path):
+    config = load_config(path)
+    assert parse_config(yaml.safe_load(config.dump()), "dump") == config
+    header = path.read_text(encoding="utf-8").splitlines()[0]
+    assert header.startswith("# ")
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.name.startswith("lip_")], ids=lambda path: path.stem)
+def test_lip_and_baseline_differ_in_model_alone(path):
+    ours, theirs = (yaml.safe_load(p.read_text()) for p in (path, path.with_name(path.name.removeprefix("lip_"))))
+    assert ours.pop("model") != theirs.pop("model")
+    assert ours == theirs
+
+
+def test_config_is_frozen(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL))
+    with pytest.raises(ValidationError):
+        config.optim.lr = 1.0
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["optim.weight_decay=1e-4", "optim.lr=5E-2"])
+    assert (config.optim.weight_decay, config.optim.lr) == (1e-4, 0.05)
+
+
+def test_overrides_reach_nested_keys(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["model.args.bottleneck_width=64", "data.crop_scale=[0.5, 1]"])
+    assert config.model.args == {"bottleneck_width": 64}
+    assert config.data.crop_scale == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["an empty file", "model, data, optim, train"]),
+        ("- a\n- b\n", ["a list"]),
+        ("just words", ["a str"]),
+        (b"\xff\xfe\x00\x01binary\x00", ["not a text file"]),
+        ("a: [1, 2", ["line"]),
+        ("a: !!python/object/apply:os.system ['true']", ["could not determine a constructor"]),
+        (MINIMAL + "train: {epochs: 3}\n", ["duplicate key 'train'"]),
+        (MINIMAL.replace("lr: 0.1", "lr: 0.1, lr: 0.2"), ["duplicate key 'lr'"]),
+        (MINIMAL.replace("lr:", "lrr:"), ["optim.lr: missing"]),
+        (MINIMAL.replace("{lr: 0.1}", "{lr: 0.1, momentun: 0.9}"), ["optim.momentun: unknown key", "optim.momentum?"]),
+        (MINIMAL + "modle: {}\n", ["modle: unknown key", "model?"]),
+        (MINIMAL.replace("lr: 0.1", "lr: fast"), ["optim.lr", "'fast'", "number"]),
+        (MINIMAL.replace("lr: 0.1", "lr: .nan"), ["optim.lr", "nan"]),
+        (MINIMAL.replace("lr: 0.1", "lr: .inf"), ["optim.lr", "inf"]),
+        (MINIMAL.replace("lr: 0.1", "lr: -1"), ["optim.lr", "-1", "greater than 0"]),
+        (MINIMAL.replace("batch_size: 8", "batch_size: -8"), ["data.batch_size", "-8", "greater than 0"]),
+        (MINIMAL.replace("batch_size: 8", "batch_size: 8.5"), ["data.batch_size", "8.5", "integer"]),
+        (MINIMAL.replace("epochs: 2", "epochs: on"), ["train.epochs", "True", "integer"]),
+        (MINIMAL.replace("root: x", "root: 3"), ["data.root", "3", "string"]),
+        (MINIMAL.replace("root: x, ", ""), ["data: root is missing"]),
+        (MINIMAL.replace("model: {name: resnet50}", "model: 3"), ["model", "3"]),
+    ],
+)
+def test_bad_recipe(tmp_path, text, words):
+    message = refusal(tmp_path, text)
+    assert "recipe.yaml" in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.lr"], ["section.key=value"]),
+        (["=3"], ["section.key=value"]),
+        (["lr=3"], ["section.key=value"]),
+        (["optim.lr.deep=3"], ["lr is not a section"]),
+        (["optim.lr=[1"], ["override"]),
+        (["optim.schedule=linear"], ["'linear'", "cosine"]),
+        (["optim.schedule=step"], ["milestones"]),
+        (["optim.schedule=step", "optim.milestones=[5]"], ["milestones", "train.epochs is 2"]),
+        (["optim.schedule=step", "optim.milestones=[1, 1]"], ["must rise"]),
+        (["optim.milestones=[1]"], ["schedule"]),
+        (["optim.warmup_epochs=2"], ["warmup_epochs", "train.epochs is 2"]),
+        (["optim.nesterov=true", "optim.momentum=0"], ["nesterov"]),
+        (["train.precision=float16", "optim.name=lamb"], ["float16", "lamb", "sgd or adamw"]),
+        (["train.rules=ema"], ["ema_decay"]),
+        (["data.crop_scale=[0.9, 0.1]"], ["crop_scale"]),
+        (["data.eval_size=300"], ["eval_size 300", "eval_resize 256"]),
+        (["data.std=[0, 1, 1]"], ["std"]),
+        (["optim.min_lr=1.0"], ["min_lr"]),
+        (["data.flip=1.5"], ["data.flip", "1.5"]),
+    ],
+)
+def test_bad_override(tmp_path, overrides, words):
+    message = refusal(tmp_path, MINIMAL, *overrides)
+    for word in words:
+        assert word in message
+
+
+def test_missing_recipe(tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="directory"):
+        load_config(tmp_path)
+
+
+def test_deeply_nested_yaml_is_refused(tmp_path):
+    refusal(tmp_path, "[" * 3000)
+
+
+def test_defaults_are_finite():
+    config = load_config(RECIPES[0])
+    for section in config.model_dump().values():
+        for value in section.values():
+            assert not isinstance(value, float) or math.isfinite(value)

@@ -1,0 +1,32 @@
+"""Counts against hand-listed predictions."""
+
+import pytest
+import torch
+
+from lip_resnet.metrics import Counts
+
+
+def test_counts_by_hand():
+    counts = Counts(torch.device("cpu"))
+    logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 0]])
+    counts.add(logits, torch.tensor([0, 1, 5]), torch.tensor(2.0))  # first; fifth; sixth place
+    counts.add(logits[:1], torch.tensor([1]), torch.tensor(6.0))  # second place
+    result = counts.reduce()
+    assert (result["correct1"], result["correct5"], result["images"]) == (1, 3, 4)
+    assert result["top1"] == 25
+    assert result["top5"] == 75
+    assert result["loss"] == pytest.approx((3 * 2.0 + 6.0) / 4)
+
+
+def test_top5_of_three_classes_is_top3():
+    counts = Counts(torch.device("cpu"))
+    counts.add(torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([2, 2]), torch.tensor(0.0))
+    result = counts.reduce()
+    assert (result["top1"], result["top5"]) == (50, 100)
+
+
+def test_large_counts_stay_exact():
+    counts = Counts(torch.device("cpu"))
+    counts.sums[3] = 2.0**24
+    counts.add(torch.tensor([[1.0, 0]]), torch.tensor([0]), torch.tensor(0.0))
+    assert counts.reduce()["images"] == 2**24 + 1

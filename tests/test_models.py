@@ -1,0 +1,66 @@
+"""Names to networks: one door, one initialisation, exact counts."""
+
+import pytest
+import timm
+import torch
+
+import lip_resnet  # noqa: F401
+from lip_resnet import models
+from lip_resnet.config import InputError, ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "macs"),
+    [  # the reference's own counts, and timm's for the baselines
+        ("lip_resnet50", 23_864_232, 5.300e9),
+        ("lip_resnet101", 42_856_360, 9.012e9),
+        ("resnet50", 25_557_032, 4.089e9),
+        ("resnet101", 44_549_160, 7.801e9),
+    ],
+)
+def test_counts(name, params, macs):
+    model = models.create_model(name)
+    assert models.count_parameters(model) == params
+    assert models.count_macs(model, 224) == pytest.approx(macs, rel=2e-4)
+
+
+@pytest.mark.parametrize("name", ["lip_resnet50", "resnet50"])
+def test_initialisation_is_the_same_for_both(name):
+    model = models.build_model(ModelConfig(name=name))
+    assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert not model.fc.bias.any()
+    last = [block.bn3.weight for stage in (model.layer1, model.layer4) for block in stage]
+    assert not any(weight.any() for weight in last)
+    assert model.conv1.weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.03)  # fan out
+
+
+def test_unknown_names_and_keywords():
+    with pytest.raises(InputError, match="near names: lip_resnet50"):
+        models.create_model("lip_resnet5O")
+    with pytest.raises(InputError, match="colour"):
+        models.create_model("resnet50", colour="red")
+
+
+def test_drop_path_reaches_the_model():
+    model = models.build_model(ModelConfig(name="lip_resnet50"), drop_path=0.1)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
+    assert max(rates) == pytest.approx(0.1)
+    with pytest.raises(InputError, match="drop_path_rate"):
+        models.build_model(ModelConfig(name="vgg11"), drop_path=0.1)
+
+
+def test_too_small_images():
+    model = models.create_model("lip_resnet50")
+    models.check_size(model, 32)
+    with pytest.raises(InputError, match=r"16x16.*too small"):
+        models.check_size(model, 16)
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_fine_tuning_starts_from_the_weights(tmp_path):
+    torch.save(models.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "seven.pth")
+    config = ModelConfig(name="test_resnet", num_classes=10, weights=str(tmp_path / "seven.pth"), new_head=True)
+    model = models.build_model(config)
+    state = torch.load(tmp_path / "seven.pth", weights_only=True)
+    assert torch.equal(model.conv1[0].weight, state["conv1.0.weight"])
+    assert model.fc.out_features == 10

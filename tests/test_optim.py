@@ -1,0 +1,68 @@
+"""Learning rates against hand-listed values, and who decays."""
+
+import pytest
+import timm
+import torch
+
+import lip_resnet  # noqa: F401
+from lip_resnet.config import OptimConfig
+from lip_resnet.optim import build_optimizer, lr_at
+
+
+def test_step_schedule_is_the_paper_s():
+    config = OptimConfig(lr=0.1, schedule="step", milestones=(30, 60, 80))
+    expected = {0: 0.1, 30 * 5005 - 1: 0.1, 30 * 5005: 0.01, 60 * 5005: 0.001, 80 * 5005: 0.0001, 90 * 5005 - 1: 0.0001}
+    for step, lr in expected.items():
+        assert lr_at(step, config, 5005, 90) == pytest.approx(lr, rel=1e-12)
+
+
+def test_cosine_with_warmup():
+    config = OptimConfig(lr=0.4, schedule="cosine", warmup_epochs=2, min_lr=0.1)
+    # 4 steps an epoch, 6 epochs: 8 steps of warm-up, 16 of cosine.
+    expected = {0: 0.05, 3: 0.2, 7: 0.4, 8: 0.4, 16: 0.25, 24: 0.1}
+    for step, lr in expected.items():
+        assert lr_at(step, config, 4, 6) == pytest.approx(lr, rel=1e-12)
+
+
+def test_warmup_before_steps():
+    config = OptimConfig(lr=1.0, schedule="step", milestones=(2,), warmup_epochs=0.5)
+    assert [lr_at(step, config, 4, 3) for step in (0, 1, 2, 7, 8)] == pytest.approx([0.5, 1, 1, 1, 0.1])
+
+
+@pytest.mark.parametrize("name", ["lip_resnet50", "resnet50"])
+def test_decay_goes_by_tensor_rank(name):
+    model = timm.create_model(name)
+    everything = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.01))
+    assert [group["weight_decay"] for group in everything.param_groups] == [0.01]
+    groups = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.01, decay="matrices")).param_groups
+    decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decaying == {id(p) for p in model.parameters() if p.dim() >= 2}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "lars"])
+def test_every_optimizer_steps(name):
+    layer = torch.nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    optimizer = build_optimizer(layer, OptimConfig(name=name, lr=0.1))
+    layer(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+
+
+def test_sgd_is_the_textbook_s():
+    """Two steps by hand: v = 0.9 v + (g + wd * w), w = w - lr * v; Nesterov looks ahead."""
+    for nesterov in (False, True):
+        weight = torch.nn.Parameter(torch.tensor([[2.0]]))
+        model = torch.nn.Module()
+        model.weight = weight
+        config = OptimConfig(lr=0.1, weight_decay=0.01, nesterov=nesterov)
+        optimizer = build_optimizer(model, config)
+        w, v = 2.0, 0.0
+        for gradient in (1.0, -3.0):
+            weight.grad = torch.tensor([[gradient]])
+            optimizer.step()
+            g = gradient + 0.01 * w
+            v = 0.9 * v + g
+            w -= 0.1 * (g + 0.9 * v if nesterov else v)
+            assert weight.item() == pytest.approx(w, rel=1e-6)

@@ -1,0 +1,215 @@
+"""The downsampling layers, each against PyTorch's own or a formula written out, and what unites them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import BlurPool2d
+
+from lip_resnet.lip import lip2d
+from lip_resnet.logits import Gate, InstanceNorm2d
+from lip_resnet.pooling import LAYERS, LIP2d, LogitOptions, make_layer
+
+WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 2, 0), (5, 2, 2), (7, 4, 3)]
+
+
+def features(channels: int = 4, height: int = 13, width: int = 10) -> torch.Tensor:
+    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0)).double()
+
+
+def close(got: torch.Tensor, want: torch.Tensor, rtol: float = 1e-12) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=rtol * want.std().item())
+
+
+def windows(x: torch.Tensor, kernel: int, stride: int, padding: int, outside: float) -> torch.Tensor:
+    """(B, C, h, w, kernel * kernel): every window, with ``outside`` in the padding."""
+    x = F.pad(x, (padding,) * 4, value=outside)
+    return x.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4)
+
+
+# ------------------------------------------------------------------------------------------------------- the theory
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_constant_logits_are_average_pooling(window):
+    x = features()
+    close(lip2d(x, torch.full_like(x, -3.7), *window), F.avg_pool2d(x, *window, count_include_pad=False))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_growing_scale_converges_to_max_pooling(window):
+    x = features()
+    errors = [(lip2d(x, a * x, *window) - F.max_pool2d(x, *window)).abs().max().item() for a in (1, 10, 100, 1e4, 1e6)]
+    assert errors == sorted(errors, reverse=True)
+    # A window's two largest values differ by d; the error is at most (k^2 - 1) * d * exp(-a * d) <= k^2 / (e * a).
+    assert errors[-1] <= window[0] ** 2 / (2.718 * 1e6)
+
+
+@pytest.mark.parametrize("window", [window for window in WINDOWS if window[0] < 2 * window[1]])  # one sample in each
+def test_grid_importance_is_strided_sampling(window):
+    x = features()
+    layer = make_layer("strided", 4, *window)
+    on_grid = torch.full_like(x, -800.0)  # exp(-800) is 0 in float64
+    on_grid[..., layer.first :: window[1], layer.first :: window[1]] = 0
+    close(lip2d(x, on_grid, *window), layer(x))
+
+
+def test_strided_sampling_is_a_strided_convolution():
+    x, weight = features(), torch.randn(5, 4, 3, 3).double()
+    close(make_layer("strided", 5)(F.conv2d(x, weight, padding=1)), F.conv2d(x, weight, stride=2, padding=1))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_softpool_is_lip_of_itself(window):
+    x = features()
+    importance = windows(x, *window, outside=-torch.inf).exp()
+    want = (importance * windows(x, *window, outside=0.0)).sum(-1) / importance.sum(-1)
+    close(make_layer("softpool", 4, *window)(x), want)
+    close(make_layer("softpool", 4, *window)(x), lip2d(x, x, *window))
+
+
+# ------------------------------------------------------------------------------------------------------- the layers
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_plain_layers(window):
+    x = features()
+    close(make_layer("max", 4, *window)(x), F.max_pool2d(x, *window))
+    close(make_layer("average", 4, *window)(x), windows(x, *window, outside=torch.nan).nanmean(-1))
+    stride = window[1]
+    average = make_layer("strided_average", 4, *window)(x)
+    close(average[..., 1, 1], x[..., stride : 2 * stride, stride : 2 * stride].mean((2, 3)))
+
+
+def test_blur_is_timms():
+    x = features()
+    close(make_layer("blur", 4).double()(x), BlurPool2d(4).double()(x))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("name", ["mixed", "gated"])
+def test_mixed_and_gated_are_written_out(name, window):
+    x = features()
+    layer = make_layer(name, 4, *window).double()
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    logit = layer.mix
+    if name == "gated":
+        logit = logit + (windows(x, *window, outside=0.0) * layer.mask.flatten()).sum(-1)
+    share = 1 / (1 + torch.exp(-logit))
+    mean = windows(x, *window, outside=torch.nan).nanmean(-1)
+    close(layer(x), share * windows(x, *window, outside=-torch.inf).amax(-1) + (1 - share) * mean)
+
+
+def test_detail_preserving_is_written_out():
+    x = features()
+    layer = make_layer("detail_preserving", 4).double()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(layer.log_alpha)
+    torch.nn.init.normal_(layer.log_lambda)
+    detail = x - windows(x, 3, 1, 1, outside=torch.nan).nanmean(-1)
+    importance = layer.log_alpha.exp() + (detail**2 + 1e-6).sqrt() ** layer.log_lambda.exp()
+    inside, weight = windows(x, 3, 2, 1, outside=0.0), windows(importance, 3, 2, 1, outside=0.0)
+    close(layer(x), (inside * weight).sum(-1) / weight.sum(-1))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_every_layer_has_one_shape_and_gradients(name, window):
+    torch.manual_seed(0)
+    layer = make_layer(name, 4, *window)
+    for parameter in layer.parameters():  # the zeros at the start would stop gradients in front of them
+        if not parameter.any():
+            torch.nn.init.normal_(parameter)
+    x = features().float().requires_grad_()
+    y = layer(x)
+    assert y.shape == F.avg_pool2d(x, *window).shape
+    y.square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("lip")])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_lip_layers_start_as_average_pooling(name, window):
+    x = features()
+    close(make_layer(name, 4, *window).double()(x), F.avg_pool2d(x, *window, count_include_pad=False))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bfloat16_and_float16(name):
+    """Against float32 on the same values: three roundings of the format (2^-8, 2^-11) of the largest value."""
+    torch.manual_seed(0)
+    layer = make_layer(name, 4)
+    if isinstance(layer, LIP2d):
+        torch.nn.init.normal_(layer.logits.conv.weight, std=0.1)
+    for dtype, epsilon in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        low, x = make_layer(name, 4).to(dtype), features().to(dtype)
+        low.load_state_dict(layer.state_dict())
+        full = make_layer(name, 4)
+        full.load_state_dict(low.state_dict())
+        y = low(x)
+        assert y.dtype == dtype
+        # The logits, rounded too, weigh the window: their error of 12 * epsilon in the exponent counts as well.
+        bound = (3 + 12 * isinstance(layer, LIP2d)) * epsilon * x.abs().max().item()
+        assert (y.float() - full(x.float())).abs().max().item() <= bound
+
+
+# ----------------------------------------------------------------------------------------- logit modules, bad input
+
+
+def test_instance_norm_is_pytorchs():
+    x, norm = features().float(), InstanceNorm2d(4)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, unbiased=False)
+    want = (x - mean) / (variance + 1e-5).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+    close(norm(x), want, 1e-6)
+    close(norm.double()(x.double()), want.double(), 1e-6)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert norm.float()(last).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gate_bounds_its_logits():
+    z = torch.tensor([-100.0, 0.0, 100.0])
+    assert Gate(5.0)(z).tolist() == [0.0, 2.5, 5.0]
+    assert not any(isinstance(m, Gate) for m in make_layer("lip", 4, options=LogitOptions(gate=None)).modules())
+
+
+def test_a_map_of_one_position_is_refused():
+    with pytest.raises(ValueError, match=r"1x1 feature map.*too small"):
+        make_layer("lip", 4)(torch.randn(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"name": "lipp"}, "'lipp', did you mean lip"),
+        ({"name": "lip_"}, "Known: lip, lip_projection"),
+        ({"name": "max", "kernel_size": 2, "padding": 2}, "kernel_size 2, stride 2, padding 2 do not fit"),
+        ({"name": "strided", "kernel_size": 2, "padding": 1}, "do not fit"),
+        ({"name": "blur", "kernel_size": 1, "padding": 0}, "do not fit"),
+        ({"name": "lip", "kernel_size": 0}, "do not fit"),
+        ({"name": "lip", "stride": 0}, "do not fit"),
+        ({"name": "lip", "kernel_size": 2.0}, "integers, not 2.0"),
+    ],
+)
+def test_layers_that_cannot_be(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        make_layer(channels=4, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"module": "conv"}, "logit module 'conv'"),
+        ({"width": 0}, "bottleneck width 0"),
+        ({"width": 64.0}, "bottleneck width 64.0"),
+        ({"gate": -1.0}, "gate coefficient -1.0"),
+        ({"gate": float("inf")}, "gate coefficient inf"),
+        ({"gate": "12"}, "gate coefficient '12'"),
+    ],
+)
+def test_logit_options_that_cannot_be(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        LogitOptions(**keywords)

@@ -1,0 +1,156 @@
+"""Swapping the downsampling of other people's networks."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from lip_resnet import replace_downsampling
+from lip_resnet.pooling import LAYERS, LIP2d
+from lip_resnet.replace import SITES
+
+NETWORKS = {
+    # network: the layers that compute what it computed before, and how many are swapped.
+    "alexnet": ({"image": "strided", "main": "max"}, 4),
+    "vgg11_bn": ({"main": "max"}, 5),
+    "mobilenet_v3_small": ({"image": "strided", "main": "strided"}, 5),
+    "timm:mobilenetv3_small_050": ({"image": "strided", "main": "strided"}, 5),
+    "regnet_x_400mf": ({"image": "strided", "main": "strided", "shortcut": "strided"}, 9),
+    "timm:regnetx_002": ({"image": "strided", "main": "strided", "shortcut": "strided"}, 9),
+    "timm:efficientnet_b0": ({"image": "strided", "main": "strided"}, 5),
+    "convnext_tiny": ({"image": "strided", "main": "strided"}, 4),
+    "timm:convnext_atto": ({"image": "strided", "transition": "strided"}, 4),
+    "resnet18": ({"image": "strided", "stem": "max", "main": "strided", "shortcut": "strided"}, 8),
+    "timm:resnet18": ({"image": "strided", "stem": "max", "main": "strided", "shortcut": "strided"}, 8),
+    "densenet121": ({"image": "strided", "stem": "max", "transition": "average"}, 5),
+    "timm:densenet121": ({"image": "strided", "stem": "max", "transition": "average"}, 5),
+}
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name.startswith("timm:"):
+        return timm.create_model(name.removeprefix("timm:"))
+    return torchvision.models.get_model(name, weights=None)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equivalent_layers_leave_the_outputs_unchanged(name):
+    layers, count = NETWORKS[name]
+    model = network(name).double().eval()
+    keys, x = list(model.state_dict()), torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    with torch.no_grad():
+        want = model(x)
+        report = replace_downsampling(model, layers)
+        got = model(x)
+    assert len(report.swapped) == count, str(report)
+    assert not report.left
+    assert list(model.state_dict()) == keys  # weights, and the names of weights, stay
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11 * want.std().item())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_lip_fits_any_network(name):
+    """Shapes stay, every weight of before is still there, gradients reach every parameter of the new layers."""
+    model = network(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    report = replace_downsampling(model, "lip")
+    lips = [module for module in model.modules() if isinstance(module, LIP2d)]
+    assert len(lips) == len(report.swapped) == NETWORKS[name][1] - ("image" in NETWORKS[name][0])
+    after = model.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    for module in model.modules():  # some networks start with blocks cut off by a zero BN
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    y = model.train()(torch.randn(2, 3, 96, 96))
+    assert y.shape == (2, 1000)
+    y.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for lip in lips for p in lip.parameters())
+    assert all(lip.logits.conv.weight.grad.any() for lip in lips)
+
+
+def test_a_layer_for_every_site_of_resnet50():
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    report = replace_downsampling(model, {"stem": "lip", "main": "lip", "shortcut": "average"})
+    assert report.left == {"conv1": "no layer was chosen for the site 'image'"}
+    assert report.swapped == {
+        "maxpool": "stem, MaxPool2d 3/2 -> lip_simplified",
+        **{f"layer{i}.0.conv2": "main, Conv2d 3/2 -> lip" for i in (2, 3, 4)},
+        **{f"layer{i}.0.downsample.0": "shortcut, Conv2d 1/2 -> average" for i in (2, 3, 4)},
+    }
+    assert isinstance(model.layer2[0].conv2.pool, LIP2d)
+    assert isinstance(model.layer2[0].downsample[0].pool, nn.AvgPool2d)
+    assert str(report).startswith("7 swapped, 1 left alone\n  maxpool: stem, ")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_of_the_zoo_fits(layer):
+    model = network("timm:resnet18").eval()
+    replace_downsampling(model, dict.fromkeys(SITES, layer))
+    assert model(torch.randn(1, 3, 97, 64)).shape == (1, 1000)
+
+
+def test_dtype_device_and_mode_are_the_models():
+    model = network("timm:resnet18").bfloat16().eval()
+    replace_downsampling(model)
+    assert not any(module.training for module in model.modules())
+    assert model(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_what_is_left_alone_says_why():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, 2)
+            self.rectangle = nn.Conv2d(8, 8, 3, (2, 1))
+            self.flat = nn.MaxPool2d((3, 2), 2)
+            self.up = nn.MaxPool2d(2, 2, ceil_mode=True)
+            self.dilated = nn.MaxPool2d(2, 2, dilation=2)
+            self.unused = nn.MaxPool2d(2)
+            self.wide = nn.MaxPool2d(2, 2, padding=1)
+
+        def forward(self, x):
+            return self.wide(self.dilated(self.up(self.flat(self.rectangle(self.first(x))))))
+
+    model = Odd()
+    reference = copy.deepcopy(model)
+    report = replace_downsampling(model, "strided")
+    assert not report.swapped
+    for name, reason in {
+        "first": "'image'", "rectangle": "not square", "flat": "not square", "up": "ceil_mode",
+        "dilated": "dilated", "unused": "does not call", "wide": "do not fit",
+    }.items():  # fmt: skip
+        assert reason in report.left[name], name
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(x), reference(x))
+    tf = replace_downsampling(network("timm:tf_efficientnet_b0"), "lip")
+    assert not tf.swapped
+    assert set(tf.left.values()) == {"Conv2dSame is a kind of its own"}
+
+
+def test_a_shared_layer_is_swapped_everywhere():
+    pool = nn.MaxPool2d(2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Sequential(nn.Conv2d(8, 8, 3), pool))
+    replace_downsampling(model, "lip_projection", input_size=(3, 32, 32))
+    assert isinstance(model[1], LIP2d)
+    assert model[1] is model[2][1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("lipp", "unknown downsampling layer 'lipp', did you mean lip"),
+        ({"neck": "lip"}, "unknown site 'neck'; known: image, stem, main, shortcut, transition"),
+        ({"stem": "maks"}, "stem: unknown downsampling layer 'maks'"),
+    ],
+)
+def test_unknown_layer_or_site(layers, message):
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    with pytest.raises(ValueError, match=message):
+        replace_downsampling(model, layers)
+    assert isinstance(model.maxpool, nn.MaxPool2d)

@@ -1,0 +1,128 @@
+"""Tables: deltas computed by hand, seeds grouped, and no delta between different protocols."""
+
+import copy
+import json
+import math
+
+import pytest
+from conftest import small_config
+
+from lip_resnet import results
+from lip_resnet.config import InputError
+
+PAPER = {"lip_resnet50": {"top1": 78.186, "top5": 93.964}}
+
+
+def row(model: str, top1: float, seed: int | None = 0, **changes) -> dict:
+    config = small_config(model__name=model, train__seed=seed or 0, **changes)
+    return {
+        **{"model": model, "args": {}, "checkpoint": f"{model}-{seed}", "weights": "model", "selected_on_val": False},
+        **{"top1": top1, "top5": 99.0, "loss": 0.1, "images": 355, "params": 23_864_232, "macs": 5_299_830_784},
+        **{"seed": seed, "protocol": results.describe_protocol(config, processes=2)},
+    }
+
+
+def table(rows: list[dict]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    header, lines, notes = results.build_table(rows, PAPER)
+    return {line[0]: dict(zip(header, line, strict=True)) for line in lines}, notes
+
+
+def test_delta_and_seeds():
+    rows = [
+        row("lip_resnet50", 98.0, 0),
+        row("resnet50", 97.0, 0),
+        row("lip_resnet50", 99.0, 1),
+        row("resnet50", 96.0, 1),
+    ]
+    lines, notes = table(rows)
+    assert lines["lip_resnet50"]["top-1 (%)"] == f"98.50 ± {math.sqrt(0.5):.2f}"
+    assert lines["lip_resnet50"]["delta top-1"] == "+2.00"
+    assert lines["lip_resnet50"]["seeds"] == "2"
+    assert lines["lip_resnet50"]["params (M)"] == "23.86"
+    assert lines["lip_resnet50"]["MACs (G)"] == "5.300"
+    assert lines["resnet50"]["delta top-1"] == "-"
+    assert notes == []
+    assert "paper top-1" not in lines["resnet50"]  # digits are not the paper's data
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__epochs": 3}, "train.epochs"),
+        ({"optim__lr": 0.2}, "optim.lr"),
+        ({"data__eval_resize": 40}, "eval_resize"),
+        ({"data__flip": 0.5}, "data.flip"),
+        ({"data__batch_size": 32}, "data.batch_size"),
+    ],
+)
+def test_no_delta_between_protocols(changes, words):
+    lines, notes = table([row("lip_resnet50", 98.0), row("resnet50", 97.0, **changes)])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert len(notes) == 1
+    assert words in notes[0]
+
+
+def test_no_delta_between_batch_norms_of_other_sizes():
+    ours, theirs = row("lip_resnet50", 98.0), row("resnet50", 97.0)
+    theirs["protocol"] = results.describe_protocol(small_config(), processes=1)
+    lines, notes = table([ours, theirs])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert "images_per_batch_norm: 32 against 64" in notes[0]
+
+
+def test_hardware_is_not_protocol():
+    lines, _ = table([row("lip_resnet50", 98.0, data__workers=3), row("resnet50", 97.0, train__log_every=9)])
+    assert lines["lip_resnet50"]["delta top-1"] == "+1.00"
+
+
+def test_unknown_training_has_no_delta():
+    ours, theirs = row("lip_resnet50", 98.0, None), row("resnet50", 97.0, None)
+    for one in (ours, theirs):
+        one["protocol"] = results.describe_protocol(small_config(), processes=None)
+    lines, notes = table([ours, theirs])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert "unknown training" in notes[0]
+
+
+def test_paper_figures_stand_beside_imagenet():
+    ours = row("lip_resnet50", 78.2)
+    ours["images"], ours["protocol"]["classes"] = 50000, 1000
+    lines, _ = table([ours])
+    assert lines["lip_resnet50"]["paper top-1"] == "78.19"
+
+
+def test_best_and_ema_are_labelled():
+    best, ema = row("resnet50", 97.0), row("resnet50", 97.5)
+    best["selected_on_val"], ema["weights"] = True, "ema"
+    lines, _ = table([best, ema])
+    assert set(lines) == {"resnet50, best epoch (selected on val)", "resnet50, EMA"}
+
+
+def test_formats():
+    rows = [row("lip_resnet50", 98.0), row("resnet50", 97.0)]
+    header, lines, notes = results.build_table(rows, PAPER)
+    csv = results.render(header, lines, notes, "csv").splitlines()
+    assert csv[1] == "lip_resnet50,23.86,5.300,98.00,99.00,+1.00,1,355"
+    latex = results.render(header, lines, notes, "latex")
+    assert r"lip\_resnet50 & 23.86 & 5.300 & 98.00 & 99.00 & +1.00 & 1 & 355 \\" in latex
+    markdown = results.render(header, lines, notes, "md").splitlines()
+    assert len({len(line) for line in markdown}) == 1
+    assert markdown[0].split("|")[1].strip() == "model"
+
+
+def test_bad_rows(tmp_path):
+    good = row("resnet50", 97.0)
+    with pytest.raises(InputError, match="same seed"):
+        results.build_table([good, copy.deepcopy(good)], PAPER)
+    for name, text, words in (
+        ("a.json", "no json", "not JSON"),
+        ("b.json", "[1]", "not a row"),
+        ("c.json", json.dumps({"model": "x"}), "lacks top1"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=words):
+            results.read_rows([str(tmp_path / name)])
+    with pytest.raises(InputError, match="No such file"):
+        results.read_rows([str(tmp_path / "none.json")])
+    with pytest.raises(InputError, match=r"holds no eval\.json"):
+        results.read_rows([str(tmp_path)])

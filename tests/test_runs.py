@@ -1,0 +1,175 @@
+"""Whole runs, started as a user starts them: train.py and eval.py as processes, alone and under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+TAGS = {f"train/{name}" for name in ("loss", "top1", "top5", "lr", "images_per_second", "data_wait")}
+TAGS |= {f"{split}/{name}" for split in ("val", "val_ema") for name in ("loss", "top1", "top5")}
+TAGS |= {"train/grad_norm"}
+
+RECIPE = """
+model: {name: test_resnet, num_classes: 10}
+data:
+  {name: digits, batch_size: 64, eval_batch_size: 50, size: 32, eval_size: 32, eval_resize: 32, flip: 0.0, workers: 1}
+optim: {lr: 0.05, clip_norm: 5.0, schedule: cosine, warmup_epochs: 1}
+train: {epochs: 2, log_every: 10, ema_decay: 0.9, drop_path: 0.1}
+"""
+
+
+def start(*command: object, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [*launcher, *map(str, command)]
+    return subprocess.run(
+        arguments, cwd=ROOT, capture_output=True, text=True, check=False, env=environment, timeout=240
+    )
+
+
+def done(*command: object, processes: int = 1) -> subprocess.CompletedProcess:
+    result = start(*command, processes=processes)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory) -> Path:
+    """Trained by two processes, without interruption."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    done("train.py", "--config", recipe, "--output", folder, processes=2)
+    return folder
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.xdist_group("run")
+def test_run_folder_holds_what_is_promised(run):
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    assert set(events.Tags()["scalars"]) >= TAGS
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "ema_decay: 0.9" in text
+    assert {"final/top1", "final/top5"} <= set(events.Tags()["scalars"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["clip_norm"] == 5.0
+    environment = json.loads((run / "env.json").read_text())
+    assert environment["processes"] == 2
+    assert environment["torch"] == torch.__version__
+    lines = lines_of(run)
+    assert [line["step"] for line in lines if "val/top1" in line] == [23, 46]
+    assert [line["step"] for line in lines if "train/loss" in line] == [10, 20, 23, 30, 40, 46]
+    assert set().union(*lines) == TAGS | {"step", "epoch"}
+    assert lines[-1]["val/top1"] > 30
+    checkpoint = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 46
+    assert (run / "checkpoints" / "best.pt").is_file()
+
+
+@pytest.mark.xdist_group("run")
+def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
+    rows = []
+    for processes in (1, 2, 3):  # 355 images in batches of 50: neither divides
+        output = tmp_path / f"{processes}.json"
+        result = done("eval.py", "--checkpoint", run, "--weights", "model", "--output", output, processes=processes)
+        rows.append(json.loads(output.read_text()))
+        assert f"* Acc@1 {rows[0]['top1']:.3f} Acc@5 {rows[0]['top5']:.3f}" in result.stdout
+    assert {row["images"] for row in rows} == {355}
+    assert len({(row["correct1"], row["correct5"]) for row in rows}) == 1
+    last = [line for line in lines_of(run) if "val/top1" in line][-1]
+    assert rows[0]["top1"] == last["val/top1"]
+    assert rows[0]["loss"] == pytest.approx(last["val/loss"], rel=1e-5)
+    assert rows[0]["protocol"]["training"]["images_per_batch_norm"] == 32
+
+
+@pytest.mark.xdist_group("run")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
+    """Stopped in the middle of the second epoch and continued: the same numbers and the same weights, bit for bit."""
+    whole = run
+    if processes == 1:
+        whole = tmp_path / "whole"
+        done("train.py", "--config", recipe, "--output", whole)
+    folder = tmp_path / "resumed"
+    done("train.py", "--config", recipe, "--output", folder, "train.max_steps=30", processes=processes)
+    stray = {"step": 31, "epoch": 1, "train/loss": 9.0}  # as a killed run leaves them, beyond its checkpoint
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(stray) + '\n{"step": 32, "ep')
+    done("train.py", "--config", recipe, "--output", folder, "--resume", "auto", processes=processes)
+
+    states = [torch.load(path / "checkpoints" / "last.pt", weights_only=True) for path in (whole, folder)]
+    for name in ("model", "ema"):
+        for key, value in states[0][name].items():
+            assert torch.equal(value, states[1][name][key]), key
+    assert states[0]["best"] == states[1]["best"]
+    ours, theirs = ({(line["step"], "val/loss" in line): line for line in lines_of(path)} for path in (folder, whole))
+    assert [line["step"] for line in lines_of(folder)] == sorted(line["step"] for line in lines_of(folder))
+    for key in theirs:
+        if key[0] in (40, 46):  # the windows between two log lines are whole again
+            for name in ("train/loss", "train/lr", "val/loss", "val/top1", "val_ema/loss"):
+                assert ours[key].get(name) == theirs[key].get(name), (key, name)
+    again = done("train.py", "--config", recipe, "--output", folder, "--resume", "auto")
+    assert "already trained" in again.stderr
+
+
+@pytest.mark.xdist_group("run")
+def test_refusals_under_torchrun(run, recipe):
+    """Every rank leaves with 2, one line is printed, nothing changes, and torchrun itself exits 1."""
+    before = (run / "checkpoints" / "last.pt").read_bytes()
+    result = start("train.py", "--config", recipe, "--output", run, processes=2)
+    assert result.returncode == 1
+    assert result.stderr.count("train.py: error:") == 1
+    assert "already holds a run; continue it with --resume auto" in result.stderr
+    assert "Traceback" not in result.stderr.split("torch/distributed")[0]
+    assert result.stderr.count("exitcode  : 2") == 2
+    assert (run / "checkpoints" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.xdist_group("run")
+def test_fine_tuning_and_profile(run, recipe, tmp_path):
+    folder = tmp_path / "tuned"
+    overrides = [f"model.weights={run}", "model.new_head=true", "data.name=synthetic", "model.num_classes=4"]
+    done("train.py", "--config", recipe, "--output", folder, *overrides, "train.max_steps=8", "train.profile=2")
+    traces = list((folder / "tensorboard").glob("*.pt.trace.json*"))
+    assert len(traces) == 1
+    assert '"aten::convolution"' in traces[0].read_text()
+
+
+def test_lip_and_baseline_to_a_table(tmp_path):
+    """The README's way, on the shipped recipes cut short: train, evaluate, compare."""
+    runs = []
+    for name in ("lip_resnet50", "resnet50"):
+        runs.append(tmp_path / name)
+        done(
+            "train.py",
+            "--config",
+            f"configs/digits/{name}.yaml",
+            "--output",
+            runs[-1],
+            "train.max_steps=2",
+            processes=2,
+        )
+        done("eval.py", "--checkpoint", runs[-1])
+    table = tmp_path / "table.md"
+    printed = done("scripts/make_table.py", *runs, "--output", table).stdout
+    rows = [json.loads((path / "eval.json").read_text()) for path in runs]
+    assert printed == table.read_text()
+    assert f"{rows[0]['top1'] - rows[1]['top1']:+.2f}" in printed
+    assert start("scripts/make_table.py", *runs, "--output", table).returncode == 2
