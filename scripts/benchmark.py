@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lip_resnet
 from lip_resnet import kernels, lip2d
 from lip_resnet.kernels import plain
-from lip_resnet.logits import Gate, InstanceNorm2d
+from lip_resnet.logits import BottleneckHead, Gate, InstanceNorm2d
 from lip_resnet.pooling import LIP2d
 
 # Channels and height = width of the features that LIP-ResNet-50 pools at 224x224: the stem, then main path and shortcut
@@ -48,23 +48,20 @@ def textbook(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, p
     return F.avg_pool2d(x * weight, kernel_size, stride, padding) / F.avg_pool2d(weight, kernel_size, stride, padding)
 
 
-class TextbookLIP(nn.Module):
+class TextbookLIP(LIP2d):
     """A LIP layer with the textbook operator."""
 
-    def __init__(self, lip: LIP2d) -> None:
-        super().__init__()
-        self.logits, self.window = lip.logits, (lip.kernel_size, lip.stride, lip.padding)
-
     def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
-        return textbook(x, self.logits(x if trunk is None else trunk), *self.window)
+        logits = self.logits(trunk if isinstance(self.logits, BottleneckHead) else x)
+        return textbook(x, logits, self.kernel_size, self.stride, self.padding)
 
 
-class FloorLIP(TextbookLIP):
+class FloorLIP(LIP2d):
     """Average pooling in LIP's place; the logit branch still runs, forward and backward."""
 
     def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
-        logits = self.logits(x if trunk is None else trunk)
-        return F.avg_pool2d(x, *self.window) + 0 * logits[:, :, :1, :1].mean()
+        logits = self.logits(trunk if isinstance(self.logits, BottleneckHead) else x)
+        return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding) + 0 * logits[:, :, :1, :1].mean()
 
 
 def textbook_network(name: str) -> nn.Module:
@@ -73,7 +70,7 @@ def textbook_network(name: str) -> nn.Module:
     for parent in list(model.modules()):
         for key, child in parent.named_children():
             if isinstance(child, LIP2d):
-                setattr(parent, key, TextbookLIP(child))
+                setattr(parent, key, TextbookLIP(child.logits, child.kernel_size, child.stride, child.padding))
             elif isinstance(child, InstanceNorm2d):
                 norm = nn.InstanceNorm2d(child.num_features, affine=True)
                 norm.load_state_dict(child.state_dict())
@@ -88,7 +85,7 @@ def floor_network(name: str) -> nn.Module:
     for parent in list(model.modules()):
         for key, child in parent.named_children():
             if isinstance(child, LIP2d):
-                setattr(parent, key, FloorLIP(child))
+                setattr(parent, key, FloorLIP(child.logits, child.kernel_size, child.stride, child.padding))
             elif isinstance(child, (InstanceNorm2d, Gate)):
                 setattr(parent, key, nn.Identity())
     return model

@@ -9,12 +9,14 @@ import textwrap
 import warnings
 
 import pytest
+import timm
 import torch
 from lip_oracle import relative_error, slow_lip2d
 from test_lip import LAYOUTS, TOLERANCES, WINDOWS, make
 
 from lip_resnet import kernels, lip2d
 from lip_resnet.kernels import cpu, norm, plain
+from lip_resnet.pooling import logit_parameters
 
 OP = torch.ops.lip_resnet.lip2d.default
 
@@ -352,3 +354,23 @@ def test_instance_norm_plain_elsewhere():
     with torch.autocast("cpu", torch.bfloat16):
         low = norm.norm_act(z.bfloat16(), weight, bias, 1e-5, "relu")
     torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_no_layout_change_in_a_channels_last_step():
+    """Of all operators of a training step, none copies features: every map stays channels-last, there and back."""
+    model = timm.create_model("lip_resnet50", num_classes=10).to(memory_format=torch.channels_last)
+    for parameters in logit_parameters(model):
+        torch.nn.init.normal_(parameters, std=0.1)
+    images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        model(images).square().mean().backward()
+    names = {event.name for event in profile.events()}
+    assert {"lip_resnet::lip2d_backward", "lip_resnet::instance_norm_backward"} <= names
+    copies = [
+        (event.name, event.input_shapes[0])
+        for event in profile.events()
+        if event.name in ("aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy")
+        and len(event.input_shapes[0]) == 4
+        and event.input_shapes[0][0] == len(images)
+    ]
+    assert not copies

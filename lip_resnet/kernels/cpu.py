@@ -1,4 +1,4 @@
-"""The CPU kernel: ``cpu.cpp`` built once a machine by the C++ compiler that is found, and called through ctypes.
+"""The CPU kernels, ``cpu.cpp`` and ``norm.cpp``: built once a machine by the C++ compiler found, called by ctypes.
 
 The library lies in ``$LIP_KERNELS_CACHE`` (default ``$XDG_CACHE_HOME/lip_resnet``, else ``~/.cache/lip_resnet``), under
 a name that holds a hash of all it depends on: source, flags, compiler, CPU, PyTorch. Processes that start at once may
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lip_resnet.kernels import KernelUnavailable
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "norm.cpp", "vectors.h")]
 # OpenMP's library is the one that PyTorch has loaded already: one pool of threads for both.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -41,7 +41,15 @@ def library() -> ctypes.CDLL:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
         key = hashlib.sha256(
-            b"\0".join([SOURCE.read_bytes(), " ".join(command).encode(), version, _cpu(), torch.__version__.encode()])
+            b"\0".join(
+                [
+                    *(source.read_bytes() for source in SOURCES),
+                    " ".join(command).encode(),
+                    version,
+                    _cpu(),
+                    torch.__version__.encode(),
+                ]
+            )
         )
         path = _cache() / f"lip2d-{machine}-{key.hexdigest()[:20]}.so"
         if not path.exists():
@@ -82,7 +90,7 @@ def _cache() -> Path:
 def _build(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         built = Path(folder) / path.name
-        subprocess.run([*command, str(SOURCE), "-o", str(built)], capture_output=True, check=True)
+        subprocess.run([*command, *map(str, SOURCES[:2]), "-o", str(built)], capture_output=True, check=True)
         os.replace(built, path)
 
 
@@ -107,7 +115,7 @@ def _description(x: Tensor, logits: Tensor, y: Tensor, r: Tensor, window: tuple[
 
 
 def instance_norm(tensors: list[Tensor | None], activation: int, eps: float, coefficient: float) -> None:
-    """Run ``cpu.cpp``'s with its tensors in its order; without dout (None) forward, with it backward."""
+    """``norm.cpp``'s, its tensors in its order; without dout (None) forward, with it backward."""
     z = tensors[0]
     shape = (ctypes.c_int64 * 4)(*z.shape[:2], z.shape[2] * z.shape[3], activation)
     pointers = [None if t is None else t.data_ptr() for t in tensors]

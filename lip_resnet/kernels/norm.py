@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lip_resnet import kernels
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gate": 2}  # as in cpu.cpp
+ACTIVATIONS = {"none": 0, "relu": 1, "gate": 2}  # as in norm.cpp
 
 
 def norm_act(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str, coefficient: float = 1.0) -> Tensor:
