@@ -75,41 +75,45 @@ def fit(
 ) -> None:
     """Epoch by epoch: train, evaluate, log, save."""
     watched = list(logit_parameters(state.model))
-    while state.step < total:
-        epoch = state.step // len(loader)
-        with profiler(config, folder) as trace:
+    with profiler(config, folder) as trace:
 
-            def on_step(trace: torch.profiler.profile | None = trace) -> None:
-                log.advance()
-                if trace is not None:
-                    trace.step()
+        def on_step() -> None:
+            log.advance()
+            if trace is not None:
+                trace.step()
 
-            train_one_epoch(
-                state,
-                loader,
-                config,
-                watched=watched,
-                on_step=on_step,
-                on_log=lambda values, epoch=epoch: log.log(state.step, epoch, values),
-            )
-        improved = False
-        if (epoch + 1) % config.train.eval_every == 0 or state.step >= total:
-            values = validate(state, config, val_loader)
-            log.log(state.step, epoch, values)
-            top1 = values["val_ema/top1" if config.train.rules == "ema" else "val/top1"]
-            improved = top1 > state.best
-            state.best = max(state.best, top1)
-        if distributed.is_main():
-            payload = {
-                **state.state_dict(),
-                "config": config.model_dump(mode="json"),
-                "processes": distributed.world_size(),
-            }
-            names = ["last.pt", "best.pt"] if improved else ["last.pt"]
-            for name in names:
-                checkpoint.save(folder / "checkpoints" / name, payload)
+        while state.step < total:
+            epoch = state.step // len(loader)
+
+            def on_log(values: dict[str, float], epoch: int = epoch) -> None:
+                log.log(state.step, epoch, values)
+
+            train_one_epoch(state, loader, config, watched=watched, on_step=on_step, on_log=on_log)
+            improved = False
+            if (epoch + 1) % config.train.eval_every == 0 or state.step >= total:
+                values = validate(state, config, val_loader)
+                log.log(state.step, epoch, values)
+                top1 = values["val_ema/top1" if config.train.rules == "ema" else "val/top1"]
+                improved = top1 > state.best
+                state.best = max(state.best, top1)
+            save(state, config, folder, ["last.pt", "best.pt"] if improved else ["last.pt"])
     prefix = "val_ema" if config.train.rules == "ema" else "val"
     log.finish(config, {"top1": values[f"{prefix}/top1"], "top5": values[f"{prefix}/top5"]})
+
+
+def save(state: TrainState, config: Config, folder: Path, names: list[str]) -> None:
+    """Write checkpoints, from rank 0; a file that cannot be written stops every rank."""
+    payload = {
+        **state.state_dict(),
+        "config": config.model_dump(mode="json"),
+        "processes": distributed.world_size(),
+    }
+
+    def write() -> None:
+        for name in names:
+            checkpoint.save(folder / "checkpoints" / name, payload)
+
+    distributed.on_main(write)
 
 
 def validate(state: TrainState, config: Config, loader: EvalLoader) -> dict[str, float]:

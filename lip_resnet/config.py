@@ -162,6 +162,10 @@ class TrainConfig(Section):
     channels_last: bool = True
     compile: bool = False
     """torch.compile the training step's forward and backward."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """Of torch.compile."""
+    gradient_compression: Literal["none", "bfloat16", "float16"] = "none"
+    """The dtype in which processes exchange gradients: half the traffic, rounded sums."""
     loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
     target_threshold: Rate | None = None
     """For `binary_cross_entropy`: (mixed) targets above this count as 1, all others as 0."""
