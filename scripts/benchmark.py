@@ -97,6 +97,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "lip_resnet50": lambda: timm.create_model("lip_resnet50"),
     "lip_resnet50, textbook": lambda: textbook_network("lip_resnet50"),
     "lip_resnet50, convolution floor": lambda: floor_network("lip_resnet50"),
+    "lip_resnet50, logits recomputed": lambda: timm.create_model("lip_resnet50", recompute_logits=True),
 }
 
 
@@ -226,7 +227,7 @@ def build(options: argparse.Namespace, layout: str) -> dict[str, nn.Module]:
     for name, make in NETWORKS.items():
         torch.manual_seed(0)
         models[name] = make()
-    lip, reference, floor = (models[name] for name in list(NETWORKS)[2:])
+    lip, reference, floor = (models[name] for name in list(NETWORKS)[2:5])
     for module in lip.modules():  # not the average pooling that LIP starts as
         if isinstance(module, LIP2d):
             nn.init.normal_(module.logits.conv.weight, std=0.1)
