@@ -4,14 +4,16 @@ The same with one process: python train.py ... . Every recipe key can be overrid
 """
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lip_resnet import checkpoint, distributed, models, replace_downsampling, runlog
-from lip_resnet.config import Config, TrainConfig, load_config, parse_config
+from lip_resnet.config import Config, InputError, TrainConfig, load_config, parse_config
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.engine import TrainState, build_state, evaluate, train_one_epoch
+from lip_resnet.interrupts import SAVE, STOP, Interrupts
 from lip_resnet.pooling import logit_parameters
 
 
@@ -36,16 +38,19 @@ def main() -> None:
     models.check_size(model, min(config.data.size, config.data.eval_size))
     state = build_state(model, config, device)
 
-    start = distributed.on_main(lambda: runlog.open_run(folder, config, options.resume))
-    if start is not None:
-        restore(state, config, start)
+    opened = distributed.on_main(lambda: runlog.open_run(folder, config, options.resume))
+    if opened.source is not None:
+        restore(state, config, opened.source)
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
     log = runlog.RunLog(folder, config, runlog.describe_environment(), state.step, total)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.train.keep)
     try:
+        for note in opened.notes:
+            log.say(note)
         if state.step >= total:
             log.say(f"{folder}: already trained to step {state.step}")
         else:
-            fit(state, config, loader, val_loader, folder, log, total)
+            Run(config, state, loader, val_loader, checkpoints, log, total).fit()
     finally:
         log.close()
 
@@ -64,74 +69,104 @@ def restore(state: TrainState, config: Config, source: Path) -> None:
     state.load_state_dict(payload, str(source))
 
 
-def fit(
-    state: TrainState,
-    config: Config,
-    loader: TrainLoader,
-    val_loader: EvalLoader,
-    folder: Path,
-    log: runlog.RunLog,
-    total: int,
-) -> None:
-    """Epoch by epoch: train, evaluate, log, save."""
-    watched = list(logit_parameters(state.model))
-    with profiler(config, folder) as trace:
+@dataclass
+class Run:
+    """The parts of a run, and the order in which they work."""
 
-        def on_step() -> None:
-            log.advance()
-            if trace is not None:
-                trace.step()
+    config: Config
+    state: TrainState
+    loader: TrainLoader
+    val_loader: EvalLoader
+    checkpoints: checkpoint.Checkpoints
+    log: runlog.RunLog
+    total: int
+    """Optimizer steps of the whole run."""
 
-        while state.step < total:
-            epoch = state.step // len(loader)
+    def fit(self) -> None:
+        """Epoch by epoch: train, evaluate, log, save. Asked to stop, save and leave after the step under way."""
+        train, state = self.config.train, self.state
+        watched = list(logit_parameters(state.model))
+        folder = self.checkpoints.folder.parent
+        with (
+            profiler(train, folder) as trace,
+            Interrupts(train.checkpoint_steps, train.checkpoint_minutes) as interrupts,
+        ):
+            stop = False
 
-            def on_log(values: dict[str, float], epoch: int = epoch) -> None:
-                log.log(state.step, epoch, values)
+            def on_step() -> bool:
+                nonlocal stop
+                self.log.advance()
+                if trace is not None:
+                    trace.step()
+                action = interrupts.after_step(state.step)
+                stop = action == STOP
+                if action == SAVE:
+                    self.save()
+                return stop
 
-            train_one_epoch(state, loader, config, watched=watched, on_step=on_step, on_log=on_log)
-            improved = False
-            if (epoch + 1) % config.train.eval_every == 0 or state.step >= total:
-                values = validate(state, config, val_loader)
-                log.log(state.step, epoch, values)
-                top1 = values["val_ema/top1" if config.train.rules == "ema" else "val/top1"]
-                improved = top1 > state.best
-                state.best = max(state.best, top1)
-            save(state, config, folder, ["last.pt", "best.pt"] if improved else ["last.pt"])
-    prefix = "val_ema" if config.train.rules == "ema" else "val"
-    log.finish(config, {"top1": values[f"{prefix}/top1"], "top5": values[f"{prefix}/top5"]})
+            while state.step < self.total:
+                epoch = state.step // len(self.loader)
+
+                def on_log(values: dict[str, float], epoch: int = epoch) -> None:
+                    self.log.log(state.step, epoch, values)
+
+                train_one_epoch(state, self.loader, self.config, watched=watched, on_step=on_step, on_log=on_log)
+                ended = state.step % len(self.loader) == 0 or state.step >= self.total
+                if ended and ((epoch + 1) % train.eval_every == 0 or state.step >= self.total):
+                    values = self.validate()
+                    self.log.log(state.step, epoch, values)
+                    top1 = values["val_ema/top1" if train.rules == "ema" else "val/top1"]
+                    improved, state.best = top1 > state.best, max(state.best, top1)
+                    self.save(best=improved)
+                elif ended or stop:
+                    self.save()
+                if stop and state.step < self.total:
+                    distributed.on_main(self.checkpoints.wait)
+                    if distributed.is_main():
+                        (folder / "requeue").touch()
+                    reason = interrupts.received or "a signal to another process"
+                    raise distributed.Stopped(f"{reason} at step {state.step}; continue with --resume auto")
+        distributed.on_main(self.checkpoints.wait)
+        prefix = "val_ema" if train.rules == "ema" else "val"
+        self.log.finish(self.config, {"top1": values[f"{prefix}/top1"], "top5": values[f"{prefix}/top5"]})
+
+    def save(self, best: bool = False) -> None:
+        """Start to write a checkpoint, from rank 0; a failed write is told at the next, and stops the run or not."""
+        payload = {
+            **self.state.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "processes": distributed.world_size(),
+        }
+
+        def write() -> None:
+            try:
+                self.checkpoints.wait()
+            except InputError as error:
+                if self.config.train.on_write_error == "stop":
+                    raise
+                self.log.say(f"warning: {error}; the run goes on, the older checkpoints stay")
+            self.checkpoints.save(payload, best)
+
+        distributed.on_main(write)
+
+    def validate(self) -> dict[str, float]:
+        """The val/ numbers, and the val_ema/ numbers where there is an average."""
+        networks = {"val": self.state.model}
+        if self.state.ema is not None:
+            networks["val_ema"] = self.state.ema.module
+        values = {}
+        for prefix, network in networks.items():
+            result = evaluate(network, self.val_loader, self.config)
+            values |= {f"{prefix}/{name}": result[name] for name in ("loss", "top1", "top5")}
+        return values
 
 
-def save(state: TrainState, config: Config, folder: Path, names: list[str]) -> None:
-    """Write checkpoints, from rank 0; a file that cannot be written stops every rank."""
-    payload = {
-        **state.state_dict(),
-        "config": config.model_dump(mode="json"),
-        "processes": distributed.world_size(),
-    }
-
-    def write() -> None:
-        for name in names:
-            checkpoint.save(folder / "checkpoints" / name, payload)
-
-    distributed.on_main(write)
-
-
-def validate(state: TrainState, config: Config, loader: EvalLoader) -> dict[str, float]:
-    """The val/ numbers, and the val_ema/ numbers where there is an average."""
-    networks = {"val": state.model} | ({"val_ema": state.ema.module} if state.ema is not None else {})
-    values = {}
-    for prefix, network in networks.items():
-        result = evaluate(network, loader, config)
-        values |= {f"{prefix}/{name}": result[name] for name in ("loss", "top1", "top5")}
-    return values
-
-
-def profiler(config: Config, folder: Path) -> contextlib.AbstractContextManager:
+def profiler(train: TrainConfig, folder: Path) -> contextlib.AbstractContextManager:
     """torch.profiler over a few steps of rank 0, for TensorBoard; nothing where the recipe asks for none."""
-    if not config.train.profile or not distributed.is_main():
+    if not train.profile or not distributed.is_main():
         return contextlib.nullcontext()
     return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=4, warmup=1, active=config.train.profile, repeat=1),
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=train.profile, repeat=1),
         on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder / "tensorboard")),
     )
 

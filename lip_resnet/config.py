@@ -154,7 +154,7 @@ class TrainConfig(Section):
     """The protocol around the optimizer."""
 
     epochs: Positive
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     max_steps: Positive | None = None
     """Stop after this many optimizer steps; the schedule still spans `epochs`."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -186,6 +186,14 @@ class TrainConfig(Section):
     """Batch statistics over all processes (GPUs only)."""
     eval_every: Positive = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    checkpoint_steps: Count = 0
+    """Save every so many steps too, not only at the end of an epoch; 0 is off."""
+    checkpoint_minutes: NonNegative = 0.0
+    """Save when so many minutes have passed since the last save; 0 is off."""
+    keep: Positive = 2
+    """Checkpoints kept beside the best: the last one, and those to fall back on if it is damaged."""
+    on_write_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written does to the run; the older checkpoints stay either way."""
     log_every: Positive = 50
     """Steps between log lines, which are the only host synchronisations."""
     profile: Count = 0
@@ -236,9 +244,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
-            seen.add(key.value if isinstance(key.value, str) else str(key))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -27,8 +27,9 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
         raise InputError(f"model.name: unknown model {name!r}; near names: {', '.join(near) or 'none'}")
     try:
         return timm.create_model(name, **keywords)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"model {name} does not take {keywords}: {error}") from None
+    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model {name} does not take {keywords}: {line}") from None
 
 
 def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Module:
@@ -38,7 +39,10 @@ def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Mo
         replace: swaps downsampling layers of a model in place, for ``model.downsampling``.
         keywords: further ones of the model.
     """
-    model = create_model(config.name, num_classes=config.num_classes, **keywords, **config.args)
+    keywords["num_classes"] = config.num_classes
+    if taken := sorted(config.args.keys() & {*keywords, "pretrained", "features_only", "checkpoint_path"}):
+        raise InputError(f"model.args: {', '.join(taken)} cannot be set there; the recipe has keys of its own for it")
+    model = create_model(config.name, **keywords, **config.args)
     initialize(model)
     if config.downsampling:
         try:
@@ -77,7 +81,7 @@ def check_size(model: nn.Module, size: int) -> None:
     trial = copy.deepcopy(model).to("meta").train()
     try:
         trial(torch.empty(2, 3, size, size, device="meta"))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from None
 
 

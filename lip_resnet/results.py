@@ -32,6 +32,7 @@ def describe_protocol(config: Config, processes: int | None) -> dict[str, Any]:
         parts = 1 if config.train.sync_bn else processes * config.optim.accumulate
         training["images_per_batch_norm"] = config.data.batch_size // parts
         free = {"seed", "log_every", "profile", "eval_every"}
+        free |= {"checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"}
         training |= {f"train.{key}": value for key, value in tree["train"].items() if key not in free}
     return {"data": data["name"], "classes": config.model.num_classes, **evaluation, "training": training}
 

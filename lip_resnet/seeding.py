@@ -8,7 +8,8 @@ import torch
 
 def derive(*numbers: int) -> int:
     """A 63-bit seed from the numbers that name a choice, such as (seed, epoch, index); well mixed, stable for ever."""
-    low, high = np.random.SeedSequence(numbers).generate_state(2)
+    # The count keeps (1, 2) and (1, 2, 0) apart, which SeedSequence would pad to the same.
+    low, high = np.random.SeedSequence((len(numbers), *numbers)).generate_state(2)
     return (int(high) << 32 | int(low)) >> 1
 
 

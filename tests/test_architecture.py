@@ -8,7 +8,7 @@ PACKAGE = ROOT / "lip_resnet"
 LIP_WING = {"lip", "kernels", "logits", "pooling", "released", "blocks", "resnet", "densenet", "replace"}
 FLOORS = [
     {"config", "lip", "kernels", "logits", "released", "distributed", "seeding"},
-    {"pooling", "blocks", "data", "optim", "metrics", "checkpoint"},
+    {"pooling", "blocks", "data", "optim", "metrics", "checkpoint", "interrupts"},
     {"runlog", "resnet", "densenet", "replace", "models", "engine", "results"},
 ]
 # Inside a floor, only these: each is the plainer of the two.

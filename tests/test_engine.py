@@ -77,8 +77,9 @@ def test_loss_falls_and_numbers_are_logged():
     assert len(logged) == math.ceil(len(loader) / 5)
     assert set(logged[0]) == {f"train/{n}" for n in ("loss", "top1", "top5", "lr", "images_per_second", "data_wait")}
     assert logged[-1]["train/loss"] < logged[0]["train/loss"]
-    assert after["top1"] > before["top1"] + 20
-    assert after["images"] == 355
+    assert logged[-1]["train/top1"] > logged[0]["train/top1"] + 20
+    assert after["images"] == before["images"] == 355
+    assert after["loss"] != before["loss"]
 
 
 def test_evaluation_counts_by_hand():
