@@ -111,8 +111,8 @@ class Paper(Section):
 
     def find(self, model: str, args: dict[str, Any]) -> Row | None:
         """The row of a network, or None where nothing is published."""
-        args = {key: value for key, value in args.items() if (key, value) != ("bottleneck_width", 128)}  # the default
-        return next((row for row in self.rows if (row.model, row.args) == (model, args)), None)
+        network = (model, results.unpublished(args))
+        return next((row for row in self.rows if (row.model, row.args) == network), None)
 
     def accuracies(self) -> dict[str, dict[str, float]]:
         """What ``results.build_table`` shows beside measured rows."""

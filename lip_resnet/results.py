@@ -10,6 +10,9 @@ from typing import Any
 
 from lip_resnet.config import Config, InputError
 
+PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
+"""Keywords of the published networks; a recipe may spell them out."""
+
 _NEEDED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
 
@@ -72,8 +75,8 @@ class Entry:
 
     @property
     def network(self) -> str:
-        """The model and its keywords, without what the weights are."""
-        return label(self.model, self.rows[0].get("args"))
+        """The model and its keywords where they are not the published ones, without what the weights are."""
+        return label(self.model, unpublished(self.rows[0].get("args")))
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -87,6 +90,11 @@ class Entry:
     def deviation(self, key: str) -> float | None:
         """Sample standard deviation over the seeds; None for one."""
         return statistics.stdev(row[key] for row in self.rows) if len(self.rows) > 1 else None
+
+
+def unpublished(args: dict[str, Any] | None) -> dict[str, Any]:
+    """The keywords that make another network than the published one."""
+    return {key: value for key, value in (args or {}).items() if PUBLISHED.get(key) != value}
 
 
 def label(model: str, args: dict[str, Any] | None) -> str:

@@ -92,19 +92,25 @@ def split_readme(path: Path) -> tuple[str, str]:
     return head, tail
 
 
-def accuracy(row: Row, found: dict[str, Any], tolerance: float, **facts: Any) -> dict[str, Any]:
+def accuracy(row: Row, found: dict[str, Any], images: int, retrained: bool, **facts: Any) -> dict[str, Any]:
     """One measured accuracy of a row and its checks; ``facts`` say what was measured."""
-    checks = []
-    if row.published is not None and "why_not" not in facts:
+    checks, published = [], row.published
+    if "why_not" in facts or published is None:
+        pass
+    elif row.correct and not retrained and "correct1" in found:
+        for key, expected in (("correct1", row.correct.top1), ("correct5", row.correct.top5)):
+            checks.append(Check(key, found[key], expected, IMAGES_APART, row.correct.source))
+    else:
+        tolerance = RETRAINED_APART if retrained else 100 * IMAGES_APART / images
+        # A figure printed with two digits stands for all that round to it.
+        tolerance += 0 if row.correct else 0.005
         for key in ("top1", "top5"):
-            expected = getattr(row.published, key)
+            expected = getattr(published, key)
             if expected is not None:
-                # A published figure of two digits stands for all that round to it.
-                slack = tolerance + (0 if row.correct else 0.005)
-                checks.append(Check(key, found[key], expected, slack, row.published.source))
+                checks.append(Check(key, found[key], expected, tolerance, published.source))
     keys = ("top1", "top5", "correct1", "correct5", "images")
     measured = {key: found[key] for key in keys if key in found}
-    return {"row": row.name, **facts, **measured, "checks": checks}
+    return {"row": row.name, "retrained": retrained, **facts, **measured, "checks": checks}
 
 
 def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
@@ -118,9 +124,8 @@ def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
         if found["images"] != paper.images:
             why_not = f"images: {found['images']} against {paper.images}"
         trained = found["protocol"].get("training") is not None
-        tolerance = RETRAINED_APART if trained else 100 * IMAGES_APART / paper.images
-        facts = {"why_not": why_not} if why_not else {}
-        measured.append(accuracy(row, found, tolerance, file=path, retrained=trained, **facts))
+        facts = {"file": path} | ({"why_not": why_not} if why_not else {})
+        measured.append(accuracy(row, found, paper.images, trained, **facts))
     return measured
 
 
@@ -142,10 +147,10 @@ def evaluate_weights(options: Any, paper: Paper) -> list[dict[str, Any]]:
         checkpoint.load_weights(model, path)
         fidelity.check_finite(model, path)
         found = fidelity.evaluate_reference(model, network, paper.images, options.data, options.workers)
-        facts = {"file": path, "sha256": fidelity.sha256(Path(path)), "retrained": False}
+        facts = {"file": path, "sha256": fidelity.sha256(Path(path))}
         if row.correct is not None:
             facts["verdict"] = judge(found, row.correct)
-        measured.append(accuracy(row, found, 100 * IMAGES_APART / paper.images, **facts))
+        measured.append(accuracy(row, found, paper.images, False, **facts))
     return measured
 
 
