@@ -11,8 +11,7 @@ from typing import Any
 import timm
 import torch
 
-import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
-from lip_resnet import checkpoint, distributed, models, results, runlog
+from lip_resnet import checkpoint, distributed, models, replace_downsampling, results, runlog
 from lip_resnet.config import Config, InputError, load_config, parse_config
 from lip_resnet.data import EvalLoader, build_sources
 from lip_resnet.engine import evaluate
@@ -65,6 +64,7 @@ def main() -> None:
         row = {
             "model": config.model.name,
             "args": config.model.args,
+            "downsampling": config.model.downsampling,
             "checkpoint": options.checkpoint or f"timm:{config.model.name}",
             "weights": "ema" if ema else "model",
             "selected_on_val": Path(options.checkpoint or "").name == "best.pt",
@@ -150,10 +150,9 @@ def with_flags(config: Config, options: Any) -> tuple[Config, str]:
 
 def build(config: Config, options: Any, payload: dict[str, Any], ema: bool) -> torch.nn.Module:
     """The network with the weights to evaluate."""
-    keywords = {"num_classes": config.model.num_classes, **config.model.args}
     if options.pretrained:
-        return models.create_model(config.model.name, pretrained=True, **keywords)
-    model = models.create_model(config.model.name, **keywords)
+        return models.create_model(config.model.name, pretrained=True)
+    model = models.build_model(config.model.model_copy(update={"weights": None}), replace_downsampling)
     checkpoint.put_weights(model, payload, options.checkpoint, ema=ema)
     return model
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
-from lip_resnet import checkpoint, distributed, models, runlog
-from lip_resnet.config import Config, load_config, parse_config
+from lip_resnet import checkpoint, distributed, models, replace_downsampling, runlog
+from lip_resnet.config import Config, TrainConfig, load_config, parse_config
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.engine import TrainState, build_state, evaluate, train_one_epoch
 from lip_resnet.pooling import logit_parameters
@@ -33,7 +32,7 @@ def main() -> None:
     train_source, val_source = build_sources(config.data, config.model.num_classes)
     loader = TrainLoader(train_source, config.data, config.optim.accumulate, config.train.seed)
     val_loader = EvalLoader(val_source, config.data)
-    model = models.build_model(config.model, drop_path=config.train.drop_path, drop=config.train.drop)
+    model = models.build_model(config.model, replace_downsampling, **regularisers(config.train))
     models.check_size(model, min(config.data.size, config.data.eval_size))
     state = build_state(model, config, device)
 
@@ -49,6 +48,12 @@ def main() -> None:
             fit(state, config, loader, val_loader, folder, log, total)
     finally:
         log.close()
+
+
+def regularisers(train: TrainConfig) -> dict[str, float]:
+    """The model's keywords that belong to the protocol; a model without them takes no zero either."""
+    rates = {"drop_path_rate": train.drop_path, "drop_rate": train.drop}
+    return {name: rate for name, rate in rates.items() if rate}
 
 
 def restore(state: TrainState, config: Config, source: Path) -> None:
@@ -70,41 +75,45 @@ def fit(
 ) -> None:
     """Epoch by epoch: train, evaluate, log, save."""
     watched = list(logit_parameters(state.model))
-    while state.step < total:
-        epoch = state.step // len(loader)
-        with profiler(config, folder) as trace:
+    with profiler(config, folder) as trace:
 
-            def on_step(trace: torch.profiler.profile | None = trace) -> None:
-                log.advance()
-                if trace is not None:
-                    trace.step()
+        def on_step() -> None:
+            log.advance()
+            if trace is not None:
+                trace.step()
 
-            train_one_epoch(
-                state,
-                loader,
-                config,
-                watched=watched,
-                on_step=on_step,
-                on_log=lambda values, epoch=epoch: log.log(state.step, epoch, values),
-            )
-        improved = False
-        if (epoch + 1) % config.train.eval_every == 0 or state.step >= total:
-            values = validate(state, config, val_loader)
-            log.log(state.step, epoch, values)
-            top1 = values["val_ema/top1" if config.train.rules == "ema" else "val/top1"]
-            improved = top1 > state.best
-            state.best = max(state.best, top1)
-        if distributed.is_main():
-            payload = {
-                **state.state_dict(),
-                "config": config.model_dump(mode="json"),
-                "processes": distributed.world_size(),
-            }
-            names = ["last.pt", "best.pt"] if improved else ["last.pt"]
-            for name in names:
-                checkpoint.save(folder / "checkpoints" / name, payload)
+        while state.step < total:
+            epoch = state.step // len(loader)
+
+            def on_log(values: dict[str, float], epoch: int = epoch) -> None:
+                log.log(state.step, epoch, values)
+
+            train_one_epoch(state, loader, config, watched=watched, on_step=on_step, on_log=on_log)
+            improved = False
+            if (epoch + 1) % config.train.eval_every == 0 or state.step >= total:
+                values = validate(state, config, val_loader)
+                log.log(state.step, epoch, values)
+                top1 = values["val_ema/top1" if config.train.rules == "ema" else "val/top1"]
+                improved = top1 > state.best
+                state.best = max(state.best, top1)
+            save(state, config, folder, ["last.pt", "best.pt"] if improved else ["last.pt"])
     prefix = "val_ema" if config.train.rules == "ema" else "val"
     log.finish(config, {"top1": values[f"{prefix}/top1"], "top5": values[f"{prefix}/top5"]})
+
+
+def save(state: TrainState, config: Config, folder: Path, names: list[str]) -> None:
+    """Write checkpoints, from rank 0; a file that cannot be written stops every rank."""
+    payload = {
+        **state.state_dict(),
+        "config": config.model_dump(mode="json"),
+        "processes": distributed.world_size(),
+    }
+
+    def write() -> None:
+        for name in names:
+            checkpoint.save(folder / "checkpoints" / name, payload)
+
+    distributed.on_main(write)
 
 
 def validate(state: TrainState, config: Config, loader: EvalLoader) -> dict[str, float]:

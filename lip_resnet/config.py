@@ -38,6 +38,9 @@ class ModelConfig(Section):
     num_classes: Positive = 1000
     args: dict[str, Any] = {}
     """Further keywords of the model, such as bottleneck_width: 64."""
+    downsampling: dict[str, str] = {}
+    """Site (stem, main, shortcut, transition, image) -> layer of the zoo that replaces what stands there, in any
+    convolutional network: {stem: blur, main: blur, shortcut: average}."""
     weights: str | None = None
     """A checkpoint file or run folder to start from."""
     new_head: bool = False
@@ -159,7 +162,13 @@ class TrainConfig(Section):
     channels_last: bool = True
     compile: bool = False
     """torch.compile the training step's forward and backward."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """Of torch.compile."""
+    gradient_compression: Literal["none", "bfloat16", "float16"] = "none"
+    """The dtype in which processes exchange gradients: half the traffic, rounded sums."""
     loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    target_threshold: Rate | None = None
+    """For `binary_cross_entropy`: (mixed) targets above this count as 1, all others as 0."""
     label_smoothing: Rate = 0.0
     mixup: NonNegative = 0.0
     """Alpha of mixup's Beta distribution; 0 is off. With cutmix too, each step takes one of the two."""
@@ -186,6 +195,8 @@ class TrainConfig(Section):
     def _consistent(self) -> "TrainConfig":
         if self.rules == "ema" and self.ema_decay is None:
             raise ValueError("rules: ema needs an ema_decay")
+        if self.target_threshold is not None and self.loss != "binary_cross_entropy":
+            raise ValueError(f"target_threshold belongs to loss: binary_cross_entropy; the loss is {self.loss}")
         return self
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
@@ -22,6 +23,7 @@ from lip_resnet.metrics import Counts
 from lip_resnet.optim import build_optimizer, lr_at
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_COMPRESSION = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
 
 
 @dataclass
@@ -79,13 +81,15 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
     ema = None if train.ema_decay is None else ModelEmaV3(model, train.ema_decay)
     optimizer = build_optimizer(model, config.optim)
     if train.compile:
-        model.compile()
+        model.compile(mode=train.compile_mode)
     wrapped = model
     if distributed.world_size() > 1:
         # Every forward takes rank 0's BN buffers, so a checkpoint needs only those.
         wrapped = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
+        if train.gradient_compression != "none":
+            wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
     return TrainState(model, wrapped, optimizer, scaler, ema)
 
@@ -165,6 +169,8 @@ def train_one_epoch(
             if mixing is not None:
                 seeding.reseed(seeding.derive(train.seed, state.step))  # one draw for the whole global batch
                 images, targets = mixing(images, targets)
+            if train.target_threshold is not None:
+                targets = (targets > train.target_threshold).float()
             seeding.reseed_device(device, seeding.derive(train.seed, state.step, rank, part))
             last = part == len(batch.parts) - 1
             with contextlib.nullcontext() if last or world == 1 else state.wrapped.no_sync():

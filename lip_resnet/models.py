@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lip_resnet.checkpoint import load_weights
 from lip_resnet.config import InputError, ModelConfig
+
+Replace = Callable[[nn.Module, Mapping[str, str]], Any]
 
 
 def create_model(name: str, **keywords: Any) -> nn.Module:
@@ -28,12 +31,23 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
         raise InputError(f"model {name} does not take {keywords}: {error}") from None
 
 
-def build_model(config: ModelConfig, *, drop_path: float = 0.0, drop: float = 0.0) -> nn.Module:
-    """The network of a recipe, initialised, with its starting weights if it names any."""
-    keywords = {"drop_path_rate": drop_path, "drop_rate": drop}
-    keywords = {key: value for key, value in keywords.items() if value}
+def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Module:
+    """The network of a recipe, initialised, with its starting weights if it names any.
+
+    Args:
+        replace: swaps downsampling layers of a model in place, for ``model.downsampling``.
+        keywords: further ones of the model.
+    """
     model = create_model(config.name, num_classes=config.num_classes, **keywords, **config.args)
     initialize(model)
+    if config.downsampling:
+        try:
+            report = replace(model, config.downsampling)
+        except ValueError as error:
+            raise InputError(f"model.downsampling: {error}") from None
+        swapped = {what.partition(",")[0] for what in report.swapped.values()}
+        if missed := sorted(set(config.downsampling) - swapped):
+            raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(missed)}")
     if config.weights:
         load_weights(model, config.weights, new_head=config.new_head)
     return model

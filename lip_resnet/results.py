@@ -76,12 +76,19 @@ class Entry:
     @property
     def network(self) -> str:
         """The model and its keywords where they are not the published ones, without what the weights are."""
-        return label(self.model, unpublished(self.rows[0].get("args")))
+        return label(self.model, unpublished(keywords_of(self.rows[0])))
 
     @property
     def protocol(self) -> dict[str, Any]:
         """That of every row."""
         return self.rows[0]["protocol"]
+
+    @property
+    def baseline(self) -> str | None:
+        """The model that a delta is taken to: the same without LIP, or without another downsampling."""
+        if self.rows[0].get("downsampling"):
+            return self.model
+        return self.model.removeprefix("lip_") if self.model.startswith("lip_") else None
 
     def mean(self, key: str) -> float:
         """Over the seeds."""
@@ -92,14 +99,19 @@ class Entry:
         return statistics.stdev(row[key] for row in self.rows) if len(self.rows) > 1 else None
 
 
-def unpublished(args: dict[str, Any] | None) -> dict[str, Any]:
+def keywords_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row's network has beside its model's name: keywords, and layers put in place of its own."""
+    return {**(row.get("args") or {}), **(row.get("downsampling") or {})}
+
+
+def unpublished(keywords: dict[str, Any]) -> dict[str, Any]:
     """The keywords that make another network than the published one."""
-    return {key: value for key, value in (args or {}).items() if PUBLISHED.get(key) != value}
+    return {key: value for key, value in keywords.items() if PUBLISHED.get(key) != value}
 
 
-def label(model: str, args: dict[str, Any] | None) -> str:
+def label(model: str, keywords: dict[str, Any]) -> str:
     """A network's name in tables: the model, and its keywords where it has any."""
-    options = ", ".join(f"{key}={value}" for key, value in (args or {}).items())
+    options = ", ".join(f"{key}={value}" for key, value in keywords.items())
     return model + (f" ({options})" if options else "")
 
 
@@ -111,7 +123,14 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        identity = [row["model"], row.get("args"), row.get("weights"), row.get("selected_on_val"), row["protocol"]]
+        identity = [
+            row["model"],
+            row.get("args"),
+            row.get("downsampling"),
+            row.get("weights"),
+            row.get("selected_on_val"),
+            row["protocol"],
+        ]
         if row.get("seed") is None:
             identity.append(row.get("checkpoint"))
         groups.setdefault(json.dumps(identity, sort_keys=True), []).append(row)
@@ -121,7 +140,7 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
         if len(seeds) != len(set(seeds)):
             raise InputError(f"{members[0]['model']}: two rows have the same seed {sorted(seeds)}; give each run once")
         first = members[0]
-        text = label(first["model"], first.get("args"))
+        text = label(first["model"], keywords_of(first))
         text += ", EMA" if first.get("weights") == "ema" else ""
         text += ", best epoch (selected on val)" if first.get("selected_on_val") else ""
         entries.append(Entry(text, first["model"], members))
@@ -147,7 +166,7 @@ def _no_delta(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
     """Rows and the paper's figures -> (header, lines, notes).
 
-    A LIP network's delta is to its baseline: the model without the ``lip_`` prefix, under the same protocol. Where
+    A network's delta is to its baseline (``Entry.baseline``) under the same protocol. Where
     only other protocols are at hand there is no delta, and a note says what differs.
 
     Args:
@@ -160,8 +179,9 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
     lines = []
     for entry in entries:
         delta = "-"
-        if entry.model.startswith("lip_"):
-            partners = [other for other in entries if other.model == entry.model.removeprefix("lip_")]
+        if entry.baseline is not None:
+            plain = [other for other in entries if not other.rows[0].get("downsampling")]
+            partners = [other for other in plain if other.model == entry.baseline]
             differences = [_no_delta(entry.protocol, other.protocol) for other in partners]
             if None in differences:
                 partner = partners[differences.index(None)]

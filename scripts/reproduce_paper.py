@@ -117,9 +117,10 @@ def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
     """Rows of eval.py; those of another protocol, or of other images, are shown and not compared."""
     measured = []
     for path, found in zip(paths, results.read_rows(paths), strict=True):
-        row = paper.find(found["model"], found.get("args") or {})
+        keywords = results.keywords_of(found)
+        row = paper.find(found["model"], keywords)
         if row is None:
-            raise InputError(f"{path}: {results.label(found['model'], found.get('args'))} is no row of {FIGURES.name}")
+            raise InputError(f"{path}: {results.label(found['model'], keywords)} is no row of {FIGURES.name}")
         why_not = fidelity.protocol_difference(found, ROOT / row.recipe)
         if found["images"] != paper.images:
             why_not = f"images: {found['images']} against {paper.images}"

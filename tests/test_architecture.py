@@ -13,7 +13,7 @@ FLOORS = [
     {"fidelity", "paper"},
 ]
 # Inside a floor, only these: each is the plainer of the two.
-WITHIN = {"distributed": {"config"}, "lip": {"kernels"}, "blocks": {"pooling"}}
+WITHIN = {"distributed": {"config"}, "lip": {"kernels"}, "logits": {"kernels"}, "blocks": {"pooling"}}
 
 
 def _imports(path: Path) -> set[str]:

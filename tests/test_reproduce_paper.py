@@ -228,6 +228,8 @@ def test_refusals(run, small, tmp_path):
     assert "it has no lines" in run("--readme", tmp_path / "plain.md")[2]
     other = trained_row(tmp_path / "row.json", 70.0, model="resnet18")
     assert "resnet18 is no row of paper.yaml" in run("--rows", other)[2]
+    other = trained_row(tmp_path / "row.json", 70.0, downsampling={"main": "blur"})
+    assert "lip_densenet121 (init=reference, main=blur) is no row" in run("--rows", other)[2]
     for text, words in (("rows: [", "not the paper's figures"), ("images: 3", "not the paper's figures")):
         reproduce_paper.FIGURES.write_text(text)
         assert words in run()[2]

@@ -146,7 +146,8 @@ def test_refusals_under_torchrun(run, recipe):
 def test_fine_tuning_and_profile(run, recipe, tmp_path):
     folder = tmp_path / "tuned"
     overrides = [f"model.weights={run}", "model.new_head=true", "data.name=synthetic", "model.num_classes=4"]
-    done("train.py", "--config", recipe, "--output", folder, *overrides, "train.max_steps=8", "train.profile=2")
+    overrides += ["train.max_steps=8", "train.profile=2", "train.gradient_compression=bfloat16"]
+    done("train.py", "--config", recipe, "--output", folder, *overrides, processes=2)
     traces = list((folder / "tensorboard").glob("*.pt.trace.json*"))
     assert len(traces) == 1
     assert '"aten::convolution"' in traces[0].read_text()
