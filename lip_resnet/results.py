@@ -10,6 +10,9 @@ from typing import Any
 
 from lip_resnet.config import Config, InputError
 
+PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
+"""Keywords of the published networks; a recipe may spell them out."""
+
 _NEEDED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
 
@@ -72,6 +75,11 @@ class Entry:
     rows: list[dict[str, Any]]
 
     @property
+    def network(self) -> str:
+        """The model and its keywords where they are not the published ones, without what the weights are."""
+        return label(self.model, unpublished(keywords_of(self.rows[0])))
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """That of every row."""
         return self.rows[0]["protocol"]
@@ -90,6 +98,22 @@ class Entry:
     def deviation(self, key: str) -> float | None:
         """Sample standard deviation over the seeds; None for one."""
         return statistics.stdev(row[key] for row in self.rows) if len(self.rows) > 1 else None
+
+
+def keywords_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row's network has beside its model's name: keywords, and layers put in place of its own."""
+    return {**(row.get("args") or {}), **(row.get("downsampling") or {})}
+
+
+def unpublished(keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that make another network than the published one."""
+    return {key: value for key, value in keywords.items() if PUBLISHED.get(key) != value}
+
+
+def label(model: str, keywords: dict[str, Any]) -> str:
+    """A network's name in tables: the model, and its keywords where it has any."""
+    options = ", ".join(f"{key}={value}" for key, value in keywords.items())
+    return model + (f" ({options})" if options else "")
 
 
 def group(rows: list[dict[str, Any]]) -> list[Entry]:
@@ -117,24 +141,27 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
         if len(seeds) != len(set(seeds)):
             raise InputError(f"{members[0]['model']}: two rows have the same seed {sorted(seeds)}; give each run once")
         first = members[0]
-        options = {**(first.get("args") or {}), **(first.get("downsampling") or {})}
-        options = ", ".join(f"{key}={value}" for key, value in options.items())
-        label = first["model"] + (f" ({options})" if options else "")
-        label += ", EMA" if first.get("weights") == "ema" else ""
-        label += ", best epoch (selected on val)" if first.get("selected_on_val") else ""
-        entries.append(Entry(label, first["model"], members))
+        text = label(first["model"], keywords_of(first))
+        text += ", EMA" if first.get("weights") == "ema" else ""
+        text += ", best epoch (selected on val)" if first.get("selected_on_val") else ""
+        entries.append(Entry(text, first["model"], members))
     return entries
 
 
-def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """The first thing in which two protocols differ, or None where a delta is honest."""
-    if ours["training"] is None or theirs["training"] is None:
-        return "unknown training protocol"
-    for part, other in ((ours, theirs), (ours["training"], theirs["training"])):
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first thing in which two protocols differ, or None."""
+    for part, other in ((ours, theirs), (ours.get("training") or {}, theirs.get("training") or {})):
         for key in sorted(part.keys() | other.keys()):
             if key != "training" and part.get(key) != other.get(key):
                 return f"{key}: {part.get(key)} against {other.get(key)}"
     return None
+
+
+def _no_delta(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Why two accuracies may not be subtracted, or None where a delta is honest."""
+    if ours["training"] is None or theirs["training"] is None:
+        return "unknown training protocol"
+    return difference(ours, theirs)
 
 
 def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
@@ -144,10 +171,10 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
     only other protocols are at hand there is no delta, and a note says what differs.
 
     Args:
-        paper: model name -> published ``top1`` and ``top5``, shown beside runs on the 50,000 ImageNet images.
+        paper: ``label`` of a network -> published ``top1`` and ``top5``, shown beside runs on ImageNet's 50,000.
     """
     entries, notes = group(rows), []
-    with_paper = any(_is_imagenet(entry) and entry.model in paper for entry in entries)
+    with_paper = any(_is_imagenet(entry) and entry.network in paper for entry in entries)
     header = ["model", "params (M)", "MACs (G)", "top-1 (%)", "top-5 (%)", "delta top-1", "seeds", "images"]
     header += ["paper top-1", "paper top-5"] if with_paper else []
     lines = []
@@ -156,7 +183,7 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
         if entry.baseline is not None:
             plain = [other for other in entries if not other.rows[0].get("downsampling")]
             partners = [other for other in plain if other.model == entry.baseline]
-            differences = [_difference(entry.protocol, other.protocol) for other in partners]
+            differences = [_no_delta(entry.protocol, other.protocol) for other in partners]
             if None in differences:
                 partner = partners[differences.index(None)]
                 delta = f"{entry.mean('top1') - partner.mean('top1'):+.2f}"
@@ -173,7 +200,7 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
             str(entry.rows[0]["images"]),
         ]
         if with_paper:
-            published = paper.get(entry.model, {}) if _is_imagenet(entry) else {}
+            published = paper.get(entry.network, {}) if _is_imagenet(entry) else {}
             line += [f"{published[key]:.2f}" if key in published else "-" for key in ("top1", "top5")]
         lines.append(line)
     return header, lines, notes

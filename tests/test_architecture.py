@@ -10,6 +10,7 @@ FLOORS = [
     {"config", "lip", "kernels", "logits", "released", "distributed", "seeding"},
     {"pooling", "blocks", "data", "optim", "metrics", "checkpoint", "interrupts"},
     {"runlog", "resnet", "densenet", "replace", "models", "engine", "results"},
+    {"fidelity", "paper"},
 ]
 # Inside a floor, only these: each is the plainer of the two.
 WITHIN = {"distributed": {"config"}, "lip": {"kernels"}, "logits": {"kernels"}, "blocks": {"pooling"}}

@@ -91,6 +91,15 @@ def test_paper_figures_stand_beside_imagenet():
     assert lines["lip_resnet50"]["paper top-1"] == "78.19"
 
 
+def test_paper_figures_belong_to_a_network_with_its_keywords():
+    rows = [row("lip_resnet50", top1) for top1 in (78.2, 77.0, 78.0)]
+    for one, width in zip(rows, (128, 64, 256), strict=True):
+        one["images"], one["protocol"]["classes"], one["args"] = 50000, 1000, {"bottleneck_width": width}
+    paper = PAPER | {"lip_resnet50 (bottleneck_width=256)": {"top1": 78.15}}
+    header, lines, _ = results.build_table(rows, paper)
+    assert [line[header.index("paper top-1")] for line in lines] == ["78.19", "-", "78.15"]
+
+
 def test_best_and_ema_are_labelled():
     best, ema = row("resnet50", 97.0), row("resnet50", 97.5)
     best["selected_on_val"], ema["weights"] = True, "ema"
