@@ -39,18 +39,21 @@ def main() -> None:
     state = build_state(model, config, device)
 
     opened = distributed.on_main(lambda: runlog.open_run(folder, config, options.resume))
+    processes = [distributed.world_size()]
     if opened.source is not None:
-        restore(state, config, opened.source)
+        processes = restore(state, config, opened.source)
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
     log = runlog.RunLog(folder, config, runlog.describe_environment(), state.step, total)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.train.keep)
     try:
+        if len(processes) > 1:
+            opened.notes.append(f"warning: trained by {processes} processes in turn; batch norm saw other batches")
         for note in opened.notes:
             log.say(note)
         if state.step >= total:
             log.say(f"{folder}: already trained to step {state.step}")
         else:
-            Run(config, state, loader, val_loader, checkpoints, log, total).fit()
+            Run(config, state, loader, val_loader, checkpoints, log, total, processes).fit()
     finally:
         log.close()
 
@@ -61,12 +64,14 @@ def regularisers(train: TrainConfig) -> dict[str, float]:
     return {name: rate for name, rate in rates.items() if rate}
 
 
-def restore(state: TrainState, config: Config, source: Path) -> None:
-    """Continue from a training checkpoint of the same recipe."""
+def restore(state: TrainState, config: Config, source: Path) -> list[int]:
+    """Continue from a training checkpoint of the same recipe; returns the numbers of processes, ours included."""
     payload = checkpoint.load(source)
     if "config" in payload:
         runlog.check_same_recipe(config, parse_config(payload["config"], str(source)), str(source))
     state.load_state_dict(payload, str(source))
+    before, now = payload["processes"], distributed.world_size()
+    return before if before[-1] == now else [*before, now]
 
 
 @dataclass
@@ -81,6 +86,8 @@ class Run:
     log: runlog.RunLog
     total: int
     """Optimizer steps of the whole run."""
+    processes: list[int]
+    """The numbers of processes that have trained it so far, in order."""
 
     def fit(self) -> None:
         """Epoch by epoch: train, evaluate, log, save. Asked to stop, save and leave after the step under way."""
@@ -117,6 +124,9 @@ class Run:
                     self.log.log(state.step, epoch, values)
                     top1 = values["val_ema/top1" if train.rules == "ema" else "val/top1"]
                     improved, state.best = top1 > state.best, max(state.best, top1)
+                    if state.step >= self.total:
+                        prefix = "val_ema" if train.rules == "ema" else "val"
+                        self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in ("top1", "top5")})
                     self.save(best=improved)
                 elif ended or stop:
                     self.save()
@@ -127,15 +137,13 @@ class Run:
                     reason = interrupts.received or "a signal to another process"
                     raise distributed.Stopped(f"{reason} at step {state.step}; continue with --resume auto")
         distributed.on_main(self.checkpoints.wait)
-        prefix = "val_ema" if train.rules == "ema" else "val"
-        self.log.finish(self.config, {"top1": values[f"{prefix}/top1"], "top5": values[f"{prefix}/top5"]})
 
     def save(self, best: bool = False) -> None:
         """Start to write a checkpoint, from rank 0; a failed write is told at the next, and stops the run or not."""
         payload = {
             **self.state.state_dict(),
             "config": self.config.model_dump(mode="json"),
-            "processes": distributed.world_size(),
+            "processes": self.processes,
         }
 
         def write() -> None:

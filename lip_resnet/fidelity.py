@@ -139,4 +139,6 @@ def protocol_difference(row: dict[str, Any], recipe: Path) -> str | None:
     Of a row whose training is unknown only the evaluation is compared.
     """
     trained = row["protocol"].get("training") is not None
-    return results.difference(row["protocol"], results.describe_protocol(load_config(recipe), 8 if trained else None))
+    config = load_config(recipe)
+    training = results.describe_training(config, [8]) if trained else None
+    return results.difference(row["protocol"], results.describe_protocol(config, training))

@@ -16,27 +16,41 @@ PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
 _NEEDED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
 
-def describe_protocol(config: Config, processes: int | None) -> dict[str, Any]:
-    """All that must be equal before two accuracies may be subtracted: data, evaluation, and training but for the seed.
+def describe_training(config: Config, processes: list[int]) -> dict[str, Any]:
+    """How weights were trained, but for the model, the seed and what has no influence.
 
     Args:
-        processes: that trained the weights with ``config``; None where their training is unknown.
+        config: the recipe that they were trained with, as the checkpoint holds it.
+        processes: the numbers of processes that did, in order; usually one.
+    """
+    tree = config.model_dump(mode="json")
+    free = {"root", "workers", "images", "eval_batch_size", "eval_size", "eval_resize"}
+    free |= {"seed", "log_every", "profile", "eval_every"}
+    free |= {"checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"}
+    training = {
+        f"{section}.{key}": value
+        for section in ("data", "optim", "train")
+        for key, value in tree[section].items()
+        if key not in free
+    }
+    training |= {f"model.{key}": tree["model"][key] for key in ("weights", "new_head")}
+    # Batch statistics see this many images: on another number of processes it is another experiment.
+    shares = [config.optim.accumulate * (1 if config.train.sync_bn else count) for count in processes]
+    training["images_per_batch_norm"] = ", then ".join(str(config.data.batch_size // share) for share in shares)
+    return training
+
+
+def describe_protocol(config: Config, training: dict[str, Any] | None) -> dict[str, Any]:
+    """All that must be equal before two accuracies may be subtracted: data, evaluation and training.
+
+    Args:
+        config: what was evaluated, and how.
+        training: ``describe_training`` of the weights; None where it is unknown.
     """
     tree = config.model_dump(mode="json")
     data = tree["data"]
     evaluation = {key: data[key] for key in ("eval_size", "eval_resize", "interpolation", "mean", "std")}
     evaluation |= {"precision": tree["train"]["precision"], "decode": "exact", "views": "one centre crop"}
-    training = None
-    if processes is not None:
-        hardware = {"root", "workers", "eval_batch_size", "images", *evaluation}
-        training = {f"data.{key}": value for key, value in data.items() if key not in hardware}
-        training |= {f"optim.{key}": value for key, value in tree["optim"].items()}
-        # Batch statistics see this many images: on another number of processes it is another experiment.
-        parts = 1 if config.train.sync_bn else processes * config.optim.accumulate
-        training["images_per_batch_norm"] = config.data.batch_size // parts
-        free = {"seed", "log_every", "profile", "eval_every"}
-        free |= {"checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"}
-        training |= {f"train.{key}": value for key, value in tree["train"].items() if key not in free}
     return {"data": data["name"], "classes": config.model.num_classes, **evaluation, "training": training}
 
 
@@ -130,6 +144,7 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
             row.get("downsampling"),
             row.get("weights"),
             row.get("selected_on_val"),
+            row["images"],
             row["protocol"],
         ]
         if row.get("seed") is None:
@@ -157,18 +172,21 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     return None
 
 
-def _no_delta(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+def _no_delta(ours: Entry, theirs: Entry) -> str | None:
     """Why two accuracies may not be subtracted, or None where a delta is honest."""
-    if ours["training"] is None or theirs["training"] is None:
+    if ours.protocol["training"] is None or theirs.protocol["training"] is None:
         return "unknown training protocol"
-    return difference(ours, theirs)
+    for key in ("images", "weights", "selected_on_val"):
+        if ours.rows[0].get(key) != theirs.rows[0].get(key):
+            return f"{key}: {ours.rows[0].get(key)} against {theirs.rows[0].get(key)}"
+    return difference(ours.protocol, theirs.protocol)
 
 
 def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
     """Rows and the paper's figures -> (header, lines, notes).
 
-    A network's delta is to its baseline (``Entry.baseline``) under the same protocol. Where
-    only other protocols are at hand there is no delta, and a note says what differs.
+    A network's delta is to its baseline (``Entry.baseline``) under the same protocol. Where only other protocols are
+    at hand there is no delta, and a note says what differs.
 
     Args:
         paper: ``label`` of a network -> published ``top1`` and ``top5``, shown beside runs on ImageNet's 50,000.
@@ -183,7 +201,7 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
         if entry.baseline is not None:
             plain = [other for other in entries if not other.rows[0].get("downsampling")]
             partners = [other for other in plain if other.model == entry.baseline]
-            differences = [_no_delta(entry.protocol, other.protocol) for other in partners]
+            differences = [_no_delta(entry, other) for other in partners]
             if None in differences:
                 partner = partners[differences.index(None)]
                 delta = f"{entry.mean('top1') - partner.mean('top1'):+.2f}"

@@ -162,7 +162,10 @@ def trained_row(path: Path, top1: float, processes: int | None = 8, **changes: o
             "loss": 1.0,
         },
         **{"top1": top1, "top5": 93.2, "images": 50000, "params": 8690920, "macs": 4083343360, "seed": 0},
-        **{"protocol": results.describe_protocol(config, processes), **changes},
+        **{
+            "protocol": results.describe_protocol(config, processes and results.describe_training(config, [processes])),
+            **changes,
+        },
     }
     path.write_text(json.dumps(row))
     return path

@@ -115,7 +115,7 @@ def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
     last = [line for line in lines_of(run) if "val/top1" in line][-1]
     assert rows[0]["top1"] == last["val/top1"]
     assert rows[0]["loss"] == pytest.approx(last["val/loss"], rel=1e-5)
-    assert rows[0]["protocol"]["training"]["images_per_batch_norm"] == 32
+    assert rows[0]["protocol"]["training"]["images_per_batch_norm"] == "32"
 
 
 @pytest.mark.xdist_group("run")
