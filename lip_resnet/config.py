@@ -22,6 +22,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Colour = Annotated[tuple[float, float, float], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
+SizeFrom = Annotated[tuple[Count, Positive], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -60,14 +61,25 @@ class DataConfig(Section):
     """Images per batch of the evaluation, on one process."""
     last_batch: Literal["keep", "drop"] = "keep"
     """What happens to the images left over when the set does not divide by batch_size: a smaller step, or none."""
+    repeats: Positive = 1
+    """Repeated augmentation: a batch holds batch_size / repeats different images, each this often with an augmentation
+    of its own. An epoch keeps its number of steps, so it visits one in `repeats` of the images, others each epoch."""
     size: Positive = 224
     """Side of the training images, pixels."""
+    size_schedule: Annotated[tuple[SizeFrom, ...], Field(strict=False)] = ()
+    """Progressive resizing: [epoch, size] pairs; from an epoch (the first is 0) on, training images have that side."""
     eval_size: Positive = 224
     """Side of the evaluation's centre crop, pixels."""
     eval_resize: Positive = 256
     """The evaluation first resizes an image's shorter side to this, pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Of every resize, with PIL's antialiasing."""
+    decode: Literal["exact", "fast"] = "exact"
+    """Of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no further
+    than the crop needs and resized by torch, within a level or two of PIL's pixels. Validation is always exact."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A training image that does not decode. stop: end with its path; skip: leave it out of its batch, which is one
+    smaller, count it and list it. Nothing is ever put in its place, and validation always stops."""
     crop_scale: Range = (0.08, 1.0)
     """RandomResizedCrop: area of the crop as a fraction of the image, lowest and highest."""
     crop_ratio: Range = (3 / 4, 4 / 3)
@@ -77,7 +89,7 @@ class DataConfig(Section):
     color_jitter: NonNegative = 0.0
     """Strength of brightness, contrast and saturation jitter."""
     rand_augment: str | None = None
-    """timm's RandAugment string, such as m7-mstd0.5-inc1."""
+    """timm's RandAugment string, such as rand-m7-mstd0.5-inc1."""
     random_erasing: Fraction = 0.0
     """Probability of erasing a random rectangle."""
     mean: Colour = (0.485, 0.456, 0.406)
@@ -100,7 +112,21 @@ class DataConfig(Section):
             raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}")
         if min(self.std) <= 0:
             raise ValueError(f"std is {list(self.std)}; each must be greater than 0")
+        if self.batch_size % self.repeats:
+            raise ValueError(f"batch_size {self.batch_size} does not divide by repeats {self.repeats}")
+        epochs = [epoch for epoch, _ in self.size_schedule]
+        if epochs != sorted(set(epochs)):
+            raise ValueError(f"size_schedule changes at epochs {epochs}; they must rise")
         return self
+
+    def size_at(self, epoch: int) -> int:
+        """Side of the training images in an epoch, counted from 0."""
+        return next((size for start, size in reversed(self.size_schedule) if epoch >= start), self.size)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Every side that training images may have, rising."""
+        return sorted({self.size, *(size for _, size in self.size_schedule)})
 
 
 class OptimConfig(Section):
