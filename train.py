@@ -34,13 +34,14 @@ def main() -> None:
     loader = TrainLoader(train_source, config.data, config.optim.accumulate, config.train.seed)
     val_loader = EvalLoader(val_source, config.data)
     model = models.build_model(config.model, drop_path=config.train.drop_path, drop=config.train.drop)
-    models.check_size(model, min(config.data.size, config.data.eval_size))
+    models.check_size(model, min(*config.data.sizes, config.data.eval_size))
     state = build_state(model, config, device)
 
     start = distributed.on_main(lambda: runlog.open_run(folder, config, options.resume))
     if start is not None:
         restore(state, config, start)
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
+    loader.skipped_to = folder / "skipped.txt"
     log = runlog.RunLog(folder, config, runlog.describe_environment(), state.step, total)
     try:
         if state.step >= total:

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from lip_resnet import distributed, seeding
 from lip_resnet.config import Config, InputError, TrainConfig
-from lip_resnet.data import EvalLoader, TrainLoader, normalize
+from lip_resnet.data import EvalLoader, TrainLoader, normalize, prefetch
 from lip_resnet.metrics import Counts
 from lip_resnet.optim import build_optimizer, lr_at
 
@@ -149,10 +149,10 @@ def train_one_epoch(
 
     state.wrapped.train()
     state.optimizer.zero_grad()
-    counts, norms = Counts(device), {}
+    counts, extra = Counts(device), {}
     began = waiting = time.perf_counter()
     waited = 0.0
-    for batch in loader.epoch(epoch, first):
+    for batch in prefetch(loader.epoch(epoch, first), device):
         waited += time.perf_counter() - waiting
         lr = lr_at(state.step, optim, len(loader), train.epochs)
         for group in state.optimizer.param_groups:
@@ -181,10 +181,10 @@ def train_one_epoch(
 
         if optim.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
-            norms = {"train/grad_norm": _norm(parameters)}
+            extra = {"train/grad_norm": _norm(parameters)}
             if watched:
-                norms["train/grad_norm_without_logits"] = _norm(calm)
-            nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norms["train/grad_norm"])
+                extra["train/grad_norm_without_logits"] = _norm(calm)
+            nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, extra["train/grad_norm"])
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
@@ -201,6 +201,9 @@ def train_one_epoch(
                     f"(epoch {epoch}, learning rate {lr:g}); no checkpoint holds it"
                 )
             elapsed = time.perf_counter() - began
+            if config.data.on_error == "skip":
+                skipped = torch.tensor(sum(loader.skipped.values()), device=device)
+                extra["train/skipped"] = distributed.all_reduce_sum(skipped)
             on_log(
                 {
                     "train/loss": sums["loss"],
@@ -209,7 +212,7 @@ def train_one_epoch(
                     "train/lr": lr,
                     "train/images_per_second": sums["images"] / elapsed,
                     "train/data_wait": waited / elapsed,
-                    **{name: norm.item() for name, norm in norms.items()},
+                    **{name: value.item() for name, value in extra.items()},
                 }
             )
             counts, began, waited = Counts(device), time.perf_counter(), 0.0
