@@ -19,7 +19,7 @@ from lip_resnet.config import InputError
 _DAMAGE = ("premature end of data segment", "bad Huffman code", "bad arithmetic code", "instead of RST")
 _EXTRANEOUS = "extraneous bytes before marker"
 _PIL_ERRORS = (
-    *(UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError),
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 _MCU = 16  # rows; the tallest block of any JPEG that simplejpeg's colours can have
@@ -63,6 +63,8 @@ def decode_exact(data: bytes, path: str) -> Image.Image:
         return image.convert("RGB")
     except BadImage:
         raise
+    except UnidentifiedImageError:
+        raise BadImage(f"{path}: cannot decode this image: PIL knows no such format") from None
     except _PIL_ERRORS as error:
         raise BadImage(f"{path}: cannot decode this image: {error}") from None
 

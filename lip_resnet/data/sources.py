@@ -145,8 +145,9 @@ class Folder(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path = self.path(index)
         data = read_file(path)
+        image = decode_exact(data, path)
         self.check(index, data)
-        return decode_exact(data, path), self.label(index)
+        return image, self.label(index)
 
 
 def _folder_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Folder]:
