@@ -12,9 +12,10 @@ import timm
 import torch
 
 from lip_resnet import checkpoint, distributed, models, replace_downsampling, results, runlog
-from lip_resnet.config import Config, InputError, load_config, parse_config
+from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader, build_sources
 from lip_resnet.engine import evaluate
+from lip_resnet.recipe import load_config, parse_config
 
 
 def parse() -> Any:

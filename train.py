@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from lip_resnet import checkpoint, distributed, models, replace_downsampling, runlog
-from lip_resnet.config import Config, InputError, TrainConfig, load_config, parse_config
+from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.engine import TrainState, build_state, evaluate, train_one_epoch
 from lip_resnet.interrupts import SAVE, STOP, Interrupts
 from lip_resnet.pooling import logit_parameters
+from lip_resnet.recipe import load_config, parse_config
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     loader = TrainLoader(train_source, config.data, config.optim.accumulate, config.train.seed)
     val_loader = EvalLoader(val_source, config.data)
     model = models.build_model(config.model, replace_downsampling, **regularisers(config.train))
-    models.check_size(model, min(config.data.size, config.data.eval_size))
+    models.check_size(model, min(*config.data.sizes, config.data.eval_size))
     state = build_state(model, config, device)
 
     opened = distributed.on_main(lambda: runlog.open_run(folder, config, options.resume))
@@ -43,6 +44,7 @@ def main() -> None:
     if opened.source is not None:
         processes = restore(state, config, opened.source)
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
+    loader.skipped_to = folder / "skipped.txt"
     log = runlog.RunLog(folder, config, runlog.describe_environment(), state.step, total)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.train.keep)
     try:

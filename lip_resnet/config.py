@@ -1,14 +1,10 @@
-"""What a run is: a YAML recipe, read strictly into frozen sections. Defaults exist here and nowhere else."""
+"""What a run is: the sections of a recipe, frozen and validated. Defaults exist here and nowhere else."""
 
-import difflib
 import math
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class InputError(ValueError):
@@ -22,6 +18,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Colour = Annotated[tuple[float, float, float], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
+SizeFrom = Annotated[tuple[Count, Positive], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -63,14 +60,25 @@ class DataConfig(Section):
     """Images per batch of the evaluation, on one process."""
     last_batch: Literal["keep", "drop"] = "keep"
     """What happens to the images left over when the set does not divide by batch_size: a smaller step, or none."""
+    repeats: Positive = 1
+    """Repeated augmentation: a batch holds batch_size / repeats different images, each this often with an augmentation
+    of its own. An epoch keeps its number of steps, so it visits one in `repeats` of the images, others each epoch."""
     size: Positive = 224
     """Side of the training images, pixels."""
+    size_schedule: Annotated[tuple[SizeFrom, ...], Field(strict=False)] = ()
+    """Progressive resizing: [epoch, size] pairs; from an epoch (the first is 0) on, training images have that side."""
     eval_size: Positive = 224
     """Side of the evaluation's centre crop, pixels."""
     eval_resize: Positive = 256
     """The evaluation first resizes an image's shorter side to this, pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Of every resize, with PIL's antialiasing."""
+    decode: Literal["exact", "fast"] = "exact"
+    """Of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no further
+    than the crop needs and resized by torch, within a level or two of PIL's pixels. Validation is always exact."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A training image that does not decode. stop: end with its path; skip: leave it out of its batch, which is one
+    smaller, count it and list it. Nothing is ever put in its place, and validation always stops."""
     crop_scale: Range = (0.08, 1.0)
     """RandomResizedCrop: area of the crop as a fraction of the image, lowest and highest."""
     crop_ratio: Range = (3 / 4, 4 / 3)
@@ -80,7 +88,7 @@ class DataConfig(Section):
     color_jitter: NonNegative = 0.0
     """Strength of brightness, contrast and saturation jitter."""
     rand_augment: str | None = None
-    """timm's RandAugment string, such as m7-mstd0.5-inc1."""
+    """timm's RandAugment string, such as rand-m7-mstd0.5-inc1."""
     random_erasing: Fraction = 0.0
     """Probability of erasing a random rectangle."""
     mean: Colour = (0.485, 0.456, 0.406)
@@ -103,7 +111,21 @@ class DataConfig(Section):
             raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}")
         if min(self.std) <= 0:
             raise ValueError(f"std is {list(self.std)}; each must be greater than 0")
+        if self.batch_size % self.repeats:
+            raise ValueError(f"batch_size {self.batch_size} does not divide by repeats {self.repeats}")
+        epochs = [epoch for epoch, _ in self.size_schedule]
+        if epochs != sorted(set(epochs)):
+            raise ValueError(f"size_schedule changes at epochs {epochs}; they must rise")
         return self
+
+    def size_at(self, epoch: int) -> int:
+        """Side of the training images in an epoch, counted from 0."""
+        return next((size for start, size in reversed(self.size_schedule) if epoch >= start), self.size)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Every side that training images may have, rising."""
+        return sorted({self.size, *(size for _, size in self.size_schedule)})
 
 
 class OptimConfig(Section):
@@ -236,97 +258,3 @@ class Config(Section):
     def dump(self) -> str:
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also refuses duplicate keys and reads 1e-4 as the number it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{source}:{where} {problem}") from None
-    except (ValueError, RecursionError) as error:  # such as a date that is none, or nesting without end
-        raise InputError(f"{source}: not a YAML recipe: {error}") from None
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a recipe and apply ``section.key=value`` overrides, whose values are YAML too.
-
-    Raises:
-        InputError: one line naming file, key, what was given, what is allowed, and the nearest valid key.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"{path}: cannot read the recipe: {reason}") from None
-    tree = _parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        given = "an empty file" if tree is None else f"a {type(tree).__name__}"
-        raise InputError(f"{path}: {given}; a recipe is a mapping of {', '.join(Config.model_fields)}")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(path))
-
-
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Validate a mapping, such as the config stored in a checkpoint; ``source`` names it in errors."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise InputError(f"{source}: {_explain(error.errors()[0])}") from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, value = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or len(keys) < 2 or not all(keys):
-        raise InputError(f"override {override!r}: it must be section.key=value, such as optim.lr=0.05")
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise InputError(f"override {override!r}: {key} is not a section")
-    tree[keys[-1]] = _parse_yaml(value, f"override {override!r}")
-
-
-def _explain(error: ErrorDetails) -> str:
-    """pydantic's account of one error as half a line: key, what was given, what is allowed."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        section = Config
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation
-        allowed = list(section.model_fields)
-        near = difflib.get_close_matches(location[-1], allowed, n=1)
-        prefix = ".".join([*location[:-1], ""])
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed: {', '.join(allowed)}"
-        return f"{key}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{key}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    given = repr(error["input"])
-    given = given if len(given) < 80 else given[:77] + "..."
-    return f"{key}: given {given} ({type(error['input']).__name__}); {message[0].lower()}{message[1:]}"

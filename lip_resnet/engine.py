@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from lip_resnet import distributed, seeding
 from lip_resnet.config import Config, InputError, TrainConfig
-from lip_resnet.data import EvalLoader, TrainLoader, normalize
+from lip_resnet.data import EvalLoader, TrainLoader, normalize, prefetch
 from lip_resnet.metrics import Counts
 from lip_resnet.optim import build_optimizer, lr_at
 
@@ -169,10 +169,10 @@ def train_one_epoch(
 
     state.wrapped.train()
     state.optimizer.zero_grad()
-    counts, norms = state.window, {}
+    counts, extra = state.window, {}
     began = waiting = time.perf_counter()
     waited = 0.0
-    for batch in loader.epoch(epoch, first):
+    for batch in prefetch(loader.epoch(epoch, first), device):
         waited += time.perf_counter() - waiting
         lr = lr_at(state.step, optim, len(loader), train.epochs)
         for group in state.optimizer.param_groups:
@@ -183,11 +183,11 @@ def train_one_epoch(
             labels = labels.to(device, non_blocking=True)
             targets = _dense(labels, classes, train.label_smoothing) if dense else labels
             if mixing is not None:
-                seeding.reseed(seeding.derive(train.seed, state.step))  # one draw for the whole global batch
+                seeding.reseed(seeding.derive("mix", train.seed, state.step))  # one draw for the whole global batch
                 images, targets = mixing(images, targets)
             if train.target_threshold is not None:
                 targets = (targets > train.target_threshold).float()
-            seeding.reseed_device(device, seeding.derive(train.seed, state.step, rank, part))
+            seeding.reseed_device(device, seeding.derive("device", train.seed, state.step, rank, part))
             last = part == len(batch.parts) - 1
             with contextlib.nullcontext() if last or world == 1 else state.wrapped.no_sync():
                 with autocast(device, train.precision):
@@ -203,10 +203,10 @@ def train_one_epoch(
 
         if optim.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
-            norms = {"train/grad_norm": _norm(parameters)}
+            extra = {"train/grad_norm": _norm(parameters)}
             if watched:
-                norms["train/grad_norm_without_logits"] = _norm(calm)
-            nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norms["train/grad_norm"])
+                extra["train/grad_norm_without_logits"] = _norm(calm)
+            nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, extra["train/grad_norm"])
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
@@ -222,6 +222,9 @@ def train_one_epoch(
                     f"(epoch {epoch}, learning rate {lr:g}); no checkpoint holds it"
                 )
             elapsed = time.perf_counter() - began
+            if config.data.on_error == "skip":
+                skipped = torch.tensor(sum(loader.skipped.values()), device=device)
+                extra["train/skipped"] = distributed.all_reduce_sum(skipped)
             on_log(
                 {
                     "train/loss": sums["loss"],
@@ -230,7 +233,7 @@ def train_one_epoch(
                     "train/lr": lr,
                     "train/images_per_second": sums["images"] / elapsed,
                     "train/data_wait": waited / elapsed,
-                    **{name: norm.item() for name, norm in norms.items()},
+                    **{name: value.item() for name, value in extra.items()},
                 }
             )
             counts.reset()

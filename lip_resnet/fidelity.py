@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from lip_resnet import checkpoint, distributed, models, results
-from lip_resnet.config import Config, InputError, load_config, parse_config
+from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader, build_sources
 from lip_resnet.engine import evaluate
+from lip_resnet.recipe import load_config, parse_config
 
 NETWORKS = (
     *(

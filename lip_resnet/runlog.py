@@ -20,7 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lip_resnet import checkpoint, distributed
-from lip_resnet.config import Config, InputError, load_config
+from lip_resnet.config import Config, InputError
+from lip_resnet.recipe import load_config
 
 # What may change when a run goes on: where it runs and how it reports, not what it computes.
 _FREE = {

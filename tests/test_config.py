@@ -10,8 +10,9 @@ import yaml
 from pydantic import ValidationError
 
 from lip_resnet import LAYERS, replace_downsampling
-from lip_resnet.config import InputError, load_config, parse_config
+from lip_resnet.config import InputError
 from lip_resnet.models import build_model
+from lip_resnet.recipe import load_config, parse_config
 from train import regularisers
 
 ROOT = Path(__file__).parents[1]

@@ -122,7 +122,7 @@ def test_every_training_image_once_an_epoch(image_folder):
     for epoch in range(2):
         loader.sampler.epoch = epoch
         keys = [key for part in loader.sampler for key in part]
-        assert sorted(keys) == [(epoch, index) for index in range(23)]
+        assert sorted(keys) == [(epoch, index, 0) for index in range(23)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -8,7 +8,8 @@ import timm
 from conftest import ROOT
 
 import lip_resnet  # noqa: F401
-from lip_resnet.config import InputError, load_config
+from lip_resnet.config import InputError
+from lip_resnet.recipe import load_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import update_readme

@@ -15,8 +15,8 @@ from golden import GOLDEN, released_state_dict
 from torch import nn
 
 from lip_resnet import checkpoint, distributed, fidelity, models, results
-from lip_resnet.config import load_config
 from lip_resnet.paper import Check, count_flops, load_paper
+from lip_resnet.recipe import load_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import reproduce_paper

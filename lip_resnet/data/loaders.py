@@ -1,22 +1,28 @@
 """Samples to batches, dealt to processes.
 
-The sampler yields what names a sample's randomness, (epoch, index), so a sample's pixels depend on nothing else: not on
-the number of workers or processes, nor on where a run was resumed.
+The sampler yields what names a sample's randomness, (epoch, index, repeat), so a sample's pixels depend on nothing
+else: not on the number of workers or processes, nor on where a run was resumed.
 """
 
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from tqdm import tqdm
 
 from lip_resnet import distributed, seeding
 from lip_resnet.config import DataConfig, InputError
-from lip_resnet.data.sources import Synthetic
-from lip_resnet.data.transforms import eval_transform, train_transform
+from lip_resnet.data.decode import BadImage, read_file
+from lip_resnet.data.sources import Folder
+from lip_resnet.data.transforms import TrainTransform, eval_transform
+from lip_resnet.data.workers import PREFETCH, Held, Orders, Ring, start_loader
 
 
 @dataclass(frozen=True)
@@ -24,35 +30,91 @@ class Batch:
     """One optimizer step's share of this process."""
 
     parts: list[tuple[Tensor, Tensor]]
-    """(images (b, 3, H, W) uint8, labels (b,) int64), one pair for each accumulated part."""
+    """(images (b, 3, H, W) uint8 in channels-last order, labels (b,) int64), one pair for each accumulated part."""
     size: int
-    """Images of the step over all processes."""
+    """Images of the step over all processes, those included that ``data.on_error: skip`` has left out."""
 
 
-class _Augmented(Dataset):
-    """(epoch, index) -> (image, label), the augmentation drawn from (seed, epoch, index)."""
+class _Packet(NamedTuple):
+    """What a worker sends: a batch in a shared buffer or in a tensor of its own, or the line that says why not."""
 
-    def __init__(self, source: Dataset, transform: v2.Transform | None, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        image, label = self.source[index]
-        if self.transform is not None:
-            seeding.reseed(seeding.derive(self.seed, epoch, index))
-            image = self.transform(image)
-        return image, label
+    images: Tensor | None = None
+    """(b, H, W, 3) uint8; None where it lies in buffer ``slot``."""
+    labels: np.ndarray | None = None
+    slot: int | None = None
+    side: int = 0
+    skipped: tuple[str, ...] = ()
+    """A line for each image left out."""
+    error: str | None = None
 
 
-class _Plain(Dataset):
-    """index -> (image, label)."""
+class _TrainBatches(Dataset):
+    """An order, (slot, [(epoch, index, repeat), ...]), to a packet.
 
-    def __init__(self, source: Dataset, transform: v2.Transform | None) -> None:
-        self.source, self.transform = source, transform
+    A sample's augmentation is drawn from (seed, epoch, index, repeat) alone.
+    """
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.source[index]
-        return (image if self.transform is None else self.transform(image)), label
+    def __init__(self, source: Any, config: DataConfig, seed: int, memory: Tensor | None, held: Held) -> None:
+        self.source, self.config, self.seed, self.memory, self.held = source, config, seed, memory, held
+        self.transform = TrainTransform(config)
+
+    def __getitems__(self, order: tuple[int | None, list[tuple[int, int, int]]]) -> _Packet:
+        slot, keys = order
+        side = self.config.size_at(keys[0][0])
+        shape = (len(keys), side, side, 3)
+        if slot is None:
+            images = torch.empty(shape, dtype=torch.uint8)
+        else:
+            images = self.memory[slot, : math.prod(shape)].view(shape)
+        labels, skipped = [], []
+        for epoch, index, repeat in keys:
+            self.held.note(index)
+            seed = seeding.derive("augment", self.seed, epoch, index, repeat)
+            try:
+                labels.append(self._load(index, seed, images[len(labels)]))
+            except BadImage as error:
+                if self.config.on_error == "stop":
+                    return _Packet(error=str(error))
+                skipped.append(str(error))
+        self.held.note(-1)
+        done = len(labels)
+        packed = np.array(labels, dtype=np.int64)
+        return _Packet(images[:done] if slot is None else None, packed, slot, side, tuple(skipped))
+
+    def _load(self, index: int, seed: int, out: Tensor) -> int:
+        source = self.source
+        if isinstance(source, Folder):
+            path = source.path(index)
+            data = read_file(path)
+            if self.transform.data(data, path, seed, out):
+                source.check(index, data)
+            return source.label(index)
+        image, label = source[index]
+        if isinstance(image, Tensor):
+            out.copy_(image[:, : len(out), : len(out)].permute(1, 2, 0))
+        else:
+            self.transform.image(image, seed, out)
+        return label
+
+
+class _EvalBatches(Dataset):
+    """An order, (None, range of indices), to a packet: every image by PIL, and any that does not decode is an error."""
+
+    def __init__(self, source: Any, config: DataConfig, held: Held) -> None:
+        self.source, self.held, self.transform = source, held, eval_transform(config)
+
+    def __getitems__(self, order: tuple[None, range]) -> tuple[Tensor, Tensor] | str:
+        images, labels = [], []
+        for index in order[1]:
+            self.held.note(index)
+            try:
+                image, label = self.source[index]
+            except InputError as error:
+                return str(error)
+            images.append(image if isinstance(image, Tensor) else self.transform(image))
+            labels.append(label)
+        self.held.note(-1)
+        return torch.stack(images), torch.tensor(labels)
 
 
 class _TrainSampler:
@@ -60,45 +122,33 @@ class _TrainSampler:
 
     The order of an epoch is a permutation drawn from (seed, epoch); global batch b is its b-th piece, cut into
     processes x accumulate consecutive parts. So a global batch holds the same samples on any number of processes.
+
+    With repeats, a batch is the permutation's next batch_size / repeats samples, first each once, then each once more,
+    and so on: the repeats of a sample fall to different parts where there are as many. An epoch has as many steps as
+    without.
     """
 
-    def __init__(self, samples: int, batch_size: int, parts: int, drop_last: bool, seed: int) -> None:
-        self.samples, self.batch_size, self.parts, self.seed = samples, batch_size, parts, seed
-        self.steps = samples // batch_size if drop_last else -(-samples // batch_size)
+    def __init__(self, samples: int, config: DataConfig, parts: int, seed: int) -> None:
+        self.samples, self.batch_size, self.repeats = samples, config.batch_size, config.repeats
+        self.parts, self.seed = parts, seed
+        self.steps = samples // self.batch_size if config.last_batch == "drop" else -(-samples // self.batch_size)
         self.epoch = self.first_step = 0
 
     def size(self, step: int) -> int:
         """Images of a step over all processes."""
         return min(self.batch_size, self.samples - step * self.batch_size)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(seeding.derive(self.seed, self.epoch))
-        order = torch.randperm(self.samples, generator=generator).tolist()
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        generator = torch.Generator().manual_seed(seeding.derive("order", self.seed, self.epoch))
+        order = torch.randperm(self.samples, generator=generator)
         rank, world = distributed.rank(), distributed.world_size()
-        mine = range(rank * self.parts, (rank + 1) * self.parts)
         for step in range(self.first_step, self.steps):
-            size, start = self.size(step), step * self.batch_size
-            cuts = [start + size * part // (world * self.parts) for part in range(world * self.parts + 1)]
-            for part in mine:
-                yield [(self.epoch, index) for index in order[cuts[part] : cuts[part + 1]]]
-
-
-def _data_loader(dataset: Dataset, batches: Any, workers: int) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _unwrap_worker_errors(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """A worker's InputError arrives with its traceback as text; give back the one line that it was."""
-    try:
-        yield from loader
-    except InputError as error:
-        raise InputError(str(error).strip().splitlines()[-1].rsplit("InputError: ", 1)[-1]) from None
+            size, start = self.size(step), step * (self.batch_size // self.repeats)
+            chosen = order[start : start - (-size // self.repeats)].tolist()
+            keys = [(self.epoch, index, repeat) for repeat in range(self.repeats) for index in chosen][:size]
+            for part in range(rank * self.parts, (rank + 1) * self.parts):
+                cut, end = (size * edge // (world * self.parts) for edge in (part, part + 1))
+                yield keys[cut:end]
 
 
 class TrainLoader:
@@ -123,38 +173,92 @@ class TrainLoader:
                 f"the last batch has {left} images for {parts} parts (processes x accumulate), and batch "
                 "statistics need 2 in each; set data.last_batch: drop or another data.batch_size"
             )
-        self.accumulate = accumulate
-        self.sampler = _TrainSampler(samples, batch_size, accumulate, config.last_batch == "drop", seed)
-        transform = None if isinstance(source, Synthetic) else train_transform(config)
-        self.loader = _data_loader(_Augmented(source, transform, seed), self.sampler, config.workers)
+        self.config, self.accumulate, self.source = config, accumulate, source
+        self.skipped: dict[str, int] = {}
+        self.skipped_to: Path | None = None
+        self.sampler = _TrainSampler(samples, config, accumulate, seed)
+        self.held = Held(config.workers)
+        self.ring = None
+        if config.workers:
+            # As many as can be on their way, and as the caller can hold while it waits.
+            buffers = PREFETCH * config.workers + 2 * accumulate + 1
+            self.ring = Ring(buffers, -(-batch_size // parts) * config.sizes[-1] ** 2 * 3)
+        memory = None if self.ring is None else self.ring.memory
+        dataset = _TrainBatches(source, config, seed, memory, self.held)
+        self.loader = start_loader(dataset, Orders(self.sampler, self.ring), config.workers, pin=False)
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch."""
         return self.sampler.steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The steps of an epoch from ``first_step`` on."""
+        """The steps of an epoch from ``first_step`` on.
+
+        Raises:
+            InputError: an image does not decode (``data.on_error: stop``), too few of a part do, or a worker died.
+        """
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
-        parts = _unwrap_worker_errors(self.loader)
+        packets = _packets(self.loader, self.held, self.source)
         for step in range(first_step, len(self)):
-            yield Batch([next(parts) for _ in range(self.accumulate)], self.sampler.size(step))
-        next(parts, None)  # runs the loader to its end, which keeps its workers for the next epoch
+            yield Batch([self._unpack(next(packets)) for _ in range(self.accumulate)], self.sampler.size(step))
+        next(packets, None)  # runs the loader to its end, which keeps its workers for the next epoch
+
+    def _unpack(self, packet: _Packet) -> tuple[Tensor, Tensor]:
+        if packet.error is not None:
+            raise InputError(packet.error)
+        for line in packet.skipped:
+            self._skip(line)
+        found = len(packet.labels)
+        if packet.skipped and found < 2:
+            raise InputError(
+                f"data.on_error: of one part of a batch, {found} images decode and {len(packet.skipped)} do not"
+            )
+        images = packet.images
+        if images is None:
+            images = self.ring.lend(packet.slot, (found, packet.side, packet.side, 3))
+        return images.permute(0, 3, 1, 2), torch.from_numpy(packet.labels)
+
+    def _skip(self, line: str) -> None:
+        self.skipped[line] = self.skipped.get(line, 0) + 1
+        if self.skipped[line] == 1:
+            tqdm.write(f"skipped: {line}", file=sys.stderr)
+            if self.skipped_to is not None:
+                with open(self.skipped_to, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+
+
+def _packets(loader: DataLoader, held: Held, source: Any) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        death = held.explain(error, source)
+        if death is None:
+            raise
+        raise death from None
 
 
 class EvalLoader:
-    """Every image of a set once, over all processes: batches are cut from the set's order and dealt whole to ranks."""
+    """Every image of a set once, over all processes: batches are cut from the set's order and dealt whole to ranks.
+
+    Raises, while it is read:
+        InputError: an image does not decode, whatever ``data.on_error`` says, or a worker died.
+    """
 
     def __init__(self, source: Any, config: DataConfig) -> None:
-        self.samples = len(source)
+        self.source, self.samples = source, len(source)
         starts = range(0, self.samples, config.eval_batch_size)
         batches = [range(start, min(start + config.eval_batch_size, self.samples)) for start in starts]
-        transform = None if isinstance(source, Synthetic) else eval_transform(config)
-        mine = batches[distributed.rank() :: distributed.world_size()]
-        self.loader = _data_loader(_Plain(source, transform), mine, config.workers)
+        self.batches = batches[distributed.rank() :: distributed.world_size()]
+        self.held = Held(config.workers)
+        dataset = _EvalBatches(source, config, self.held)
+        self.loader = start_loader(dataset, Orders(self.batches), config.workers, pin=torch.cuda.is_available())
 
     def __len__(self) -> int:
         """Batches of this process."""
-        return len(self.loader)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return _unwrap_worker_errors(self.loader)
+        for packet in _packets(self.loader, self.held, self.source):
+            if isinstance(packet, str):
+                raise InputError(packet)
+            yield tuple(packet)

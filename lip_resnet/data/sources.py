@@ -3,26 +3,19 @@
 A *source* is a torchvision-style dataset: ``source[i]`` is (PIL image, label), ``source.classes`` the class names.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from lip_resnet.config import DataConfig, InputError
-
-
-def _read_rgb(path: str) -> Image.Image:
-    try:
-        with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot decode this image: {error}") from None
+from lip_resnet.data.decode import check_scan, decode_exact, read_file
 
 
 class Digits(Dataset):
@@ -92,21 +85,72 @@ def _read_selection(path: str, found: list[str]) -> tuple[list[str], set[str] | 
     return sorted(classes), {image.split("/")[-1] for image in images} or None
 
 
-class _Folder(ImageFolder):
-    """torchvision's ImageFolder, restricted to some classes; an image that does not decode stops with its path."""
+class Folder(Dataset):
+    """Class folders, in torchvision's ImageFolder order, restricted to some classes.
 
-    def __init__(self, root: Path, classes: list[str]) -> None:
-        self._classes = classes
+    Paths lie in one shared block of bytes: a million Python strings would be copied, page by page, into every worker.
+
+    Args:
+        root: holds one folder a class.
+        classes: the folders to read; an image's label is its folder's place among them.
+        names: file names to keep; None keeps all.
+    """
+
+    def __init__(self, root: Path, classes: list[str], names: set[str] | None = None) -> None:
+        self.root, self.classes = root, classes
+        labels = {name: label for label, name in enumerate(classes)}
         try:
-            super().__init__(str(root), loader=_read_rgb)
+            samples = make_dataset(str(root), labels, IMG_EXTENSIONS)
         except (FileNotFoundError, PermissionError) as error:
             raise InputError(f"data.root: {error}") from None
+        if names is not None:
+            samples = [(path, label) for path, label in samples if os.path.basename(path) in names]
+        encoded = [os.fsencode(path) for path, _ in samples]
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        block = np.frombuffer(b"".join(encoded) or b"\0", np.uint8)
+        # Shared, so that a worker is sent a handle and not a copy.
+        self._paths = torch.from_numpy(block.copy()).share_memory_()
+        self._ends = torch.from_numpy(ends).share_memory_()
+        self._labels = torch.tensor([label for _, label in samples], dtype=torch.int64).share_memory_()
+        self._checked = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()
 
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        return self._classes, {name: label for label, name in enumerate(self._classes)}
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def path(self, index: int) -> str:
+        """An image's file."""
+        start, end = self._ends[index : index + 2].tolist()
+        return os.fsdecode(self._paths[start:end].numpy().tobytes())
+
+    def label(self, index: int) -> int:
+        """An image's class."""
+        return int(self._labels[index])
+
+    @property
+    def targets(self) -> list[int]:
+        """Every label."""
+        return self._labels.tolist()
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """Every (path, label), as ImageFolder has them."""
+        return [(self.path(index), label) for index, label in enumerate(self.targets)]
+
+    def check(self, index: int, data: bytes) -> None:
+        """Look for damage that PIL does not report, once a file: it costs as much as half of decoding."""
+        if not self._checked[index]:
+            check_scan(data, self.path(index))
+            self._checked[index] = 1
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path = self.path(index)
+        data = read_file(path)
+        image = decode_exact(data, path)
+        self.check(index, data)
+        return image, self.label(index)
 
 
-def _folder_sources(config: DataConfig, splits: tuple[str, ...]) -> list[_Folder]:
+def _folder_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Folder]:
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise InputError(f"data.root: {root} is not a directory; it must hold train/ and val/")
@@ -127,15 +171,11 @@ def _folder_sources(config: DataConfig, splits: tuple[str, ...]) -> list[_Folder
                 f"data.root: class folders of {splits[0]}/ and {split}/ differ in {len(differing)}, "
                 f"the first is {differing[0]!r}"
             )
-    sources = [_Folder(root / split, classes) for split in splits]
-    if images is not None and splits[0] == "train":
-        train = sources[0]
-        train.samples = [(path, label) for path, label in train.samples if Path(path).name in images]
-        train.imgs, train.targets = train.samples, [label for _, label in train.samples]
-        if len(train.samples) != len(images):
-            raise InputError(
-                f"data.classes: {config.classes} lists {len(images)} images, {len(train.samples)} are in {root}/train"
-            )
+    sources = [Folder(root / split, classes, images if split == "train" else None) for split in splits]
+    if images is not None and splits[0] == "train" and len(sources[0]) != len(images):
+        raise InputError(
+            f"data.classes: {config.classes} lists {len(images)} images, {len(sources[0])} are in {root}/train"
+        )
     return sources
 
 
@@ -148,7 +188,7 @@ def build_sources(config: DataConfig, num_classes: int, splits: tuple[str, ...] 
     if config.name == "digits":
         sources = [Digits(train=split == "train") for split in splits]
     elif config.name == "synthetic":
-        shapes = {"train": (config.images, config.size), "val": (max(1, config.images // 10), config.eval_size)}
+        shapes = {"train": (config.images, config.sizes[-1]), "val": (max(1, config.images // 10), config.eval_size)}
         sources = [Synthetic(shapes[split][0], num_classes, shapes[split][1]) for split in splits]
     else:
         sources = _folder_sources(config, splits)

@@ -1,33 +1,116 @@
-"""PIL images to (3, H, W) uint8 on the CPU, and uint8 batches to normalised floats on the device."""
+"""Images to (H, W, 3) uint8 on the CPU, and uint8 batches to normalised floats on the device."""
 
+import math
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms import InterpolationMode, v2
 
+from lip_resnet import seeding
 from lip_resnet.config import DataConfig, InputError
+from lip_resnet.data.decode import JpegDecoder, decode_exact
 
 
-def train_transform(config: DataConfig) -> v2.Transform:
-    """The reference's random resized crop and flip, and what the recipe adds; on PIL images."""
-    interpolation = InterpolationMode(config.interpolation)
-    steps: list[Any] = [
-        v2.RandomResizedCrop(config.size, config.crop_scale, config.crop_ratio, interpolation=interpolation),
-        v2.RandomHorizontalFlip(config.flip),
-    ]
-    if config.rand_augment:
-        colour = tuple(round(255 * value) for value in config.mean)
-        try:
-            steps.append(rand_augment_transform(config.rand_augment, {"img_mean": colour}))
-        except (AssertionError, ValueError, KeyError) as error:
-            raise InputError(f"data.rand_augment: {config.rand_augment!r} is not a timm RandAugment: {error}") from None
-    if config.color_jitter:
-        steps.append(v2.ColorJitter(*(config.color_jitter,) * 3))
-    steps.append(v2.PILToTensor())
-    if config.random_erasing:
-        steps.append(v2.RandomErasing(config.random_erasing))
-    return v2.Compose(steps)
+class TrainTransform:
+    """The reference's random resized crop and flip, and what the recipe adds.
+
+    Every draw comes from torch's, numpy's and Python's CPU generators, which each sample seeds for itself. Both ways
+    of decoding draw the same numbers in the same order as torchvision's RandomResizedCrop and RandomHorizontalFlip.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.interpolation = InterpolationMode(config.interpolation)
+        self.log_ratio = torch.log(torch.tensor(config.crop_ratio)).tolist()
+        self.decoder = JpegDecoder()
+        steps: list[Any] = []
+        if config.rand_augment:
+            colour = tuple(round(255 * value) for value in config.mean)
+            try:
+                steps.append(rand_augment_transform(config.rand_augment, {"img_mean": colour}))
+            except (AssertionError, ValueError, KeyError) as error:
+                text = f"data.rand_augment: {config.rand_augment!r} is not a timm RandAugment: {error}"
+                raise InputError(text) from None
+        if config.color_jitter:
+            steps.append(v2.ColorJitter(*(config.color_jitter,) * 3))
+        self.on_pil = v2.Compose(steps) if steps else None
+        self.erasing = v2.RandomErasing(config.random_erasing) if config.random_erasing else None
+
+    def image(self, image: Image.Image, seed: int, out: Tensor) -> None:
+        """A PIL image -> ``out`` (size, size, 3) uint8, by PIL."""
+        seeding.reseed(seed)
+        top, left, height, width = self.crop_box(image.height, image.width)
+        side = list(out.shape[:2])
+        image = v2.functional.resized_crop(image, top, left, height, width, side, self.interpolation)
+        if torch.rand(1) < self.config.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        self._finish(image, out)
+
+    def data(self, data: bytes, path: str, seed: int, out: Tensor) -> bool:
+        """A file's bytes -> ``out`` (size, size, 3) uint8, as ``data.decode`` says.
+
+        Returns:
+            Whether PIL decoded it.
+
+        Raises:
+            BadImage: the file is damaged.
+        """
+        if self.config.decode == "fast" and self._fast(data, path, seed, out):
+            return False
+        self.image(decode_exact(data, path), seed, out)
+        return True
+
+    def _fast(self, data: bytes, path: str, seed: int, out: Tensor) -> bool:
+        size = self.decoder.read_size(data)
+        if size is None:
+            return False
+        seeding.reseed(seed)
+        top, left, height, width = self.crop_box(*size)
+        pixels = self.decoder.decode(data, path, size, top + height)
+        if pixels is None:
+            return False
+        crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+        # (1, 3, h, w) whose strides, that of the 1 included, are channels-last: torch's kernel for uint8 needs that.
+        crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
+        mode, side = self.config.interpolation, tuple(out.shape[:2])
+        resized = functional.interpolate(crop, side, mode=mode, align_corners=False, antialias=True)
+        if torch.rand(1) < self.config.flip:
+            resized = resized.flip(-1)
+        out.copy_(resized[0].permute(1, 2, 0))
+        if self.on_pil is not None or self.erasing is not None:
+            self._finish(Image.fromarray(out.numpy()), out)
+        return True
+
+    def _finish(self, image: Image.Image, out: Tensor) -> None:
+        if self.on_pil is not None:
+            image = self.on_pil(image)
+        pixels = v2.functional.pil_to_tensor(image)
+        if self.erasing is not None:
+            pixels = self.erasing(pixels)
+        out.copy_(pixels.permute(1, 2, 0))
+
+    def crop_box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of a random crop: torchvision's ``RandomResizedCrop``, draw for draw."""
+        scale, (lowest, highest) = self.config.crop_scale, self.config.crop_ratio
+        for _ in range(10):
+            area = height * width * torch.empty(1).uniform_(*scale).item()
+            ratio = torch.exp(torch.empty(1).uniform_(*self.log_ratio)).item()
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                top = torch.randint(0, height - h + 1, size=(1,)).item()
+                left = torch.randint(0, width - w + 1, size=(1,)).item()
+                return top, left, h, w
+        w, h = width, height
+        if width / height < lowest:
+            h = round(width / lowest)
+        elif width / height > highest:
+            w = round(height * highest)
+        return (height - h) // 2, (width - w) // 2, h, w
 
 
 def eval_transform(config: DataConfig) -> v2.Transform:

@@ -1,0 +1,157 @@
+"""Bytes of an image file to RGB pixels, or an error that names the file: nothing is ever guessed or replaced.
+
+Two decoders. PIL is the measure, for every format. simplejpeg (libjpeg-turbo) is for JPEG files in a hurry: its pixels
+equal PIL's, and it can stop at the last row that a crop needs. It also reports damage that PIL passes over in silence.
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from lip_resnet.config import InputError
+
+# libjpeg's words for data that cannot be what the encoder wrote. Its other warnings (bytes after the image, an odd
+# version number) leave the pixels whole.
+_DAMAGE = ("premature end of data segment", "bad Huffman code", "bad arithmetic code", "instead of RST")
+_EXTRANEOUS = "extraneous bytes before marker"
+_PIL_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+_MCU = 16  # rows; the tallest block of any JPEG that simplejpeg's colours can have
+
+
+class BadImage(InputError):
+    """One image cannot be decoded; the message begins with its path."""
+
+
+def read_file(path: str) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        BadImage: it cannot be read, or is empty.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise BadImage(f"{path}: cannot read this image: {error.strerror}") from None
+    if not data:
+        raise BadImage(f"{path}: cannot decode this image: the file is empty")
+    return data
+
+
+def decode_exact(data: bytes, path: str) -> Image.Image:
+    """PIL's RGB image, as torchvision's ImageFolder gives it: EXIF orientation is ignored, a palette's transparency is
+    dropped, an animation gives its first frame. Only 16-bit gray differs: scaled to 8 bits, where PIL would clip.
+
+    Raises:
+        BadImage: it does not decode, or has more than twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
+    try:
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            raise BadImage(f"{path}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which hides truncated files")
+        image = Image.open(io.BytesIO(data))
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+            image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise BadImage(f"{path}: cannot decode this image: its {image.mode} pixels have no range")
+        return image.convert("RGB")
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"{path}: cannot decode this image: PIL knows no such format") from None
+    except _PIL_ERRORS as error:
+        raise BadImage(f"{path}: cannot decode this image: {error}") from None
+
+
+def check_scan(data: bytes, path: str) -> None:
+    """Decode a JPEG's whole scan, at an eighth of its size, for damage that PIL does not report; skip other formats.
+
+    Raises:
+        BadImage: the compressed data is damaged. (Some damage still decodes as if it were an image: nobody can tell.)
+    """
+    if not simplejpeg.is_jpeg(data):
+        return
+    try:
+        colours = simplejpeg.decode_jpeg_header(data)[2]
+        space = "CMYK" if colours in ("CMYK", "YCCK") else "GRAY"
+        simplejpeg.decode_jpeg(data, space, min_height=1, min_width=1, min_factor=8)
+    except ValueError as error:
+        _refuse_damage(str(error), path)
+
+
+def _refuse_damage(message: str, path: str) -> None:
+    if any(word in message for word in _DAMAGE):
+        raise BadImage(f"{path}: cannot decode this image: {message}")
+
+
+class JpegDecoder:
+    """Decodes into one buffer that grows as needed: fresh memory costs more than the copy out of it."""
+
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, np.uint8)
+
+    def read_size(self, data: bytes) -> tuple[int, int] | None:
+        """(height, width) from the header; None for what PIL must decode: other formats, CMYK, giant images."""
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            return None
+        if colours not in ("YCbCr", "RGB", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+            return None
+        return height, width
+
+    def decode(self, data: bytes, path: str, size: tuple[int, int], rows: int) -> np.ndarray | None:
+        """The image's first ``rows`` rows, or more, (height, width, 3) uint8; valid until the next call.
+
+        Returns:
+            None where simplejpeg refuses and PIL must decide.
+
+        Raises:
+            BadImage: the compressed data of these rows is damaged.
+        """
+        height, width = size
+        needed = height * width * 3
+        if len(self.buffer) < needed:
+            self.buffer = np.empty(needed, np.uint8)
+        kept = -(-rows // _MCU) * _MCU + _MCU  # one block more: colours of the last row are interpolated with the next
+        field = _find_height(data) if kept < height else None
+        cut = data
+        if field is not None:
+            cut = bytearray(data)
+            cut[field : field + 2] = struct.pack(">H", kept)
+        try:
+            return simplejpeg.decode_jpeg(cut, "RGB", buffer=self.buffer)
+        except ValueError as error:
+            message = str(error)
+        _refuse_damage(message, path)
+        if field is not None and _EXTRANEOUS in message:  # all rows are decoded; what is left over is the rest
+            return self.buffer[: kept * width * 3].reshape(kept, width, 3)
+        return None
+
+
+def _find_height(data: bytes) -> int | None:
+    """Where a JPEG's header states its height, if its rows follow each other in one scan (baseline, interleaved).
+
+    A decoder that is told a smaller height decodes the rows up to it, the same to the bit, and stops.
+    """
+    at, frame = 2, None
+    while at + 10 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # padding
+            at += 1
+            continue
+        if marker in (0xC0, 0xC1):  # baseline and extended sequential frames
+            frame = at
+        elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # progressive, lossless, arithmetic
+            return None
+        elif marker == 0xDA:
+            one_scan = frame is not None and data[at + 4] == data[frame + 9]
+            return frame + 5 if one_scan else None
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return None

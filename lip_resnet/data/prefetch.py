@@ -1,0 +1,41 @@
+"""Batches to the device ahead of time."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from lip_resnet.data.loaders import Batch
+
+
+def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, on a GPU already: the next one is copied on a stream of its own, from pinned memory, while the
+    step before it computes. On the CPU they pass through.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+
+    def upload(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    def release(batch: Batch, copied: torch.cuda.Event) -> Batch:
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(copied)
+        for images, labels in batch.parts:
+            images.record_stream(stream)  # or the allocator could give the memory away before this stream has read it
+            labels.record_stream(stream)
+        return batch
+
+    ahead = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            parts = [(upload(images), upload(labels)) for images, labels in batch.parts]
+            copied = torch.cuda.Event()
+            copied.record(side)
+        if ahead is not None:
+            yield release(*ahead)
+        ahead = Batch(parts, batch.size), copied
+    if ahead is not None:
+        yield release(*ahead)

@@ -1,0 +1,135 @@
+"""What becomes of images that are broken or unusual:  python scripts/bad_images.py
+
+Makes one file of each kind, reads it as training (both ways of decoding) and as validation, and prints a table.
+"""
+
+import io
+import os
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lip_resnet import distributed
+from lip_resnet.config import DataConfig
+from lip_resnet.data.decode import BadImage, read_file
+from lip_resnet.data.sources import Folder
+from lip_resnet.data.transforms import TrainTransform
+
+
+def photograph() -> Image.Image:
+    """(240, 320) smooth colours: at any place, the compressed scan is under way."""
+    random = np.random.default_rng(0)
+    return Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((320, 240), 3)
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    """An image file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _png_header(width: int, height: int) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def make_files(folder: Path) -> dict[str, Path]:
+    """One file a kind, all named .JPEG; kind -> path."""
+    image = photograph()
+    whole = encode(image, quality=95)
+    middle = len(whole) // 2
+    palette = image.quantize(16)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    noise = np.random.default_rng(1).bytes(200)
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+    gray = Image.fromarray((np.arange(64 * 48, dtype=np.uint16) * 21).reshape(48, 64))
+    contents = {
+        "truncated": whole[:middle],
+        "zero bytes": b"",
+        "header only": whole[:300],
+        "scan damaged by zeros": whole[:middle] + bytes(200) + whole[middle + 200 :],
+        "scan damaged by noise": whole[:middle] + noise + whole[middle + 200 :],
+        "text file": b"404 Not Found\n" * 50,
+        "decompression bomb (PNG, 30000x30000)": _png_header(30000, 30000),
+        "decompression bomb (JPEG, 60000x60000)": _giant(whole),
+        "truncated PNG": encode(image, "PNG")[:20000],
+        "CMYK JPEG": encode(image.convert("CMYK"), quality=95),
+        "gray JPEG": encode(image.convert("L"), quality=95),
+        "progressive JPEG": encode(image, quality=95, progressive=True),
+        "bytes after the image": whole + b"trailing" * 10,
+        "PNG": encode(image, "PNG"),
+        "PNG with transparency": encode(image.convert("RGBA"), "PNG"),
+        "palette PNG": encode(palette, "PNG"),
+        "16-bit gray PNG": encode(gray, "PNG"),
+        "animated GIF": encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "EXIF orientation": encode(image, quality=95, exif=rotated),
+    }
+    paths = {}
+    for number, (kind, data) in enumerate(contents.items()):
+        paths[kind] = folder / f"{number:02}.JPEG"
+        paths[kind].write_bytes(data)
+    paths["unreadable (a link to nothing)"] = folder / "unreadable.JPEG"
+    os.symlink(folder / "nothing", paths["unreadable (a link to nothing)"])
+    return paths
+
+
+def _giant(jpeg: bytes) -> bytes:
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + struct.pack(">HH", 60000, 60000) + jpeg[at + 4 :]
+
+
+def outcomes(folder: Path) -> dict[str, dict[str, torch.Tensor | Image.Image | BadImage]]:
+    """kind -> {exact, fast, validation} -> what came of it: pixels, an image, or the error."""
+    paths = make_files(folder)
+    source = Folder(folder.parent, [folder.name])
+    index = {path: number for number, (path, _) in enumerate(source.samples)}
+    found: dict[str, dict[str, torch.Tensor | Image.Image | BadImage]] = {}
+    for kind, path in paths.items():
+        found[kind] = {}
+        for way in ("exact", "fast", "validation"):
+            try:
+                if way == "validation":
+                    found[kind][way] = source[index[str(path)]][0]
+                else:
+                    found[kind][way] = _train(source, index[str(path)], way)
+            except BadImage as error:
+                found[kind][way] = error
+    return found
+
+
+def _train(source: Folder, index: int, decode: str) -> torch.Tensor:
+    """The whole image, resized: a crop need not meet the damage."""
+    crop = {"crop_scale": (1.0, 1.0), "crop_ratio": (0.01, 100.0), "flip": 0.0}
+    config = DataConfig(root=".", batch_size=1, decode=decode, size=96, **crop)
+    out = torch.empty(96, 96, 3, dtype=torch.uint8)
+    path = source.path(index)
+    data = read_file(path)
+    if TrainTransform(config).data(data, path, 1, out):
+        source.check(index, data)
+    return out
+
+
+def main() -> None:
+    distributed.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "class"
+        folder.mkdir()
+        print("| a file named .JPEG that is | training, `exact` | training, `fast` | validation |\n|---|---|---|---|")
+        for kind, ways in outcomes(folder).items():
+            cells = ["refused" if isinstance(result, BadImage) else "decoded" for result in ways.values()]
+            print(f"| {kind} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    distributed.launch(main)
