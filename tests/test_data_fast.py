@@ -240,6 +240,7 @@ def test_repeats_of_a_partial_batch(photographs):
     assert len({index for keys in partial.sampler for _, index, _ in keys}) == 8
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_progressive_sizes(photographs, workers):
     growing = loader(photographs, size_schedule=[[1, 48], [3, 40]], workers=workers)
     for epoch, side in enumerate([32, 48, 48, 40]):
