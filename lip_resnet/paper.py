@@ -139,12 +139,12 @@ def count_flops(model: nn.Module, size: int) -> int:
     """Multiply-adds of one ``size`` x ``size`` image by the rule ``flops`` at the top of this file."""
     total = 0
 
-    def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         nonlocal total
         if isinstance(module, nn.BatchNorm2d):
             total += 2 * output.numel()
-        elif isinstance(module, nn.ReLU):
-            total += output.numel()
+        elif isinstance(module, nn.ReLU) or any(isinstance(extra, nn.ReLU) for extra in inputs[1:]):
+            total += output.numel()  # of its own, or taken along by the norm in front of it
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d | SelectAdaptivePool2d):
             total += inputs[0].numel()
 

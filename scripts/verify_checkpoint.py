@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-from timm.models import save_for_hf
+import safetensors.torch
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
@@ -111,7 +112,9 @@ def write(folder: Path, model: nn.Module, network: fidelity.Network) -> None:
     try:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            save_for_hf(model, temporary, model_args=network.args, safe_serialization=True)
+            # timm's save_for_hf does these two lines, but old timms refuse without an old huggingface_hub.
+            (temporary / "model.safetensors").write_bytes(safetensors.torch.save(model.state_dict()))
+            save_config_for_hf(model, temporary / "config.json", model_args=network.args)
             temporary.chmod(0o755)  # mkdtemp's is for its owner alone
             os.rename(temporary, folder)  # takes the place of an empty directory, and of nothing else
         finally:

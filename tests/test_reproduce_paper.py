@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 import yaml
@@ -90,6 +91,20 @@ def test_flops_rule_by_hand():
     convolution, linear, outputs = 4 * 4 * 4 * 3 * 9, 16 * 5, 4 * 4 * 4
     assert models.count_macs(model, 4) == convolution + linear
     assert count_flops(model, 4) == convolution + linear + 2 * outputs + outputs + outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [("resnet50", 4_121_925_096), ("densenet121", 2_882_620_136), ("lip_resnet50", 5_332_822_504)],
+)
+def test_flops_are_those_of_ptflops(name, counted):
+    """Counted once by ptflops 0.6.9, which adds the classifier's 1,000 biases.
+
+    The DenseNet is torchvision's, whose last ReLU and pooling neither sees: they are functions.
+    """
+    create = torchvision.models.get_model if name == "densenet121" else timm.create_model
+    with torch.device("meta"):
+        assert count_flops(create(name), 224) == counted - 1000
 
 
 def test_tolerances():
