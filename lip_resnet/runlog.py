@@ -118,21 +118,25 @@ def _lock(folder: Path) -> TextIO:
     return file
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions, hardware, command and commit: what a number depends on beside its recipe."""
+def describe_environment(device: str | None = None) -> dict[str, Any]:
+    """Versions, hardware, command and commit: what a number depends on beside its recipe.
+
+    ``device`` ("cpu" or "cuda") is the one that is described, by default the GPU where there is one.
+    """
+    gpu = torch.cuda.is_available() if device is None else device == "cuda"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "hardware": torch.cuda.get_device_name() if gpu else _cpu_name(),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda if gpu else None,
     }
 
 

@@ -6,6 +6,8 @@ A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`
 import re
 from pathlib import Path
 
+import performance
+
 from lip_resnet import LAYERS, checkpoint, distributed
 from lip_resnet.config import InputError
 
@@ -18,7 +20,7 @@ def zoo() -> str:
     return "\n".join(["| layer | what it does | source |", "|---|---|---|", *lines])
 
 
-SECTIONS = {"zoo": zoo}
+SECTIONS = {"zoo": zoo, "performance": performance.section}
 
 
 def refresh(text: str) -> str:
