@@ -14,7 +14,7 @@ import torch
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_resnet import checkpoint, distributed, models, results, runlog
 from lip_resnet.config import Config, InputError, load_config, parse_config
-from lip_resnet.data import EvalLoader, build_sources
+from lip_resnet.data import EvalLoader, build_sources, describe_source
 from lip_resnet.engine import evaluate
 
 
@@ -74,6 +74,7 @@ def main() -> None:
             "seed": config.train.seed if trained else None,
             "step": payload.get("step"),
             "protocol": results.describe_protocol(config, payload.get("processes", 1) if trained else None),
+            "dataset": describe_source(source),
             "environment": runlog.describe_environment(),
         }
         if output is not None:

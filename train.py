@@ -11,7 +11,7 @@ import torch
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_resnet import checkpoint, distributed, models, runlog
 from lip_resnet.config import Config, load_config, parse_config
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
 from lip_resnet.engine import TrainState, build_state, evaluate, train_one_epoch
 from lip_resnet.pooling import logit_parameters
 
@@ -42,7 +42,9 @@ def main() -> None:
         restore(state, config, start)
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
     loader.skipped_to = folder / "skipped.txt"
-    log = runlog.RunLog(folder, config, runlog.describe_environment(), state.step, total)
+    datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
+    environment = {**runlog.describe_environment(), "datasets": datasets}
+    log = runlog.RunLog(folder, config, environment, state.step, total)
     try:
         if state.step >= total:
             log.say(f"{folder}: already trained to step {state.step}")
