@@ -13,7 +13,7 @@ import torch
 
 from lip_resnet import checkpoint, distributed, models, replace_downsampling, results, runlog
 from lip_resnet.config import Config, InputError
-from lip_resnet.data import EvalLoader, build_sources
+from lip_resnet.data import EvalLoader, build_sources, describe_source
 from lip_resnet.engine import evaluate
 from lip_resnet.recipe import load_config, parse_config
 
@@ -77,6 +77,7 @@ def main() -> None:
             "protocol": results.describe_protocol(
                 config, results.describe_training(trained, payload["processes"]) if trained else None
             ),
+            "dataset": describe_source(source),
             "environment": runlog.describe_environment(),
         }
         if output is not None:

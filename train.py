@@ -11,7 +11,7 @@ import torch
 
 from lip_resnet import checkpoint, distributed, models, replace_downsampling, runlog
 from lip_resnet.config import Config, InputError, TrainConfig
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
 from lip_resnet.engine import TrainState, build_state, evaluate, train_one_epoch
 from lip_resnet.interrupts import SAVE, STOP, Interrupts
 from lip_resnet.pooling import logit_parameters
@@ -45,7 +45,9 @@ def main() -> None:
         processes = restore(state, config, opened.source)
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
     loader.skipped_to = folder / "skipped.txt"
-    log = runlog.RunLog(folder, config, runlog.describe_environment(), state.step, total)
+    datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
+    environment = {**runlog.describe_environment(), "datasets": datasets}
+    log = runlog.RunLog(folder, config, environment, state.step, total)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.train.keep)
     try:
         if len(processes) > 1:

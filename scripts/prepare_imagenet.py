@@ -1,0 +1,217 @@
+"""ImageNet's archives to folders:  python scripts/prepare_imagenet.py --archives DIR --output DIR/imagenet
+
+Reads ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as they were downloaded, each
+once from front to back, and writes every image straight to its place. A killed run goes on with the same command.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+from scipy.io import loadmat
+from torchvision.datasets.imagenet import ARCHIVE_META
+from tqdm import tqdm
+
+from lip_resnet import checkpoint, distributed
+from lip_resnet.config import InputError
+from lip_resnet.data.decode import decode_exact
+
+_DATA = "ILSVRC2012_devkit_t12/data"
+_CLASS, _TRAIN, _VAL = r"n\d{8}\.tar", r"n\d{8}_\d+\.JPEG", r"ILSVRC2012_val_(\d{8})\.JPEG"
+
+
+class _Hashed(io.RawIOBase):
+    """A file that is read once, front to back, hashed and shown on a progress bar as it goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.md5 = open(path, "rb"), hashlib.md5()  # noqa: SIM115 (closed by close())
+        self.bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=None)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.md5.update(data)
+        self.bar.update(len(data))
+        return data
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        super().close()
+
+
+def read_archive(path: Path, visit: Callable[[tarfile.TarFile], None]) -> str:
+    """Let ``visit`` read a tar file as a stream; the md5 of the whole file.
+
+    Raises:
+        InputError: it is not there, or not a tar file.
+    """
+    try:
+        with _Hashed(path) as file:
+            with tarfile.open(fileobj=file, mode="r|*" if path.suffix == ".gz" else "r|") as archive:
+                visit(archive)
+            while file.read(1 << 20):  # what tar does not need counts too
+                pass
+            return file.md5.hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(f"{path}: not a whole tar archive: {error}") from None
+
+
+def read_devkit(path: Path) -> tuple[str, list[str]]:
+    """The devkit's md5, and the class (WordNet ID) of every validation image in order.
+
+    Raises:
+        InputError: it is not the devkit.
+    """
+    files: dict[str, bytes] = {}
+    wanted = {f"{_DATA}/meta.mat", f"{_DATA}/ILSVRC2012_validation_ground_truth.txt"}
+
+    def visit(archive: tarfile.TarFile) -> None:
+        for member in archive:
+            if member.name in wanted:
+                files[member.name] = archive.extractfile(member).read()
+
+    md5 = read_archive(path, visit)
+    if set(files) != wanted:
+        raise InputError(f"{path}: not ImageNet's devkit; it lacks {min(wanted - set(files))}")
+    synsets = loadmat(io.BytesIO(files[f"{_DATA}/meta.mat"]), squeeze_me=True)["synsets"]
+    # The leaves are the classes; the other synsets are the hierarchy above them.
+    names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if not row["num_children"]}
+    truth = files[f"{_DATA}/ILSVRC2012_validation_ground_truth.txt"].split()
+    return md5, [names[int(number)] for number in truth]
+
+
+def train_images(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, BinaryIO, int]]:
+    """(class, file name, its data, bytes) of the archive of archives."""
+    for member in archive:
+        if not re.fullmatch(_CLASS, member.name):
+            raise InputError(f"{path}: not ImageNet's training archive; it holds {member.name!r}")
+        with tarfile.open(fileobj=archive.extractfile(member), mode="r|") as inner:
+            for image in inner:
+                if not re.fullmatch(_TRAIN, image.name):
+                    raise InputError(f"{path}: {member.name} holds {image.name!r}")
+                yield member.name[:9], image.name, inner.extractfile(image), image.size
+
+
+def val_images(archive: tarfile.TarFile, path: Path, truth: list[str]) -> Iterator[tuple[str, str, BinaryIO, int]]:
+    """(class, file name, its data, bytes) of the flat archive; the classes are the devkit's."""
+    for member in archive:
+        found = re.fullmatch(_VAL, member.name)
+        if found is None or not 1 <= int(found[1]) <= len(truth):
+            raise InputError(f"{path}: not ImageNet's validation archive; it holds {member.name!r}")
+        yield truth[int(found[1]) - 1], member.name, archive.extractfile(member), member.size
+
+
+def shrink(data: bytes, name: str, longest: int, quality: int) -> bytes:
+    """An image with its longest side at most ``longest`` as JPEG; the file itself where that would not be smaller."""
+    image = decode_exact(data, name)
+    image.thumbnail((longest, longest), Image.Resampling.BICUBIC, reducing_gap=None)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return min(data, buffer.getvalue(), key=len)
+
+
+class Writer:
+    """Writes images beside each other in threads; an existing file is whole and is left as it is."""
+
+    def __init__(self, folder: Path, longest: int | None, quality: int) -> None:
+        self.folder, self.longest, self.quality = folder, longest, quality
+        self.images, self.classes = 0, set()
+        self.pending: deque[Future] = deque()
+
+    def write_all(self, images: Iterator[tuple[str, str, BinaryIO, int]]) -> None:
+        """Every image to folder/class/name."""
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for label, name, file, size in images:
+                path = self.folder / label / name
+                if label not in self.classes:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self.classes.add(label)
+                self.images += 1
+                # A re-encoded file's size is not known, but only whole files ever get their name.
+                if path.is_file() and (self.longest or path.stat().st_size == size):
+                    continue
+                self.pending.append(threads.submit(self._write, path, file.read()))
+                while len(self.pending) > 256:
+                    self.pending.popleft().result()
+            while self.pending:
+                self.pending.popleft().result()
+
+    def _write(self, path: Path, data: bytes) -> None:
+        if self.longest:
+            data = shrink(data, path.name, self.longest, self.quality)
+        part = path.with_suffix(".part")
+        part.write_bytes(data)
+        os.replace(part, path)
+
+
+def check(path: Path, md5: str, any_archive: bool) -> None:
+    """Compare with the published checksum.
+
+    Raises:
+        InputError: it differs.
+    """
+    official = dict(ARCHIVE_META.values())[path.name]
+    if md5 != official and not any_archive:
+        raise InputError(f"{path}: its md5 is {md5}, the official archive's {official}; --any-archive accepts it")
+
+
+def main() -> None:
+    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--archives", required=True, type=Path, help="the directory of the three archives")
+    parser.add_argument("--output", required=True, type=Path, help="where train/ and val/ are written")
+    parser.add_argument("--longest", type=int, help="re-encode: the longest side is at most this, pixels, such as 500")
+    parser.add_argument("--quality", type=int, default=90, help="of re-encoded JPEG files (default: 90)")
+    parser.add_argument("--any-archive", action="store_true", help="accept archives with other checksums")
+    options = parser.parse_args()
+    paths = {key: options.archives / name for key, (name, _) in ARCHIVE_META.items()}
+    for path in paths.values():
+        if not path.is_file():
+            raise InputError(f"--archives: there is no {path}")
+    encoding = {"longest": options.longest, "quality": options.quality if options.longest else None}
+    record = options.output / "prepared.json"
+    done: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {"encoding": encoding}
+    if done["encoding"] != encoding:
+        raise InputError(f"--output {options.output} was begun with {done['encoding']}; choose another")
+    options.output.mkdir(parents=True, exist_ok=True)
+    _save(record, done)
+
+    md5, truth = read_devkit(paths["devkit"])
+    check(paths["devkit"], md5, options.any_archive)
+    for split in ("val", "train"):
+        if split in done:
+            print(f"{split}: {done[split]['images']} images, already done")
+            continue
+        path, writer = paths[split], Writer(options.output / split, options.longest, options.quality)
+
+        def visit(archive: tarfile.TarFile, split: str = split, path: Path = path, writer: Writer = writer) -> None:
+            images = train_images(archive, path) if split == "train" else val_images(archive, path, truth)
+            writer.write_all(images)
+
+        md5 = read_archive(path, visit)
+        check(path, md5, options.any_archive)
+        done[split] = {"images": writer.images, "classes": len(writer.classes), "md5": md5}
+        _save(record, done)
+        print(f"{split}: {writer.images} images of {len(writer.classes)} classes")
+
+
+def _save(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    distributed.launch(main)

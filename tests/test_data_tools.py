@@ -1,0 +1,208 @@
+"""prepare_imagenet.py on archives of the official layout, check_dataset.py, and the fingerprint of a set."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import shutil
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, small_config
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets.imagenet import ARCHIVE_META
+
+from lip_resnet import distributed
+from lip_resnet.config import DataConfig
+from lip_resnet.data import build_sources, describe_source
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import bad_images
+import check_dataset
+import prepare_imagenet
+
+CLASSES = ("n01440764", "n02105855", "n15075141")
+TRUTH = [3, 1, 2, 1, 3]  # ILSVRC2012_IDs of the validation images
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def image_bytes(number: int, side: int = 40) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return bad_images.encode(Image.fromarray(pixels).resize((side + number, side), 3), quality=95)
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """The three archives, three classes of four images, and what must come of them: path -> bytes."""
+    folder, expected = tmp_path_factory.mktemp("archives"), {}
+    with tarfile.open(folder / ARCHIVE_META["train"][0], "w") as outer:
+        for label, name in enumerate(CLASSES):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for number in range(4):
+                    data = image_bytes(10 * label + number)
+                    expected[f"train/{name}/{name}_{number}.JPEG"] = data
+                    add(archive, f"{name}_{number}.JPEG", data)
+            add(outer, f"{name}.tar", inner.getvalue())
+    with tarfile.open(folder / ARCHIVE_META["val"][0], "w") as archive:
+        for number, truth in enumerate(TRUTH, 1):
+            data, file = image_bytes(100 + number), f"ILSVRC2012_val_{number:08}.JPEG"
+            expected[f"val/{CLASSES[truth - 1]}/{file}"] = data
+            add(archive, file, data)
+    fields = [
+        ("ILSVRC2012_ID", object),
+        ("WNID", object),
+        ("words", object),
+        ("gloss", object),
+        ("num_children", object),
+    ]
+    synsets = [(number, name, "words", "gloss", 0) for number, name in enumerate(CLASSES, 1)]
+    synsets.append((1001, "n00001740", "entity", "what there is", 3))  # not a class
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": np.array(synsets, dtype=fields)})
+    with tarfile.open(folder / ARCHIVE_META["devkit"][0], "w:gz") as archive:
+        add(archive, "ILSVRC2012_devkit_t12/readme.txt", b"read me")
+        add(archive, "ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue())
+        truth = "".join(f"{number}\n" for number in TRUTH)
+        add(archive, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", truth.encode())
+    return folder, expected
+
+
+def run(monkeypatch, module, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        distributed.launch(module.main)
+    return left.value.code
+
+
+def written(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.glob("*/*/*")}
+
+
+def test_archives_to_folders(monkeypatch, archives, tmp_path):
+    folder, expected = archives
+    assert run(monkeypatch, prepare_imagenet, "--archives", folder, "--output", tmp_path, "--any-archive") == 0
+    assert written(tmp_path) == expected
+    record = json.loads((tmp_path / "prepared.json").read_text())
+    checksum = hashlib.md5((folder / ARCHIVE_META["train"][0]).read_bytes()).hexdigest()
+    assert record["train"] == {"images": 12, "classes": 3, "md5": checksum}
+    train, val = build_sources(DataConfig(root=str(tmp_path), batch_size=1), 3)
+    assert train.classes == list(CLASSES)
+    by_file = sorted((Path(path).name, label) for path, label in val.samples)
+    assert [label + 1 for _, label in by_file] == TRUTH
+
+
+def test_a_kill_is_survived(monkeypatch, archives, tmp_path):
+    folder, expected = archives
+    arguments = ("--archives", folder, "--output", tmp_path, "--any-archive")
+    write = prepare_imagenet.Writer._write
+
+    def slow(self, path, data):
+        time.sleep(0.1)
+        write(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_imagenet.Writer, "_write", slow)
+        process = multiprocessing.get_context("fork").Process(target=run, args=(patch, prepare_imagenet, *arguments))
+        process.start()
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("*/*/*.JPEG"))) < 7 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.JPEG")}
+    assert 7 <= len(before) < len(expected)
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+    assert {name: data for name, data in written(tmp_path).items() if not name.endswith(".part")} == expected
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # what was whole was not written again
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 0  # nothing left to do
+
+
+def test_re_encoding(monkeypatch, archives, tmp_path):
+    folder, expected = archives
+    arguments = ("--archives", folder, "--any-archive", "--longest", 30, "--output", tmp_path / "small")
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+    small = written(tmp_path / "small")
+    assert set(small) == set(expected)
+    for name, data in small.items():
+        image, original = (Image.open(io.BytesIO(each)) for each in (data, expected[name]))
+        assert len(data) < len(expected[name])
+        assert max(image.size) == 30
+        assert data == bad_images.encode(original.resize(image.size, Image.Resampling.BICUBIC), quality=90)
+    assert run(monkeypatch, prepare_imagenet, *arguments[:3], "--output", tmp_path / "small") == 2
+
+
+def test_wrong_archives_are_refused(monkeypatch, archives, tmp_path, capsys):
+    folder = tmp_path / "copies"
+    shutil.copytree(archives[0], folder)
+    arguments = ("--archives", folder, "--output", tmp_path / "out")
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 2
+    assert "the official archive's fa75699e90414af021442c21a62c3abf" in capsys.readouterr().err
+    val = folder / ARCHIVE_META["val"][0]
+    whole = val.read_bytes()
+    for content, words in ((whole[: len(whole) // 2], "not a whole tar archive"), (b"no tar" * 200, "not a whole tar")):
+        val.write_bytes(content)
+        assert run(monkeypatch, prepare_imagenet, *arguments, "--any-archive") == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    with tarfile.open(val, "w") as archive:
+        add(archive, "../../evil.JPEG", b"")
+    assert run(monkeypatch, prepare_imagenet, *arguments, "--any-archive") == 2
+    assert "it holds '../../evil.JPEG'" in capsys.readouterr().err
+    val.unlink()
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 2
+    assert "there is no" in capsys.readouterr().err
+
+
+def test_a_good_set_gets_a_fingerprint(monkeypatch, image_folder, tmp_path, capsys):
+    root = tmp_path / "set"
+    shutil.copytree(image_folder, root)
+    config = DataConfig(root=str(root), batch_size=1)
+    before = describe_source(build_sources(config, 3)[0])
+    assert before["content"] is None
+    assert run(monkeypatch, check_dataset, root, "--workers", 1) == 0
+    assert "train: 23 images, 3 classes" in capsys.readouterr().out
+    after = describe_source(build_sources(config, 3)[0])
+    assert after == {**before, "content": after["content"]}
+    assert after["content"].startswith("sha256:")
+    # By hand: class/file, bytes and sha256 of each file in ImageFolder's order.
+    total = hashlib.sha256()
+    for path in sorted((root / "train").glob("*/*")):
+        data = path.read_bytes()
+        total.update(f"{path.parent.name}/{path.name} {len(data)} {hashlib.sha256(data).hexdigest()}\n".encode())
+    assert after["content"] == f"sha256:{total.hexdigest()}"
+    next((root / "train").glob("ant/*")).rename(root / "train" / "ant" / "new.JPEG")
+    changed = describe_source(build_sources(config, 3)[0])
+    assert changed["names"] != after["names"]
+    assert changed["content"] is None  # the recorded content is of other files
+
+
+def test_bad_files_are_listed(monkeypatch, image_folder, tmp_path, capsys):
+    root = tmp_path / "set"
+    shutil.copytree(image_folder, root)
+    (root / "val" / "cat" / "cat_2.JPEG").write_bytes(b"text")
+    (root / "val" / "cat" / "moving.gif").write_bytes(b"GIF89a")
+    assert run(monkeypatch, check_dataset, root, "--workers", 2) == 2
+    printed = capsys.readouterr()
+    assert "1 bad files" in printed.err
+    assert f"bad: {root}/val/cat/cat_2.JPEG: cannot decode" in printed.out
+    assert f"ignored, its name is no image's: {root}/val/cat/moving.gif" in printed.out
+    assert not (root / "fingerprint.json").exists()
+    assert run(monkeypatch, check_dataset, tmp_path / "none") == 2
+
+
+def test_digits_and_noise_have_fingerprints_too():
+    first, second = (describe_source(build_sources(small_config().data, 10)[0]) for _ in range(2))
+    assert first == second
+    assert first["content"] != describe_source(build_sources(small_config().data, 10)[1])["content"]
+    noise = small_config(data__name="synthetic").data
+    assert describe_source(build_sources(noise, 10)[0]) == {"images": 12800, "classes": 10}
