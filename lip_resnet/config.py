@@ -142,12 +142,12 @@ class OptimConfig(Section):
     weight_decay: NonNegative = 1e-4
     decay: Literal["all", "matrices"] = "all"
     """all: decay every parameter (the paper); matrices: only tensors of two or more dimensions."""
-    schedule: Literal["cosine", "step"] = "cosine"
+    schedule: Literal["cosine", "linear", "step"] = "cosine"
     milestones: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
     """For `step`: the epochs at which the rate is multiplied by gamma."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     min_lr: NonNegative = 0.0
-    """For `cosine`: the rate at the end."""
+    """For `cosine` and `linear`: the rate at the end."""
     warmup_epochs: NonNegative = 0.0
     """Linear rise from (almost) 0, per step."""
     accumulate: Positive = 1

@@ -39,7 +39,7 @@ def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, epochs: int) -> 
     """The learning rate of optimizer step ``step`` (from 0).
 
     Warm-up: lr * (step + 1) / warm-up steps. Then either lr * gamma^(milestones passed), the reference's rule, or a
-    cosine from lr, at the end of the warm-up, to min_lr, at step epochs * steps_per_epoch.
+    cosine or a line from lr, at the end of the warm-up, to min_lr, at step epochs * steps_per_epoch.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup:
@@ -47,4 +47,5 @@ def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, epochs: int) -> 
     if config.schedule == "step":
         return config.lr * config.gamma ** sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
     progress = min(1.0, (step - warmup) / (epochs * steps_per_epoch - warmup))
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    share = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * share

@@ -130,7 +130,7 @@ def test_bad_recipe(tmp_path, text, words):
         (["lr=3"], ["section.key=value"]),
         (["optim.lr.deep=3"], ["lr is not a section"]),
         (["optim.lr=[1"], ["override"]),
-        (["optim.schedule=linear"], ["'linear'", "cosine"]),
+        (["optim.schedule=poly"], ["'poly'", "cosine"]),
         (["optim.schedule=step"], ["milestones"]),
         (["optim.schedule=step", "optim.milestones=[5]"], ["milestones", "train.epochs is 2"]),
         (["optim.schedule=step", "optim.milestones=[1, 1]"], ["must rise"]),

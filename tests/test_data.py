@@ -214,3 +214,16 @@ def test_bad_rand_augment():
     config = small_config(data__rand_augment="nonsense").data
     with pytest.raises(InputError, match="rand_augment"):
         TrainLoader(Digits(train=True), config, 1, 0)
+
+
+def test_selection_goes_by_class_and_name(tmp_path):
+    """Files of the same name in two classes are two images, and a file that is not there is not replaced by another."""
+    for name in ("train/ant/1.png", "train/bee/1.png", "val/ant/1.png", "val/bee/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    names = tmp_path / "names.txt"
+    config = folder_config(tmp_path, classes=str(names))
+    names.write_text("ant/1.png\nbee/1.png\n")
+    assert len(build_sources(config, 2)[0]) == 2
+    names.write_text("ant/1.png\nbee/7.png\n")
+    assert "lists 2 images, 1 are in" in refusal(config, 2)

@@ -66,3 +66,11 @@ def test_sgd_is_the_textbook_s():
             v = 0.9 * v + g
             w -= 0.1 * (g + 0.9 * v if nesterov else v)
             assert weight.item() == pytest.approx(w, rel=1e-6)
+
+
+def test_linear_with_warmup():
+    config = OptimConfig(lr=1.0, schedule="linear", warmup_epochs=1, min_lr=0.2)
+    # 4 steps an epoch, 5 epochs: 4 steps of warm-up, 16 down the line.
+    expected = {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.8, 12: 0.6, 20: 0.2}
+    for step, lr in expected.items():
+        assert lr_at(step, config, 4, 5) == pytest.approx(lr, rel=1e-12)

@@ -75,14 +75,15 @@ def _read_selection(path: str, found: list[str]) -> tuple[list[str], set[str] | 
     lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     images = {line for line in lines if line.lower().endswith(IMG_EXTENSIONS)}
     # An image's class is its folder, or in ImageNet's own naming what stands before the underscore.
-    classes = {line.split("/")[0] if "/" in line else line.rsplit("_", 1)[0] for line in images}
-    classes |= {line for line in lines if line not in images}
+    images = {line if "/" in line else f"{line.rsplit('_', 1)[0]}/{line}" for line in images}
+    classes = {image.split("/")[0] for image in images}
+    classes |= {line for line in lines if not line.lower().endswith(IMG_EXTENSIONS)}
     if not classes:
         raise InputError(f"data.classes: {path} names no class")
     unknown = sorted(classes - set(found))
     if unknown:
         raise InputError(f"data.classes: {path}: {len(unknown)} names have no folder, the first is {unknown[0]!r}")
-    return sorted(classes), {image.split("/")[-1] for image in images} or None
+    return sorted(classes), images or None
 
 
 class Folder(Dataset):
@@ -93,7 +94,7 @@ class Folder(Dataset):
     Args:
         root: holds one folder a class.
         classes: the folders to read; an image's label is its folder's place among them.
-        names: file names to keep; None keeps all.
+        names: images to keep, each as class/file; None keeps all.
     """
 
     def __init__(self, root: Path, classes: list[str], names: set[str] | None = None) -> None:
@@ -104,7 +105,7 @@ class Folder(Dataset):
         except (FileNotFoundError, PermissionError) as error:
             raise InputError(f"data.root: {error}") from None
         if names is not None:
-            samples = [(path, label) for path, label in samples if os.path.basename(path) in names]
+            samples = [(path, label) for path, label in samples if os.path.relpath(path, root) in names]
         encoded = [os.fsencode(path) for path, _ in samples]
         ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         block = np.frombuffer(b"".join(encoded) or b"\0", np.uint8)
