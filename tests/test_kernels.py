@@ -1,5 +1,6 @@
 """The fused kernels: one result whatever computes it, on every road into and out of PyTorch."""
 
+import copy
 import itertools
 import multiprocessing
 import os
@@ -13,9 +14,11 @@ import timm
 import torch
 from lip_oracle import relative_error, slow_lip2d
 from test_lip import LAYOUTS, TOLERANCES, WINDOWS, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lip_resnet import kernels, lip2d
 from lip_resnet.kernels import cpu, norm, plain
+from lip_resnet.logits import BottleneckLogits, Gate, InstanceNorm2d, SimplifiedLogits
 from lip_resnet.pooling import logit_parameters
 
 OP = torch.ops.lip_resnet.lip2d.default
@@ -278,29 +281,35 @@ def test_triton_in_the_interpreter():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_triton_compiles_for_a_gpu(name, channels_last):
-    """Machine code for an H100 comes out, without a GPU; it says nothing on speed."""
-    triton = pytest.importorskip("triton", reason="Triton is published for Linux only")
+def compile_ahead(kernel, constants, types, default, capability):
+    """Compile a Triton kernel for a GPU of this capability, without one; it says nothing on speed."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lip_resnet.kernels import gpu
-
-    kernel = getattr(gpu, name)
-    outer, inner = gpu.tile(64, 512)
-    constants = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "CHANNELS_LAST": channels_last, "SUM": gpu.SUMS[torch.float32]}
-    constants |= {"OUTER": outer, "INNER": inner} | ({"PLACES": 4} if name == "backward_kernel" else {})
-    pointers = dict.fromkeys(("x", "logits", "y", "dy", "dx", "dl"), "*bf16") | {"r": "*fp32"}
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
-        signature={n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names},
+        signature={n: "constexpr" if n in constants else types.get(n, default) for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert len(compiled.asm["cubin"]) > 1000
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_triton_compiles_for_a_gpu(name, channels_last, capability):
+    """Machine code for an A100 and an H100."""
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    from lip_resnet.kernels import gpu
+
+    outer, inner = gpu.tile(64, 512)
+    constants = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "CHANNELS_LAST": channels_last, "SUM": gpu.SUMS[torch.float32]}
+    constants |= {"OUTER": outer, "INNER": inner} | ({"PLACES": 4} if name == "backward_kernel" else {})
+    types = dict.fromkeys(("x", "logits", "y", "dy", "dx", "dl"), "*bf16") | {"r": "*fp32"}
+    compile_ahead(getattr(gpu, name), constants, types, "i32", capability)
 
 
 @pytest.mark.parametrize("activation", norm.ACTIVATIONS)
@@ -335,6 +344,111 @@ def test_instance_norm(activation, channels, height, width):
                 assert relative_error(value, truth) < (1e-10 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("channels", [16, 20])
+def test_instance_norm_layer_plain_or_not(dtype, batch, channels):
+    """Every path of the layer, channels-last there and back, against the gradients of the formula itself."""
+    layer = InstanceNorm2d(channels).to(dtype)
+    torch.nn.init.normal_(layer.weight)
+    z = torch.randn(batch, channels, 5, 4, dtype=torch.float64).to(dtype).to(memory_format=torch.channels_last)
+    dy = torch.randn(z.shape, dtype=torch.float64).to(dtype).to(memory_format=torch.channels_last)
+
+    def formula(z, weight, bias):
+        centred = z - z.mean((2, 3), keepdim=True)
+        scale = (centred.square().mean((2, 3), keepdim=True) + 1e-5).rsqrt()
+        return centred * scale * weight[:, None, None] + bias[:, None, None]
+
+    inputs = [t.detach().double().requires_grad_() for t in (z, layer.weight, layer.bias)]
+    truth = formula(*inputs)
+    y = layer(z.requires_grad_())
+    found = y, *torch.autograd.grad(y, (z, layer.weight, layer.bias), dy)
+    truths = truth, *torch.autograd.grad(truth, inputs, dy.double())
+    for value, expected in zip(found, truths, strict=True):
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+        assert relative_error(value, expected) < tolerance
+
+
+def test_triton_instance_norm_in_the_interpreter():
+    """Forward and backward, run by Triton's interpreter, against PyTorch's instance norm in float64 and autograd.
+
+    Not in bfloat16, whose digits the interpreter cuts off where a GPU rounds.
+    """
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    code = """
+        import itertools
+        import torch
+        from lip_oracle import relative_error
+        from test_lip import LAYOUTS
+        from lip_resnet.kernels import gpu_norm, norm
+        gpu_norm.ELEMENTS = 256  # several tiles of positions, and of channels
+        after = {"none": lambda t: t, "relu": torch.relu, "gate": lambda t: 12 * torch.sigmoid(t)}
+        types = [(torch.float64, torch.float64, 1e-10), (torch.float32, torch.float32, 1e-5)]
+        types += [(torch.float16, torch.float32, 1e-3)]
+        for layout, activation, (dtype, own, tolerance), shape in itertools.product(
+            LAYOUTS.values(), norm.ACTIVATIONS, types, [(2, 20, 7, 5), (1, 35, 1, 2), (2, 3, 20, 20)]
+        ):
+            if shape != (2, 20, 7, 5) and (dtype != torch.float64 or activation != "gate"):
+                continue  # and of two positions dz is a difference of equals
+            generator = torch.Generator().manual_seed(0)
+            z = torch.randn(shape, generator=generator, dtype=torch.float64) + 5
+            z = z.to(dtype).contiguous(memory_format=layout)
+            weight, bias = (torch.randn(shape[1], generator=generator, dtype=own) for _ in range(2))
+            # contiguous: PyTorch's gradient of one channels-last image is wrong
+            inputs = [t.double().contiguous().requires_grad_() for t in (z, weight, bias)]
+            y = after[activation](torch.nn.functional.instance_norm(inputs[0], None, None, *inputs[1:]))
+            dy = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+            truths = y, *torch.autograd.grad(y, inputs, dy.double().contiguous())
+            out, dz = torch.empty_like(z), torch.empty_like(z)
+            statistics = [norm._like_statistics(z) for _ in range(4)]
+            code = norm.ACTIVATIONS[activation]
+            gpu_norm.instance_norm([z, weight, bias, None, out, *statistics[:2], None, None], code, 1e-5, 12.0)
+            gpu_norm.instance_norm([z, weight, bias, dy, dz, *statistics], code, 0.0, 12.0)
+            found = out, dz, statistics[3].sum(0), statistics[2].sum(0)
+            for value, truth in zip(found, truths, strict=True):
+                assert relative_error(value, truth) < tolerance, (layout, activation, dtype, shape)
+    """
+    done = start(code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_instance_norm_takes_gpu_tensors(monkeypatch, dtype, layout):
+    """On tensors of a GPU that is not there: the layer calls the operator, which keeps dtype and layout, both ways."""
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    monkeypatch.setenv("LIP_KERNELS", "auto")
+    kernels._available.cache_clear()
+    with FakeTensorMode():
+        layer = InstanceNorm2d(20, device="cuda")
+        z = torch.empty(2, 20, 8, 6, dtype=dtype, device="cuda").contiguous(memory_format=LAYOUTS[layout])
+        y = layer(z.requires_grad_(), Gate())
+        assert "lip_resnet_instance_norm" in y.grad_fn.name()
+        statistics = [torch.empty(2, 20, device="cuda") for _ in range(2)]
+        dz, dweight, _ = norm.instance_norm_backward(y, z, layer.weight, layer.bias, *statistics, 2, 12.0)
+        for t in (y, dz):
+            assert t.dtype == dtype
+            assert t.is_contiguous(memory_format=LAYOUTS[layout])
+        assert dweight.dtype == torch.float32
+    kernels._available.cache_clear()
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["norm_forward_kernel", "norm_backward_kernel"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_triton_instance_norm_compiles_for_a_gpu(name, channels_last, capability):
+    """Machine code for an A100 and an H100, bfloat16 features beside float32 weights."""
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    from lip_resnet.kernels import gpu, gpu_norm
+
+    positions, channels = gpu_norm.tile(256, 128, 784, channels_last)
+    constants = {"ACTIVATION": 2, "CHANNELS_LAST": channels_last, "SUM": gpu.SUMS[torch.float32]}
+    constants |= {"POSITIONS": positions, "CHANNELS": channels}
+    types = dict.fromkeys(("z", "out", "dout", "dz"), "*bf16") | dict.fromkeys(("C", "area"), "i32")
+    constants |= {"COEFFICIENT": 12.0} | ({"EPS": 1e-5} if name == "norm_forward_kernel" else {})
+    compile_ahead(getattr(gpu_norm, name), constants, types, "*fp32", capability)
+
+
 def test_instance_norm_in_pytorch():
     """PyTorch's own checks, and a gradient of the gradient."""
     z = torch.randn(2, 16, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
@@ -354,6 +468,31 @@ def test_instance_norm_plain_elsewhere():
     with torch.autocast("cpu", torch.bfloat16):
         low = norm.norm_act(z.bfloat16(), weight, bias, 1e-5, "relu")
     torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_under_autocast(layout):
+    """Forward and backward in bfloat16 on the CPU, against the same modules in float64.
+
+    y moves by roundings of 2^-8; gradients also where a ReLU's input changes its sign.
+    """
+    for make_logits in (SimplifiedLogits, BottleneckLogits):
+        torch.manual_seed(0)
+        logits = make_logits(32)
+        x = torch.randn(2, 32, 12, 10).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+
+        def results(module, x, enabled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                y = lip2d(x, module(x).to(x.dtype))
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+            return y, *torch.autograd.grad(y, (x, *module.parameters()), dy)
+
+        found = results(logits, x, True)
+        truths = results(copy.deepcopy(logits).double(), x.detach().double().requires_grad_(), False)
+        assert found[0].dtype == x.dtype
+        assert relative_error(found[0], truths[0]) < 0.02, make_logits
+        for value, truth in zip(found[1:], truths[1:], strict=True):
+            assert relative_error(value, truth) < 0.1, make_logits
 
 
 def test_no_layout_change_in_a_channels_last_step():

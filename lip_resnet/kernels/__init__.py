@@ -76,7 +76,7 @@ def recorded() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
-def _format(x: Tensor) -> torch.memory_format:
+def layout_of(x: Tensor) -> torch.memory_format:
     """The layout that results take: x's own, where it has one; a view with gaps keeps the order of its dimensions."""
     channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -85,7 +85,7 @@ def _format(x: Tensor) -> torch.memory_format:
 def _outputs(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     h, w = ((size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[-2:])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = torch.empty((*x.shape[:2], h, w), dtype=x.dtype, device=x.device, memory_format=_format(x))
+    y = torch.empty((*x.shape[:2], h, w), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     return y, torch.empty_like(y, dtype=dtype)
 
 
@@ -98,7 +98,7 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int
     """
     y, r = _outputs(x, kernel_size, stride, padding)
     if y.numel():
-        layout = _format(x)
+        layout = layout_of(x)
         x, logits = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout)
         _backend(x.device.type).forward(x, logits, y, r, (kernel_size, stride, padding))
     return y, r
@@ -116,14 +116,14 @@ def lip2d_backward(
     """dy, y, r (B, C, h, w); x, logits (B, C, H, W) -> dx in x's dtype, dlogits in theirs, both in x's layout."""
     dx, dl = _gradients(x, logits)
     if x.numel():
-        layout = _format(x)
+        layout = layout_of(x)
         dy, x, logits, y, r = (t.contiguous(memory_format=layout) for t in (dy, x, logits, y, r))
         _backend(x.device.type).backward(dy, x, logits, y, r, dx, dl, (kernel_size, stride, padding))
     return dx, dl
 
 
 def _gradients(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    layout = _format(x)
+    layout = layout_of(x)
     return tuple(torch.empty_like(t, memory_format=layout) for t in (x, logits))
 
 

@@ -152,8 +152,9 @@ def _launch(kernel, tensors, x, y, r, window, places, extra, elements, **constan
     outer_size, inner_size = (batch * rows * columns, channels) if channels_last else (batch * channels, rows * columns)
     outer, inner = tile(inner_size, elements)
     grid = (triton.cdiv(outer_size, outer), triton.cdiv(inner_size, inner))
-    kernel[grid](
-        *tensors, outer_size, channels, height, width, *y.shape[-2:], *extra,
-        KERNEL=window[0], STRIDE=window[1], PADDING=window[2], CHANNELS_LAST=channels_last,
-        SUM=SUMS[r.dtype], OUTER=outer, INNER=inner, num_warps=THREADS // 32, **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        kernel[grid](
+            *tensors, outer_size, channels, height, width, *y.shape[-2:], *extra,
+            KERNEL=window[0], STRIDE=window[1], PADDING=window[2], CHANNELS_LAST=channels_last,
+            SUM=SUMS[r.dtype], OUTER=outer, INNER=inner, num_warps=THREADS // 32, **constants,
+        )  # fmt: skip

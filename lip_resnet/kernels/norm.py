@@ -1,7 +1,10 @@
-"""``torch.ops.lip_resnet.instance_norm``: instance norm and the activation behind it in one pass, on the CPU.
+"""``torch.ops.lip_resnet.instance_norm``: instance norm and the activation behind it in one operator.
 
-For the channels-last networks in float32 or float64; ``norm_act`` takes PyTorch's calls for everything else.
+Backends: ``norm.cpp`` on CPUs (channels-last, float32 or float64), ``gpu_norm.py`` on GPUs (both layouts, float32,
+bfloat16 and float16, also beside float32 weights, as autocast has it). ``norm_act`` takes PyTorch's calls for the rest.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +12,14 @@ from torch import Tensor
 
 from lip_resnet import kernels
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gate": 2}  # as in norm.cpp
+ACTIVATIONS = {"none": 0, "relu": 1, "gate": 2}  # as in norm.cpp and gpu_norm.py
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def norm_act(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str, coefficient: float = 1.0) -> Tensor:
     """z (B, C, H, W) -> activation((z - mean) / sqrt(variance + eps) * weight + bias), same shape, layout and dtype.
 
-    Mean and variance are over the positions of one channel of one image.
+    Mean and variance are over the positions of one channel of one image, in float32 at least.
 
     Args:
         weight, bias: (C,), in z's dtype (autocast apart).
@@ -35,34 +39,47 @@ def _plain(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int,
 
 
 def _fits(z: Tensor, weight: Tensor) -> bool:
+    if kernels.recorded():
+        return False
+    channels_last = z.is_contiguous(memory_format=torch.channels_last)
+    if z.device.type == "cuda":
+        dense = channels_last or z.is_contiguous()
+        return dense and z.dtype in GPU_DTYPES and weight.dtype in GPU_DTYPES and kernels.available("cuda")
     return (
         z.device.type == "cpu"
-        and not kernels.recorded()
         and z.dtype == weight.dtype
         and z.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
         and z.shape[1] % 16 == 0
         and z.stride(1) == 1
-        and z.is_contiguous(memory_format=torch.channels_last)
+        and channels_last
         and kernels.available("cpu")
     )
 
 
+def _backend(z: Tensor) -> Callable[[list[Tensor | None], int, float, float], None]:
+    if z.device.type == "cpu":
+        from lip_resnet.kernels import cpu
+
+        return cpu.instance_norm
+    from lip_resnet.kernels import gpu_norm
+
+    return gpu_norm.instance_norm
+
+
 def _like_statistics(z: Tensor) -> Tensor:
-    return z.new_empty(z.shape[:2])
+    return z.new_empty(z.shape[:2], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 
-@torch.library.custom_op("lip_resnet::instance_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("lip_resnet::instance_norm", mutates_args=(), device_types=("cpu", "cuda"))
 def instance_norm(
     z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int, coefficient: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z (B, C, H, W) channels-last -> the result, and mean and 1 / sqrt(variance + eps), (B, C)."""
-    from lip_resnet.kernels import cpu
-
+    """z (B, C, H, W) -> the result, in z's layout, and mean and 1 / sqrt(variance + eps), (B, C)."""
     out, mean, rstd = torch.empty_like(z), _like_statistics(z), _like_statistics(z)
     if z.numel():
         tensors = [z, weight.contiguous(), bias.contiguous(), None, out, mean, rstd, None, None]
-        cpu.instance_norm(tensors, activation, eps, coefficient)
+        _backend(z)(tensors, activation, eps, coefficient)
     return out, mean, rstd
 
 
@@ -71,7 +88,7 @@ def _(z, weight, bias, eps, activation, coefficient):
     return torch.empty_like(z), _like_statistics(z), _like_statistics(z)
 
 
-@torch.library.custom_op("lip_resnet::instance_norm_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("lip_resnet::instance_norm_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def instance_norm_backward(
     dout: Tensor,
     z: Tensor,
@@ -82,15 +99,13 @@ def instance_norm_backward(
     activation: int,
     coefficient: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dz (B, C, H, W) channels-last, dweight and dbias (C,)."""
-    from lip_resnet.kernels import cpu
-
+    """-> dz (B, C, H, W) in z's layout, dweight and dbias (C,)."""
     dz, sum_g, sum_gz = torch.empty_like(z), _like_statistics(z), _like_statistics(z)
     if z.numel():
-        dout = dout.contiguous(memory_format=torch.channels_last)
+        dout = dout.contiguous(memory_format=kernels.layout_of(z))
         tensors = [z, weight.contiguous(), bias.contiguous(), dout, dz, mean, rstd, sum_g, sum_gz]
-        cpu.instance_norm(tensors, activation, 0.0, coefficient)
-    return dz, sum_gz.sum(0), sum_g.sum(0)
+        _backend(z)(tensors, activation, 0.0, coefficient)
+    return dz, sum_gz.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype)
 
 
 @instance_norm_backward.register_fake
@@ -112,7 +127,9 @@ def _backward(ctx, dout, *_):
     z, weight, bias, mean, rstd = ctx.saved_tensors
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
         wanted = [t for t in (z, weight, bias) if t.requires_grad]
-        found = iter(torch.autograd.grad(_plain(z, weight, bias, *ctx.constants), wanted, dout, create_graph=True))
+        dtype = mean.dtype
+        out = _plain(z.to(dtype), weight.to(dtype), bias.to(dtype), *ctx.constants).to(z.dtype)
+        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True))
         return *(next(found) if t.requires_grad else None for t in (z, weight, bias)), None, None, None
     _, activation, coefficient = ctx.constants
     return *instance_norm_backward(dout, z, weight, bias, mean, rstd, activation, coefficient), None, None, None

@@ -14,7 +14,8 @@ SAFE = (1e-12, 1e12)
 def pool(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
     """x, logits (B, C, H, W), float32 or float64 alike -> y (B, C, h, w): the faster form that is exact here."""
     if _on_cpu_now(x):
-        y = _Average.apply(x, logits, *window)
+        recorded = torch.is_grad_enabled() and (x.requires_grad or logits.requires_grad)
+        y = _Average.apply(x, logits, *window) if recorded else _average(x, logits, window, False)[0]
         if y is not None:
             return y
     return stable(x, logits, window)
@@ -64,6 +65,25 @@ def _on_cpu_now(x: Tensor) -> bool:
     )
 
 
+def _average(
+    x: Tensor, logits: Tensor, window: tuple[int, int, int], keep: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """y, exp(logits) and their pooled sum; y is None where some sum lies outside ``SAFE``.
+
+    Without ``keep`` the product is made where exp(logits) lies, which then is worth nothing.
+    """
+    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, weight = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout).exp()
+    total = F.avg_pool2d(weight, *window)
+    # in the order of memory: a reduction over a channels-last tensor as such is 15 times slower
+    flat = (total.permute(0, 2, 3, 1) if channels_last else total).reshape(-1)
+    if flat.numel() and not (flat.amin() >= SAFE[0] and flat.amax() <= SAFE[1]):
+        return None, weight, total
+    product = x * weight if keep else weight.mul_(x)
+    return F.avg_pool2d(product, *window).div_(total), weight, total
+
+
 class _Average(torch.autograd.Function):
     """The textbook form, the ratio of two average poolings, with fewer passes over memory in its gradient.
 
@@ -73,18 +93,10 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor | None:
-        channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        dense, weight = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout).exp()
         window = (kernel_size, stride, padding)
-        total = F.avg_pool2d(weight, *window)
-        # in the order of memory: a reduction over a channels-last tensor as such is 15 times slower
-        flat = (total.permute(0, 2, 3, 1) if channels_last else total).reshape(-1)
-        if flat.numel():
-            low, high = torch.aminmax(flat)
-            if not (low >= SAFE[0] and high <= SAFE[1]):
-                return None
-        y = F.avg_pool2d(dense * weight, *window).div_(total)
+        y, weight, total = _average(x, logits, window, True)
+        if y is None:
+            return None
         ctx.save_for_backward(x, logits, weight, total, y)
         ctx.window = window
         return y
