@@ -11,11 +11,11 @@ from typing import Any
 import timm
 import torch
 
-import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
-from lip_resnet import checkpoint, distributed, models, results, runlog
-from lip_resnet.config import Config, InputError, load_config, parse_config
+from lip_resnet import checkpoint, distributed, models, replace_downsampling, results, runlog
+from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader, build_sources, describe_source
 from lip_resnet.engine import evaluate
+from lip_resnet.recipe import load_config, parse_config
 
 
 def parse() -> Any:
@@ -46,9 +46,9 @@ def main() -> None:
     output = choose_output(options)
 
     payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
-    config, trained = describe(options, payload)
-    config, split = with_flags(config, options)
-    ema = (options.weights or (config.train.rules if trained else "model")) == "ema"
+    trained = parse_config(payload["config"], options.checkpoint) if "config" in payload else None
+    config, split = with_flags(describe(options, payload, trained), options)
+    ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
     source = build_sources(config.data, config.model.num_classes, (split,))[0]
     model = build(config, options, payload, ema)
 
@@ -65,15 +65,18 @@ def main() -> None:
         row = {
             "model": config.model.name,
             "args": config.model.args,
+            "downsampling": config.model.downsampling,
             "checkpoint": options.checkpoint or f"timm:{config.model.name}",
             "weights": "ema" if ema else "model",
             "selected_on_val": Path(options.checkpoint or "").name == "best.pt",
             **result,
             "params": models.count_parameters(model),
             "macs": models.count_macs(model, config.data.eval_size),
-            "seed": config.train.seed if trained else None,
+            "seed": trained.train.seed if trained else None,
             "step": payload.get("step"),
-            "protocol": results.describe_protocol(config, payload.get("processes", 1) if trained else None),
+            "protocol": results.describe_protocol(
+                config, results.describe_training(trained, payload["processes"]) if trained else None
+            ),
             "dataset": describe_source(source),
             "environment": runlog.describe_environment(),
         }
@@ -95,23 +98,35 @@ def choose_output(options: Any) -> Path | None:
     return path
 
 
-def describe(options: Any, payload: dict[str, Any]) -> tuple[Config, bool]:
-    """The recipe that the weights belong to, and whether they were trained with it."""
+def describe(options: Any, payload: dict[str, Any], trained: Config | None) -> Config:
+    """The recipe to evaluate by: ``--config``, else the one that the weights were trained with, else timm's."""
     if options.config:
-        return load_config(options.config), "config" in payload
-    if "config" in payload and not options.model:
-        return parse_config(payload["config"], options.checkpoint), True
-    if not options.model:
+        config = load_config(options.config)
+    elif trained is not None and not options.model:
+        return trained
+    elif options.model:
+        config = timm_protocol(options.model, options.data or ".")
+    else:
         raise InputError(f"{options.checkpoint} does not name its model; add --model NAME or --config FILE")
-    model = models.create_model(options.model)
-    head = f"{model.default_cfg['classifier']}.weight"
-    weights = checkpoint.extract_weights(payload, options.checkpoint) if payload else {}
+    classes = models.create_model(config.model.name).num_classes if options.pretrained else None
+    if payload:
+        head = models.create_model(config.model.name).default_cfg["classifier"]
+        weight = checkpoint.extract_weights(payload, options.checkpoint).get(f"{head}.weight")
+        classes = None if weight is None else len(weight)
+    if classes is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": classes})})
+
+
+def timm_protocol(name: str, root: str) -> Config:
+    """How timm evaluates a model: size, crop, interpolation and normalisation of its ``pretrained_cfg``."""
+    model = models.create_model(name)
     protocol = timm.data.resolve_model_data_config(model)
     size = protocol["input_size"][-1]
     tree = {
-        "model": {"name": options.model, "num_classes": len(weights[head]) if head in weights else model.num_classes},
+        "model": {"name": name, "num_classes": max(1, model.num_classes)},
         "data": {
-            "root": options.data or ".",
+            "root": root,
             "batch_size": 256,
             "eval_size": size,
             "eval_resize": int(size / protocol["crop_pct"]),
@@ -120,7 +135,7 @@ def describe(options: Any, payload: dict[str, Any]) -> tuple[Config, bool]:
         "optim": {"lr": 0.1},
         "train": {"epochs": 1},
     }
-    return parse_config(tree, f"--model {options.model}"), False
+    return parse_config(tree, f"--model {name}")
 
 
 def with_flags(config: Config, options: Any) -> tuple[Config, str]:
@@ -144,17 +159,15 @@ def with_flags(config: Config, options: Any) -> tuple[Config, str]:
     ):
         if value is not None:
             tree["data"][key] = value
-    if options.precision:
-        tree["train"]["precision"] = options.precision
+    tree["train"] |= {"precision": options.precision or "float32", "rules": "model", "ema_decay": None}
     return parse_config(tree, "eval.py"), split
 
 
 def build(config: Config, options: Any, payload: dict[str, Any], ema: bool) -> torch.nn.Module:
     """The network with the weights to evaluate."""
-    keywords = {"num_classes": config.model.num_classes, **config.model.args}
     if options.pretrained:
-        return models.create_model(config.model.name, pretrained=True, **keywords)
-    model = models.create_model(config.model.name, **keywords)
+        return models.create_model(config.model.name, pretrained=True)
+    model = models.build_model(config.model.model_copy(update={"weights": None}), replace_downsampling)
     checkpoint.put_weights(model, payload, options.checkpoint, ema=ema)
     return model
 

@@ -1,7 +1,9 @@
 """Dictionaries to files and back: atomic when written, safe and strict when read."""
 
+import io
 import os
 import pickle
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lip_resnet.config import InputError
 
@@ -50,9 +53,104 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
 
 
+class Checkpoints:
+    """A run's ``checkpoints/``: ``last.pt``, ``best.pt`` and the last few by step, written while training goes on.
+
+    ``save`` copies the tensors and returns; a thread writes. One write is under way at most. The names are links to one
+    file, ``step-N.pt``, which is written once.
+
+    Args:
+        folder: the directory.
+        keep: how many of the last to keep, beside the best.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread: threading.Thread | None = None
+        self._error: InputError | None = None
+
+    def save(self, payload: dict[str, Any], best: bool) -> None:
+        """Start to write ``payload``, whose ``step`` names it; ``best`` makes it ``best.pt`` too.
+
+        Raises:
+            InputError: the previous write failed.
+        """
+        self.wait()
+        snapshot = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), payload)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, best))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            InputError: the write failed; it is reported once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, payload: dict[str, Any], best: bool) -> None:
+        try:
+            path = self.folder / f"step-{payload['step']:08d}.pt"
+            save(path, payload)
+            # best first: a kill between the two is then repaired by the epoch that is done again.
+            for name in ["best.pt", "last.pt"] if best else ["last.pt"]:
+                self._link(path, self.folder / name, payload)
+            for old in sorted(self.folder.glob("step-*.pt"))[: -self.keep]:
+                old.unlink()
+        except InputError as error:
+            self._error = error
+        except OSError as error:
+            self._error = InputError(f"{self.folder}: cannot write: {error.strerror}")
+
+    @staticmethod
+    def _link(path: Path, name: Path, payload: dict[str, Any]) -> None:
+        temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links, or a full one
+            save(name, payload)
+            return
+        os.replace(temporary, name)
+        temporary.unlink(missing_ok=True)  # a rename onto a link of the same file leaves both
+
+    def newest_whole(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that can be read, and a line on each that was skipped.
+
+        Raises:
+            InputError: there are checkpoints, and none is whole.
+        """
+        found = [self.folder / "last.pt", *sorted(self.folder.glob("step-*.pt"), reverse=True)]
+        found = [path for path in found if path.exists()]
+        skipped = []
+        for path in found:
+            try:
+                payload = load(path)
+            except InputError as error:
+                skipped.append(str(error))
+                continue
+            if isinstance(payload.get("step"), int):
+                return path, skipped
+            skipped.append(f"{path}: not a training checkpoint")
+        if skipped:
+            raise InputError(f"no checkpoint is whole: {'; '.join(skipped)}")
+        return None, []
+
+
 def save(path: Path, payload: dict[str, Any]) -> None:
-    """Write tensors, numbers, strings, and dicts and lists of them."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **payload}, file))
+    """Write tensors, numbers, strings, and dicts and lists of them.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    buffer = io.BytesIO()  # torch.save turns a full disk's OSError into a RuntimeError that does not name it
+    torch.save({"format": FORMAT, **payload}, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -78,8 +176,8 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
     except _DAMAGE as error:
         raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from None
-    if not isinstance(payload, dict):
-        raise InputError(f"{path}: holds a {type(payload).__name__}; a checkpoint is a dictionary")
+    if not isinstance(payload, dict) or not all(isinstance(key, str) for key in payload):
+        raise InputError(f"{path}: holds a {type(payload).__name__}; a checkpoint is a dictionary of names")
     return payload
 
 
@@ -108,7 +206,8 @@ def extract_weights(payload: dict[str, Any], source: str, ema: bool = False) -> 
         state = None if ema else payload
     if state is None:
         raise InputError(f"{source}: holds no averaged (EMA) weights")
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{source}: holds no weights: {_sample(payload)}")
     for prefix in ("module.", "_orig_mod."):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -143,8 +242,9 @@ def put_weights(
         state = rename(state, model)
     wanted = model.state_dict()
     if new_head:
-        head = model.default_cfg["classifier"]
-        for key in [key for key in wanted if key.startswith(f"{head}.")]:
+        heads = model.default_cfg["classifier"]
+        heads = (heads,) if isinstance(heads, str) else heads
+        for key in [key for key in wanted if key.rpartition(".")[0] in heads]:
             state[key] = wanted[key]
     problems = []
     for label, keys in (

@@ -1,14 +1,10 @@
-"""What a run is: a YAML recipe, read strictly into frozen sections. Defaults exist here and nowhere else."""
+"""What a run is: the sections of a recipe, frozen and validated. Defaults exist here and nowhere else."""
 
-import difflib
 import math
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class InputError(ValueError):
@@ -39,6 +35,9 @@ class ModelConfig(Section):
     num_classes: Positive = 1000
     args: dict[str, Any] = {}
     """Further keywords of the model, such as bottleneck_width: 64."""
+    downsampling: dict[str, str] = {}
+    """Site (stem, main, shortcut, transition, image) -> layer of the zoo that replaces what stands there, in any
+    convolutional network: {stem: blur, main: blur, shortcut: average}."""
     weights: str | None = None
     """A checkpoint file or run folder to start from."""
     new_head: bool = False
@@ -177,7 +176,7 @@ class TrainConfig(Section):
     """The protocol around the optimizer."""
 
     epochs: Positive
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     max_steps: Positive | None = None
     """Stop after this many optimizer steps; the schedule still spans `epochs`."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -185,7 +184,13 @@ class TrainConfig(Section):
     channels_last: bool = True
     compile: bool = False
     """torch.compile the training step's forward and backward."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """Of torch.compile."""
+    gradient_compression: Literal["none", "bfloat16", "float16"] = "none"
+    """The dtype in which processes exchange gradients: half the traffic, rounded sums."""
     loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    target_threshold: Rate | None = None
+    """For `binary_cross_entropy`: (mixed) targets above this count as 1, all others as 0."""
     label_smoothing: Rate = 0.0
     mixup: NonNegative = 0.0
     """Alpha of mixup's Beta distribution; 0 is off. With cutmix too, each step takes one of the two."""
@@ -203,6 +208,14 @@ class TrainConfig(Section):
     """Batch statistics over all processes (GPUs only)."""
     eval_every: Positive = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    checkpoint_steps: Count = 0
+    """Save every so many steps too, not only at the end of an epoch; 0 is off."""
+    checkpoint_minutes: NonNegative = 0.0
+    """Save when so many minutes have passed since the last save; 0 is off."""
+    keep: Positive = 2
+    """Checkpoints kept beside the best: the last one, and those to fall back on if it is damaged."""
+    on_write_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written does to the run; the older checkpoints stay either way."""
     log_every: Positive = 50
     """Steps between log lines, which are the only host synchronisations."""
     profile: Count = 0
@@ -212,6 +225,8 @@ class TrainConfig(Section):
     def _consistent(self) -> "TrainConfig":
         if self.rules == "ema" and self.ema_decay is None:
             raise ValueError("rules: ema needs an ema_decay")
+        if self.target_threshold is not None and self.loss != "binary_cross_entropy":
+            raise ValueError(f"target_threshold belongs to loss: binary_cross_entropy; the loss is {self.loss}")
         return self
 
 
@@ -243,95 +258,3 @@ class Config(Section):
     def dump(self) -> str:
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also refuses duplicate keys and reads 1e-4 as the number it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
-            seen.add(key.value if isinstance(key.value, str) else str(key))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{source}:{where} {problem}") from None
-    except (ValueError, RecursionError) as error:  # such as a date that is none, or nesting without end
-        raise InputError(f"{source}: not a YAML recipe: {error}") from None
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a recipe and apply ``section.key=value`` overrides, whose values are YAML too.
-
-    Raises:
-        InputError: one line naming file, key, what was given, what is allowed, and the nearest valid key.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"{path}: cannot read the recipe: {reason}") from None
-    tree = _parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        given = "an empty file" if tree is None else f"a {type(tree).__name__}"
-        raise InputError(f"{path}: {given}; a recipe is a mapping of {', '.join(Config.model_fields)}")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(path))
-
-
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Validate a mapping, such as the config stored in a checkpoint; ``source`` names it in errors."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise InputError(f"{source}: {_explain(error.errors()[0])}") from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, value = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or len(keys) < 2 or not all(keys):
-        raise InputError(f"override {override!r}: it must be section.key=value, such as optim.lr=0.05")
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise InputError(f"override {override!r}: {key} is not a section")
-    tree[keys[-1]] = _parse_yaml(value, f"override {override!r}")
-
-
-def _explain(error: ErrorDetails) -> str:
-    """pydantic's account of one error as half a line: key, what was given, what is allowed."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        section = Config
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation
-        allowed = list(section.model_fields)
-        near = difflib.get_close_matches(location[-1], allowed, n=1)
-        prefix = ".".join([*location[:-1], ""])
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed: {', '.join(allowed)}"
-        return f"{key}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{key}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    given = repr(error["input"])
-    given = given if len(given) < 80 else given[:77] + "..."
-    return f"{key}: given {given} ({type(error['input']).__name__}); {message[0].lower()}{message[1:]}"

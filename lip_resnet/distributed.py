@@ -41,10 +41,10 @@ def device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local >= count:
-        raise InputError(f"process {local} of this machine has no GPU: {count} are visible; lower --nproc_per_node")
-    return torch.device("cuda", local)
+    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > count:  # every process of the machine finds the same
+        raise InputError(f"{processes} processes on this machine but {count} GPUs are visible; lower --nproc_per_node")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,6 +77,46 @@ def on_main(function: Callable[[], T]) -> T:
     return value
 
 
+def gather_rows(row: torch.Tensor) -> torch.Tensor:
+    """Every process's ``row`` (n,), on the CPU: (processes, n), the same everywhere."""
+    row = row.detach().cpu()
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    if dist.is_initialized():
+        dist.all_gather(rows, row, group=_control)
+        return torch.stack(rows)
+    return row[None]
+
+
+class Agreement:
+    """The largest of the processes' numbers, a call late with several processes: nobody waits for the others.
+
+    Every process must call it equally often.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+
+    def __call__(self, number: int) -> int:
+        if world_size() == 1:
+            return number
+        answer = self.close()
+        mine = torch.tensor([number])
+        self._pending = mine, dist.all_reduce(mine, dist.ReduceOp.MAX, group=_control, async_op=True)
+        return answer
+
+    def close(self) -> int:
+        """Wait for the last call's answer; 0 where there was none."""
+        if self._pending is None:
+            return 0
+        (number, work), self._pending = self._pending, None
+        work.wait()
+        return number.tolist()[0]
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state; the command leaves with exit code 75 (try again)."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are an InputError: one line, like every other wrong input."""
 
@@ -88,7 +128,8 @@ def launch(main: Callable[[], None]) -> None:
     """Run a command's ``main`` inside its process group and leave the process with the right exit code.
 
     0: done. 2: an InputError; every rank exits with 2 and only rank 0 prints the line. 1: the numbers went wrong
-    (FloatingPointError), one line too. Anything else is a defect of ours and keeps its traceback.
+    (FloatingPointError), one line too. 75: Stopped, to be continued. Anything else is a defect of ours and keeps its
+    traceback.
     """
     code = 0
     try:
@@ -96,6 +137,8 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         code = _fail(str(error), 2)
+    except Stopped as stop:
+        code = _fail(str(stop), 75)
     except FloatingPointError as error:
         code = _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -118,10 +161,9 @@ def _init() -> None:
     if here.type == "cuda":
         torch.cuda.set_device(here)
         dist.init_process_group("nccl", device_id=here)
-        _control = dist.new_group(backend="gloo")
     else:
         dist.init_process_group("gloo")
-        _control = dist.group.WORLD
+    _control = dist.new_group(backend="gloo")
 
 
 def _fail(message: str, code: int) -> int:
@@ -138,5 +180,6 @@ def _fail(message: str, code: int) -> int:
     if main or not together:
         where = "" if together else f" (rank {rank()})"
         command, line = os.path.basename(sys.argv[0]), " ".join(message.split())
-        print(f"{command}: error: {line}{where}", file=sys.stderr, flush=True)
+        kind = "stopped" if code == 75 else "error"
+        print(f"{command}: {kind}: {line}{where}", file=sys.stderr, flush=True)
     return code

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
@@ -22,6 +23,7 @@ from lip_resnet.metrics import Counts
 from lip_resnet.optim import build_optimizer, lr_at
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_COMPRESSION = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
 
 
 @dataclass
@@ -35,18 +37,29 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
+    window: Counts
+    """This process's counts since the last log step."""
     step: int = 0
     """Completed optimizer steps."""
     best: float = -math.inf
     """Highest validation top-1 so far, percent, of the weights that ``train.rules`` names."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers for a checkpoint."""
+        """Tensors and numbers for a checkpoint; every process must call it.
+
+        Raises:
+            FloatingPointError: a loss since the last log step, or a weight, is not finite.
+        """
+        window = distributed.gather_rows(self.window.sums)
+        weights = nn.utils.get_total_norm(self.model.parameters())
+        if not window.isfinite().all() or not weights.isfinite():
+            raise FloatingPointError(f"loss or weights are not finite at step {self.step}; no checkpoint holds them")
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "window": window,
             "step": self.step,
             "best": self.best,
         }
@@ -60,6 +73,11 @@ class TrainState:
             self.optimizer.load_state_dict(payload["optimizer"])
             self.scaler.load_state_dict(payload["scaler"])
             self.step, self.best = payload["step"], payload["best"]
+            rows = payload["window"]
+            if len(rows) != distributed.world_size():  # continued on another number of processes
+                rows = torch.zeros(distributed.world_size(), rows.shape[1], dtype=rows.dtype)
+                rows[0] = payload["window"].sum(dim=0)
+            self.window.sums.copy_(rows[distributed.rank()])
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{source}: not a training checkpoint of this recipe: {error}") from None
 
@@ -79,15 +97,17 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
     ema = None if train.ema_decay is None else ModelEmaV3(model, train.ema_decay)
     optimizer = build_optimizer(model, config.optim)
     if train.compile:
-        model.compile()
+        model.compile(mode=train.compile_mode)
     wrapped = model
     if distributed.world_size() > 1:
         # Every forward takes rank 0's BN buffers, so a checkpoint needs only those.
         wrapped = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
+        if train.gradient_compression != "none":
+            wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
-    return TrainState(model, wrapped, optimizer, scaler, ema)
+    return TrainState(model, wrapped, optimizer, scaler, ema, Counts(device))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -118,7 +138,7 @@ def train_one_epoch(
     config: Config,
     *,
     watched: Sequence[nn.Parameter] = (),
-    on_step: Callable[[], None],
+    on_step: Callable[[], bool | None],
     on_log: Callable[[dict[str, float]], None],
 ) -> None:
     """Train from ``state.step`` to the end of its epoch, or to ``train.max_steps``.
@@ -127,7 +147,7 @@ def train_one_epoch(
 
     Args:
         watched: parameters whose gradients can dwarf all others; with clipping, the norm without them is logged too.
-        on_step: called after every optimizer step.
+        on_step: called after every optimizer step; True ends the call there.
         on_log: called every ``train.log_every`` steps, and at the epoch's end, with the ``train/`` numbers since the
             last call.
 
@@ -149,7 +169,7 @@ def train_one_epoch(
 
     state.wrapped.train()
     state.optimizer.zero_grad()
-    counts, extra = Counts(device), {}
+    counts, extra = state.window, {}
     began = waiting = time.perf_counter()
     waited = 0.0
     for batch in prefetch(loader.epoch(epoch, first), device):
@@ -163,9 +183,11 @@ def train_one_epoch(
             labels = labels.to(device, non_blocking=True)
             targets = _dense(labels, classes, train.label_smoothing) if dense else labels
             if mixing is not None:
-                seeding.reseed(seeding.derive(train.seed, state.step))  # one draw for the whole global batch
+                seeding.reseed(seeding.derive("mix", train.seed, state.step))  # one draw for the whole global batch
                 images, targets = mixing(images, targets)
-            seeding.reseed_device(device, seeding.derive(train.seed, state.step, rank, part))
+            if train.target_threshold is not None:
+                targets = (targets > train.target_threshold).float()
+            seeding.reseed_device(device, seeding.derive("device", train.seed, state.step, rank, part))
             last = part == len(batch.parts) - 1
             with contextlib.nullcontext() if last or world == 1 else state.wrapped.no_sync():
                 with autocast(device, train.precision):
@@ -191,7 +213,6 @@ def train_one_epoch(
         if state.ema is not None:
             state.ema.update(state.model)
         state.step += 1
-        on_step()
 
         if state.step % train.log_every == 0 or state.step == end:
             sums = counts.reduce()
@@ -215,9 +236,10 @@ def train_one_epoch(
                     **{name: value.item() for name, value in extra.items()},
                 }
             )
-            counts, began, waited = Counts(device), time.perf_counter(), 0.0
-        if state.step == end and state.step % len(loader):
-            break  # max_steps, in the middle of an epoch
+            counts.reset()
+            began, waited = time.perf_counter(), 0.0
+        if on_step() or (state.step == end and state.step % len(loader)):
+            break  # in the middle of an epoch
         waiting = time.perf_counter()
 
 

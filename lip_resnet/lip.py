@@ -4,8 +4,10 @@ Letters in the shapes: B images, C channels, H x W input positions, h x w output
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from lip_resnet import kernels
+from lip_resnet.kernels import plain
 
 
 def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 1) -> Tensor:
@@ -36,43 +38,12 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
     reference's ``imagenet/lip_resnet.py``, which divides two average poolings and overflows in float16.
     """
     _check(x, logits, kernel_size, stride, padding)
+    window = (kernel_size, stride, padding)
     if x.dtype == torch.float64:
-        return _double(x, logits.double(), kernel_size, stride, padding)
-    return _plain(x.float(), logits.float(), kernel_size, stride, padding).to(x.dtype)
-
-
-def _double(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """float64, the precision of verification: to the last bit the reference's arithmetic, where that cannot overflow.
-
-    Training amplifies a rounding error of 1e-16 to 1e-3 within five steps (measured on LIP-ResNet-50 with random
-    weights), so a trajectory can be compared with the reference's only if every operation rounds as its own does.
-    """
-    safe = 300.0  # exp(+-300) times any sensible feature, and its gradient, are far from float64's limits
-    importance = torch.exp(logits.clamp(-safe, safe))
-    textbook = F.avg_pool2d(importance * x, kernel_size, stride, padding) / F.avg_pool2d(
-        importance, kernel_size, stride, padding
-    )
-    unclamped = F.max_pool2d(logits.detach().abs(), kernel_size, stride, padding) <= safe
-    return torch.where(unclamped, textbook, _plain(x, logits, kernel_size, stride, padding))
-
-
-def _plain(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """The operator in ordinary tensor calls: a loop over the window's offsets, each a strided view of the input."""
-    # The maximum cancels in the ratio, so no gradient belongs to it.
-    top = F.max_pool2d(logits.detach(), kernel_size, stride, padding)
-    if padding:
-        x = F.pad(x, (padding,) * 4)
-        logits = F.pad(logits, (padding,) * 4, value=-torch.inf)
-    h, w = top.shape[-2:]
-    numerator = denominator = 0
-    for i in range(kernel_size):
-        for j in range(kernel_size):
-            rows = slice(i, i + stride * (h - 1) + 1, stride)
-            columns = slice(j, j + stride * (w - 1) + 1, stride)
-            weight = torch.exp(logits[:, :, rows, columns] - top)
-            numerator = numerator + weight * x[:, :, rows, columns]
-            denominator = denominator + weight
-    return numerator / denominator
+        return plain.double(x, logits.double(), window)
+    if not kernels.recorded() and kernels.supports(x, logits, kernel_size):
+        return torch.ops.lip_resnet.lip2d(x, logits, *window)[0]
+    return plain.pool(x.float(), logits.float(), window).to(x.dtype)
 
 
 def _check(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> None:

@@ -13,9 +13,10 @@ Source: paper section 4; reference ``imagenet/lip_resnet.py``.
 """
 
 import torch
-import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+
+from lip_resnet.kernels.norm import norm_act
 
 GATE = 12.0  # the reference's "coefficient"
 
@@ -24,8 +25,8 @@ GATE = 12.0  # the reference's "coefficient"
 class InstanceNorm2d(nn.InstanceNorm2d):
     """(B, C, H, W) -> (B, C, H, W): every channel of every image to mean 0 and variance 1, then an affine map.
 
-    ``nn.InstanceNorm2d`` (affine, no running statistics, eps 1e-5) computed as a group norm of C groups: the same
-    function, which on the CPU keeps channels-last where the original makes a contiguous copy.
+    ``nn.InstanceNorm2d`` (affine, no running statistics, eps 1e-5), which on the CPU keeps channels-last where the
+    original makes a contiguous copy. ``forward(x, activation)`` takes the ReLU or Gate behind it along.
 
     Raises:
         ValueError: the map has one position; its variance is zero and the norm would return its bias.
@@ -34,15 +35,17 @@ class InstanceNorm2d(nn.InstanceNorm2d):
     def __init__(self, channels: int, device=None, dtype=None) -> None:
         super().__init__(channels, affine=True, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
         if x.shape[-2] * x.shape[-1] < 2:
             raise ValueError(
                 f"instance norm of a {x.shape[-2]}x{x.shape[-1]} feature map; it needs at least 2 positions: "
                 "the image is too small for the network"
             )
         if x.dtype == torch.float64:  # rounds as the reference does, so that trajectories can be compared
-            return super().forward(x)
-        return F.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
+            x = super().forward(x)
+            return x if activation is None else activation(x)
+        kind = {nn.ReLU: "relu", Gate: "gate"}.get(type(activation), "none")
+        return norm_act(x, self.weight, self.bias, self.eps, kind, getattr(activation, "coefficient", 1.0))
 
 
 class Gate(nn.Module):
@@ -59,6 +62,19 @@ class Gate(nn.Module):
         return f"coefficient={self.coefficient}"
 
 
+class _Chain(nn.Sequential):
+    """Its modules one after another; an instance norm takes the activation behind it along, in one pass over memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules, taken = list(self), None
+        for module, following in zip(modules, [*modules[1:], None], strict=True):
+            if isinstance(module, InstanceNorm2d) and isinstance(following, nn.ReLU | Gate):
+                x, taken = module(x, following), following
+            elif module is not taken:
+                x = module(x)
+        return x
+
+
 def _gate(coefficient: float | None) -> nn.Module:
     return nn.Identity() if coefficient is None else Gate(coefficient)
 
@@ -71,7 +87,7 @@ class ProjectionLogits(nn.Sequential):
         self.conv = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
 
 
-class SimplifiedLogits(nn.Sequential):
+class SimplifiedLogits(_Chain):
     """Logits (B, C, H, W) from x (B, C, H, W): gate(norm(conv3x3(x))). ``gate=None`` leaves the gate out."""
 
     def __init__(self, channels: int, gate: float | None = GATE, device=None, dtype=None) -> None:
@@ -82,7 +98,7 @@ class SimplifiedLogits(nn.Sequential):
         self.gate = _gate(gate)
 
 
-class BottleneckTrunk(nn.Sequential):
+class BottleneckTrunk(_Chain):
     """x (B, C, H, W) -> (B, width, H, W): the part of the bottleneck logit module that sites can share."""
 
     def __init__(self, channels: int, width: int = 128, device=None, dtype=None) -> None:
@@ -96,7 +112,7 @@ class BottleneckTrunk(nn.Sequential):
         self.act2 = nn.ReLU(inplace=True)
 
 
-class BottleneckHead(nn.Sequential):
+class BottleneckHead(_Chain):
     """Trunk features (B, width, H, W) -> logits (B, channels, H, W): gate(norm(conv1x1(trunk)))."""
 
     def __init__(self, width: int, channels: int, gate: float | None = GATE, device=None, dtype=None) -> None:

@@ -15,6 +15,10 @@ class Counts:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.sums.zero_()
+
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         """Add a batch: logits (B, classes) of any float dtype, labels (B,) int64, loss () the batch's mean."""

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lip_resnet.checkpoint import load_weights
 from lip_resnet.config import InputError, ModelConfig
+
+Replace = Callable[[nn.Module, Mapping[str, str]], Any]
 
 
 def create_model(name: str, **keywords: Any) -> nn.Module:
@@ -24,16 +27,31 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
         raise InputError(f"model.name: unknown model {name!r}; near names: {', '.join(near) or 'none'}")
     try:
         return timm.create_model(name, **keywords)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"model {name} does not take {keywords}: {error}") from None
+    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model {name} does not take {keywords}: {line}") from None
 
 
-def build_model(config: ModelConfig, *, drop_path: float = 0.0, drop: float = 0.0) -> nn.Module:
-    """The network of a recipe, initialised, with its starting weights if it names any."""
-    keywords = {"drop_path_rate": drop_path, "drop_rate": drop}
-    keywords = {key: value for key, value in keywords.items() if value}
-    model = create_model(config.name, num_classes=config.num_classes, **keywords, **config.args)
+def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Module:
+    """The network of a recipe, initialised, with its starting weights if it names any.
+
+    Args:
+        replace: swaps downsampling layers of a model in place, for ``model.downsampling``.
+        keywords: further ones of the model.
+    """
+    keywords["num_classes"] = config.num_classes
+    if taken := sorted(config.args.keys() & {*keywords, "pretrained", "features_only", "checkpoint_path"}):
+        raise InputError(f"model.args: {', '.join(taken)} cannot be set there; the recipe has keys of its own for it")
+    model = create_model(config.name, **keywords, **config.args)
     initialize(model)
+    if config.downsampling:
+        try:
+            report = replace(model, config.downsampling)
+        except ValueError as error:
+            raise InputError(f"model.downsampling: {error}") from None
+        swapped = {what.partition(",")[0] for what in report.swapped.values()}
+        if missed := sorted(set(config.downsampling) - swapped):
+            raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(missed)}")
     if config.weights:
         load_weights(model, config.weights, new_head=config.new_head)
     return model
@@ -63,7 +81,7 @@ def check_size(model: nn.Module, size: int) -> None:
     trial = copy.deepcopy(model).to("meta").train()
     try:
         trial(torch.empty(2, 3, size, size, device="meta"))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from None
 
 

@@ -26,6 +26,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         options["momentum"] = config.momentum
     if config.name in ("adamw", "lamb"):
         options["betas"] = config.betas
+    if config.name == "lamb":
+        options["max_grad_norm"] = None  # timm's would clip by itself; clip_norm alone decides
     if config.name in ("sgd", "adamw"):
         options["fused"] = True
     if config.nesterov:

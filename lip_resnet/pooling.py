@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.layers import BlurPool2d
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lip_resnet.lip import lip2d
 from lip_resnet.logits import GATE, BottleneckHead, BottleneckLogits, ProjectionLogits, SimplifiedLogits
@@ -44,12 +45,19 @@ class LIP2d(nn.Module):
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = (kernel_size - 1) // 2 if padding is None else padding
+        self.recompute = False
+        """Make the logits again in the backward pass instead of keeping them: less memory, one more branch."""
         self.zero_logits()
 
     def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
         """Pool ``x``; a head makes its logits from ``trunk`` (B, width, H, W), any other logit module from ``x``."""
-        logits = self.logits(trunk if isinstance(self.logits, BottleneckHead) else x)
-        return lip2d(x, logits, self.kernel_size, self.stride, self.padding)
+        source = trunk if isinstance(self.logits, BottleneckHead) else x
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._pool, x, source, use_reentrant=False)
+        return self._pool(x, source)
+
+    def _pool(self, x: Tensor, source: Tensor) -> Tensor:
+        return lip2d(x, self.logits(source), self.kernel_size, self.stride, self.padding)
 
     def zero_logits(self) -> None:
         """Zero the convolution that makes the logits: they become constant, and LIP average pooling."""

@@ -44,6 +44,7 @@ class LIPResNet(nn.Module):
         gate_coefficient: bound of the logits.
         gate: False leaves the gate out.
         kernel_size: of every layer's window (stride 2, padding (kernel_size - 1) // 2).
+        recompute_logits: make the logits again in the backward pass instead of keeping them.
 
     Raises:
         ValueError: a keyword out of its range, or an unknown layer or logit module.
@@ -66,6 +67,7 @@ class LIPResNet(nn.Module):
         gate_coefficient: float = GATE,
         gate: bool = True,
         kernel_size: int = 3,
+        recompute_logits: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -105,6 +107,9 @@ class LIPResNet(nn.Module):
         self.num_features = in_channels
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
+        for module in self.modules():
+            if isinstance(module, LIP2d):
+                module.recompute = recompute_logits
 
     @torch.no_grad()
     def init_weights(self) -> None:

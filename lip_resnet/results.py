@@ -10,29 +10,47 @@ from typing import Any
 
 from lip_resnet.config import Config, InputError
 
+PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
+"""Keywords of the published networks; a recipe may spell them out."""
+
 _NEEDED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
 
-def describe_protocol(config: Config, processes: int | None) -> dict[str, Any]:
-    """All that must be equal before two accuracies may be subtracted: data, evaluation, and training but for the seed.
+def describe_training(config: Config, processes: list[int]) -> dict[str, Any]:
+    """How weights were trained, but for the model, the seed and what has no influence.
 
     Args:
-        processes: that trained the weights with ``config``; None where their training is unknown.
+        config: the recipe that they were trained with, as the checkpoint holds it.
+        processes: the numbers of processes that did, in order; usually one.
+    """
+    tree = config.model_dump(mode="json")
+    free = {"root", "workers", "images", "eval_batch_size", "eval_size", "eval_resize"}
+    free |= {"seed", "log_every", "profile", "eval_every"}
+    free |= {"checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"}
+    training = {
+        f"{section}.{key}": value
+        for section in ("data", "optim", "train")
+        for key, value in tree[section].items()
+        if key not in free
+    }
+    training |= {f"model.{key}": tree["model"][key] for key in ("weights", "new_head")}
+    # Batch statistics see this many images: on another number of processes it is another experiment.
+    shares = [config.optim.accumulate * (1 if config.train.sync_bn else count) for count in processes]
+    training["images_per_batch_norm"] = ", then ".join(str(config.data.batch_size // share) for share in shares)
+    return training
+
+
+def describe_protocol(config: Config, training: dict[str, Any] | None) -> dict[str, Any]:
+    """All that must be equal before two accuracies may be subtracted: data, evaluation and training.
+
+    Args:
+        config: what was evaluated, and how.
+        training: ``describe_training`` of the weights; None where it is unknown.
     """
     tree = config.model_dump(mode="json")
     data = tree["data"]
     evaluation = {key: data[key] for key in ("eval_size", "eval_resize", "interpolation", "mean", "std")}
     evaluation |= {"precision": tree["train"]["precision"], "decode": "exact", "views": "one centre crop"}
-    training = None
-    if processes is not None:
-        hardware = {"root", "workers", "eval_batch_size", "images", *evaluation}
-        training = {f"data.{key}": value for key, value in data.items() if key not in hardware}
-        training |= {f"optim.{key}": value for key, value in tree["optim"].items()}
-        # Batch statistics see this many images: on another number of processes it is another experiment.
-        parts = 1 if config.train.sync_bn else processes * config.optim.accumulate
-        training["images_per_batch_norm"] = config.data.batch_size // parts
-        free = {"seed", "log_every", "profile", "eval_every"}
-        training |= {f"train.{key}": value for key, value in tree["train"].items() if key not in free}
     return {"data": data["name"], "classes": config.model.num_classes, **evaluation, "training": training}
 
 
@@ -71,9 +89,21 @@ class Entry:
     rows: list[dict[str, Any]]
 
     @property
+    def network(self) -> str:
+        """The model and its keywords where they are not the published ones, without what the weights are."""
+        return label(self.model, unpublished(keywords_of(self.rows[0])))
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """That of every row."""
         return self.rows[0]["protocol"]
+
+    @property
+    def baseline(self) -> str | None:
+        """The model that a delta is taken to: the same without LIP, or without another downsampling."""
+        if self.rows[0].get("downsampling"):
+            return self.model
+        return self.model.removeprefix("lip_") if self.model.startswith("lip_") else None
 
     def mean(self, key: str) -> float:
         """Over the seeds."""
@@ -84,6 +114,22 @@ class Entry:
         return statistics.stdev(row[key] for row in self.rows) if len(self.rows) > 1 else None
 
 
+def keywords_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row's network has beside its model's name: keywords, and layers put in place of its own."""
+    return {**(row.get("args") or {}), **(row.get("downsampling") or {})}
+
+
+def unpublished(keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that make another network than the published one."""
+    return {key: value for key, value in keywords.items() if PUBLISHED.get(key) != value}
+
+
+def label(model: str, keywords: dict[str, Any]) -> str:
+    """A network's name in tables: the model, and its keywords where it has any."""
+    options = ", ".join(f"{key}={value}" for key, value in keywords.items())
+    return model + (f" ({options})" if options else "")
+
+
 def group(rows: list[dict[str, Any]]) -> list[Entry]:
     """Rows that differ only in their seed become one entry; the order of first appearance stays.
 
@@ -92,7 +138,15 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        identity = [row["model"], row.get("args"), row.get("weights"), row.get("selected_on_val"), row["protocol"]]
+        identity = [
+            row["model"],
+            row.get("args"),
+            row.get("downsampling"),
+            row.get("weights"),
+            row.get("selected_on_val"),
+            row["images"],
+            row["protocol"],
+        ]
         if row.get("seed") is None:
             identity.append(row.get("checkpoint"))
         groups.setdefault(json.dumps(identity, sort_keys=True), []).append(row)
@@ -102,44 +156,52 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
         if len(seeds) != len(set(seeds)):
             raise InputError(f"{members[0]['model']}: two rows have the same seed {sorted(seeds)}; give each run once")
         first = members[0]
-        options = ", ".join(f"{key}={value}" for key, value in (first.get("args") or {}).items())
-        label = first["model"] + (f" ({options})" if options else "")
-        label += ", EMA" if first.get("weights") == "ema" else ""
-        label += ", best epoch (selected on val)" if first.get("selected_on_val") else ""
-        entries.append(Entry(label, first["model"], members))
+        text = label(first["model"], keywords_of(first))
+        text += ", EMA" if first.get("weights") == "ema" else ""
+        text += ", best epoch (selected on val)" if first.get("selected_on_val") else ""
+        entries.append(Entry(text, first["model"], members))
     return entries
 
 
-def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """The first thing in which two protocols differ, or None where a delta is honest."""
-    if ours["training"] is None or theirs["training"] is None:
-        return "unknown training protocol"
-    for part, other in ((ours, theirs), (ours["training"], theirs["training"])):
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first thing in which two protocols differ, or None."""
+    for part, other in ((ours, theirs), (ours.get("training") or {}, theirs.get("training") or {})):
         for key in sorted(part.keys() | other.keys()):
             if key != "training" and part.get(key) != other.get(key):
                 return f"{key}: {part.get(key)} against {other.get(key)}"
     return None
 
 
+def _no_delta(ours: Entry, theirs: Entry) -> str | None:
+    """Why two accuracies may not be subtracted, or None where a delta is honest."""
+    if ours.protocol["training"] is None or theirs.protocol["training"] is None:
+        return "unknown training protocol"
+    for key in ("images", "weights", "selected_on_val"):
+        if ours.rows[0].get(key) != theirs.rows[0].get(key):
+            return f"{key}: {ours.rows[0].get(key)} against {theirs.rows[0].get(key)}"
+    return difference(ours.protocol, theirs.protocol)
+
+
 def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
     """Rows and the paper's figures -> (header, lines, notes).
 
-    A LIP network's delta is to its baseline: the model without the ``lip_`` prefix, under the same protocol. Where
-    only other protocols are at hand there is no delta, and a note says what differs.
+    A network's delta is to its baseline (``Entry.baseline``) under the same protocol. Where only other protocols are
+    at hand there is no delta, and a note says what differs.
 
     Args:
-        paper: model name -> published ``top1`` and ``top5``, shown beside runs on the 50,000 ImageNet images.
+        paper: ``label`` of a network -> published ``top1`` and ``top5``, shown beside runs on ImageNet's 50,000.
     """
     entries, notes = group(rows), []
-    with_paper = any(_is_imagenet(entry) and entry.model in paper for entry in entries)
+    with_paper = any(_is_imagenet(entry) and entry.network in paper for entry in entries)
     header = ["model", "params (M)", "MACs (G)", "top-1 (%)", "top-5 (%)", "delta top-1", "seeds", "images"]
     header += ["paper top-1", "paper top-5"] if with_paper else []
     lines = []
     for entry in entries:
         delta = "-"
-        if entry.model.startswith("lip_"):
-            partners = [other for other in entries if other.model == entry.model.removeprefix("lip_")]
-            differences = [_difference(entry.protocol, other.protocol) for other in partners]
+        if entry.baseline is not None:
+            plain = [other for other in entries if not other.rows[0].get("downsampling")]
+            partners = [other for other in plain if other.model == entry.baseline]
+            differences = [_no_delta(entry, other) for other in partners]
             if None in differences:
                 partner = partners[differences.index(None)]
                 delta = f"{entry.mean('top1') - partner.mean('top1'):+.2f}"
@@ -156,7 +218,7 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
             str(entry.rows[0]["images"]),
         ]
         if with_paper:
-            published = paper.get(entry.model, {}) if _is_imagenet(entry) else {}
+            published = paper.get(entry.network, {}) if _is_imagenet(entry) else {}
             line += [f"{published[key]:.2f}" if key in published else "-" for key in ("top1", "top5")]
         lines.append(line)
     return header, lines, notes

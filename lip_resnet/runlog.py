@@ -1,6 +1,7 @@
 """The run folder: who may write it, and numbers to TensorBoard, metrics.jsonl and the terminal (rank 0 only)."""
 
 import datetime
+import fcntl
 import json
 import math
 import os
@@ -8,8 +9,9 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import timm
 import torch
@@ -18,12 +20,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lip_resnet import checkpoint, distributed
-from lip_resnet.config import Config, InputError, load_config
+from lip_resnet.config import Config, InputError
+from lip_resnet.recipe import load_config
 
 # What may change when a run goes on: where it runs and how it reports, not what it computes.
 _FREE = {
     "data": {"root", "workers"},
-    "train": {"max_steps", "log_every", "profile"},
+    "train": {
+        *("max_steps", "log_every", "profile"),
+        *("checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"),
+    },
     "model": {"weights"},
 }
 
@@ -44,26 +50,37 @@ def check_same_recipe(config: Config, other: Config, where: str) -> None:
                 )
 
 
-def open_run(folder: Path, config: Config, resume: str) -> Path | None:
+@dataclass(frozen=True)
+class Opened:
+    """A run folder that this run may write."""
+
+    source: Path | None
+    """The checkpoint to continue from; None for a fresh start."""
+    notes: list[str]
+    """What the user should know: checkpoints that were skipped."""
+
+
+def open_run(folder: Path, config: Config, resume: str) -> Opened:
     """Decide where a run writes and from which checkpoint it continues; nothing is ever overwritten.
 
     Args:
         folder: the run folder, new or empty unless ``resume`` continues the run in it.
-        resume: "none" starts; "auto" continues the run in ``folder`` if there is one; else a checkpoint's path.
-
-    Returns:
-        The checkpoint to continue from, or None for a fresh start.
+        resume: "none" starts; "auto" continues the run in ``folder``, if there is one, from its newest checkpoint that
+            is whole; else a checkpoint's path.
 
     Raises:
-        InputError: the folder holds another run or other files, or there is nothing to continue from.
+        InputError: the folder holds another run or other files, another process writes it, or there is nothing to
+            continue from.
     """
-    recipe, last = folder / "config.yaml", folder / "checkpoints" / "last.pt"
+    recipe, checkpoints = folder / "config.yaml", folder / "checkpoints"
     try:
-        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        # A start that failed early leaves a lock and an empty checkpoints/: that is nobody's run.
+        files = folder.rglob("*") if folder.is_dir() else [folder] if folder.exists() else []
+        occupied = any(not path.is_dir() and path.name != ".lock" for path in files)
     except OSError as error:
         raise InputError(f"--output {folder}: {error.strerror}") from None
     source = None if resume in ("none", "auto") else checkpoint.resolve(resume)
-    continues = resume == "auto" or source == last
+    continues = resume == "auto" or (source is not None and source.parent.resolve() == checkpoints.resolve())
     if occupied and not recipe.is_file():
         raise InputError(f"--output {folder} exists and is not a run; choose another")
     if occupied and not continues:
@@ -72,30 +89,54 @@ def open_run(folder: Path, config: Config, resume: str) -> Path | None:
         check_same_recipe(config, load_config(recipe), str(folder))
     if source is not None and not source.is_file():
         raise InputError(f"--resume {resume}: no such checkpoint")
+    notes: list[str] = []
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        (folder / "requeue").unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot create it: {error.strerror}") from None
-    if source is None and last.is_file():
-        source = last
-    return source
+        raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from None
+    if source is None:
+        source, skipped = checkpoint.Checkpoints(checkpoints, keep=1).newest_whole()
+        notes = [f"skipped {line}" for line in skipped]
+        if skipped:
+            notes.append(f"continuing from {source}")
+    _locks.append(lock)
+    return Opened(source, notes)
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions, hardware, command and commit: what a number depends on beside its recipe."""
+_locks: list[TextIO] = []  # held until the process ends, however it ends
+
+
+def _lock(folder: Path) -> TextIO:
+    file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"--output {folder} is being written by another process") from None
+    return file
+
+
+def describe_environment(device: str | None = None) -> dict[str, Any]:
+    """Versions, hardware, command and commit: what a number depends on beside its recipe.
+
+    ``device`` ("cpu" or "cuda") is the one that is described, by default the GPU where there is one.
+    """
+    gpu = torch.cuda.is_available() if device is None else device == "cuda"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "hardware": torch.cuda.get_device_name() if gpu else _cpu_name(),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda if gpu else None,
     }
 
 
@@ -127,24 +168,28 @@ class RunLog:
 
     def __init__(self, folder: Path, config: Config, environment: dict[str, Any], step: int, total_steps: int) -> None:
         self.active = distributed.is_main()
-        if not self.active:
-            return
         self.folder, self.total_steps, self.first_step = folder, total_steps, step
         self.started = time.monotonic()
-        self._write("config.yaml", config.dump())
-        path = folder / "env.json"
-        if path.is_file() and step:
-            environment = {**environment, "continues": json.loads(path.read_text(encoding="utf-8"))}
-        self._write("env.json", json.dumps(environment, indent=2) + "\n")
-        kept = [line for line in _read_lines(folder / "metrics.jsonl") if line["step"] <= step]
-        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
-        if not step:
-            self.writer.add_text("config", f"```yaml\n{config.dump()}```", 0)
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=quiet)
-        self.quiet = quiet
+        distributed.on_main(lambda: self._open(config, environment))
+
+    def _open(self, config: Config, environment: dict[str, Any]) -> None:
+        step = self.first_step
+        try:
+            self._write("config.yaml", config.dump())
+            path = self.folder / "env.json"
+            if path.is_file() and step:
+                environment = {**environment, "continues": json.loads(path.read_text(encoding="utf-8"))}
+            self._write("env.json", json.dumps(environment, indent=2) + "\n")
+            kept = [line for line in _read_lines(self.folder / "metrics.jsonl") if line["step"] <= step]
+            self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            # What an earlier start wrote beyond its checkpoint is dropped here too.
+            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else 0)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.folder}: cannot write the run's files: {error}") from None
+        self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
+        self.quiet = not sys.stderr.isatty()
+        self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=self.quiet)
 
     def _write(self, name: str, text: str) -> None:
         checkpoint.write_atomically(self.folder / name, lambda file: file.write(text.encode()))

@@ -1,14 +1,17 @@
 """Randomness as a function: every random choice is drawn from numbers that name it, never from what came before."""
 
 import random
+import zlib
 
 import numpy as np
 import torch
 
 
-def derive(*numbers: int) -> int:
-    """A 63-bit seed from the numbers that name a choice, such as (seed, epoch, index); well mixed, stable for ever."""
-    low, high = np.random.SeedSequence(numbers).generate_state(2)
+def derive(purpose: str, *numbers: int) -> int:
+    """A 63-bit seed from what names a choice, such as ("augment", seed, epoch, index); well mixed, stable for ever."""
+    # Purpose and count keep apart what SeedSequence, which pads with zeros, would give the same seed.
+    entropy = (zlib.crc32(purpose.encode()), len(numbers), *numbers)
+    low, high = np.random.SeedSequence(entropy).generate_state(2)
     return (int(high) << 32 | int(low)) >> 1
 
 

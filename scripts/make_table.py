@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import yaml
-
 from lip_resnet import checkpoint, distributed, results
 from lip_resnet.config import InputError
+from lip_resnet.paper import load_paper
 
 
 def main() -> None:
@@ -18,7 +17,7 @@ def main() -> None:
     output = Path(options.output) if options.output else None
     if output is not None and output.exists() and not options.force:
         raise InputError(f"{output} exists; choose another --output or add --force")
-    paper = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
+    paper = load_paper(Path(__file__).with_name("paper.yaml")).accuracies()
     header, lines, notes = results.build_table(results.read_rows(options.rows), paper)
     text = results.render(header, lines, notes, options.format)
     print(text, end="")

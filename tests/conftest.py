@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lip_resnet.config import Config, parse_config
+from lip_resnet.config import Config
+from lip_resnet.recipe import parse_config
 
 ROOT = Path(__file__).parents[1]
 

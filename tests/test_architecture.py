@@ -7,12 +7,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lip_resnet"
 LIP_WING = {"lip", "kernels", "logits", "pooling", "released", "blocks", "resnet", "densenet", "replace"}
 FLOORS = [
-    {"config", "lip", "kernels", "logits", "released", "distributed", "seeding"},
-    {"pooling", "blocks", "data", "optim", "metrics", "checkpoint"},
+    {"config", "recipe", "lip", "kernels", "logits", "released", "distributed", "seeding"},
+    {"pooling", "blocks", "data", "optim", "metrics", "checkpoint", "interrupts"},
     {"runlog", "resnet", "densenet", "replace", "models", "engine", "results"},
+    {"fidelity", "paper"},
 ]
 # Inside a floor, only these: each is the plainer of the two.
-WITHIN = {"distributed": {"config"}, "lip": {"kernels"}, "blocks": {"pooling"}}
+WITHIN = {
+    "distributed": {"config"},
+    "recipe": {"config"},
+    "lip": {"kernels"},
+    "logits": {"kernels"},
+    "blocks": {"pooling"},
+}
 
 
 def _imports(path: Path) -> set[str]:

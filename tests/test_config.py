@@ -1,13 +1,19 @@
 """Recipes: strict, frozen, and every refusal is one line that names the key and what is allowed."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
-from lip_resnet.config import InputError, load_config, parse_config
+from lip_resnet import LAYERS, replace_downsampling
+from lip_resnet.config import InputError
+from lip_resnet.models import build_model
+from lip_resnet.recipe import load_config, parse_config
+from train import regularisers
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -36,11 +42,34 @@ def test_recipe_loads_and_survives_its_own_dump(path):
     assert header.startswith("# ")
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.name.startswith("lip_")], ids=lambda path: path.stem)
+def baseline(path: Path) -> Path:
+    """The recipe that a LIP recipe, or one of the zoo, is compared with."""
+    if path.parent.name == "zoo":
+        return ROOT / "configs" / "imagenet" / "resnet50_step90.yaml"
+    return path.with_name(re.sub(r"^lip_|_width\d+", "", path.name))
+
+
+COMPARED = [path for path in RECIPES if path.name.startswith("lip_") or path.parent.name == "zoo"]
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
 def test_lip_and_baseline_differ_in_model_alone(path):
-    ours, theirs = (yaml.safe_load(p.read_text()) for p in (path, path.with_name(path.name.removeprefix("lip_"))))
+    ours, theirs = (yaml.safe_load(p.read_text(encoding="utf-8")) for p in (path, baseline(path)))
     assert ours.pop("model") != theirs.pop("model")
     assert ours == theirs
+
+
+def test_every_layer_of_the_zoo_has_a_recipe():
+    recipes = {path.stem.removeprefix("resnet50_") for path in RECIPES if path.parent.name == "zoo"}
+    assert recipes == set(LAYERS) - {"lip"}  # plain `lip` is LIP-ResNet's own
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_builds_its_model(path):
+    config = load_config(path)
+    with torch.device("meta"):
+        model = build_model(config.model, replace_downsampling, **regularisers(config.train))
+    assert model.num_classes == config.model.num_classes
 
 
 def test_config_is_frozen(tmp_path):

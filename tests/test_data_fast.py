@@ -240,12 +240,6 @@ def test_repeats_of_a_partial_batch(photographs):
     assert len({index for keys in partial.sampler for _, index, _ in keys}) == 8
 
 
-def test_one_repeat_is_no_repeat():
-    """Recipes without repeats keep their pixels: a trailing 0 does not change a seed."""
-    assert seeding.derive(3, 1, 7, 0) == seeding.derive(3, 1, 7)
-    assert seeding.derive(3, 1, 7, 1) != seeding.derive(3, 1, 7)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_progressive_sizes(photographs, workers):
     growing = loader(photographs, size_schedule=[[1, 48], [3, 40]], workers=workers)

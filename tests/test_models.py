@@ -4,8 +4,7 @@ import pytest
 import timm
 import torch
 
-import lip_resnet  # noqa: F401
-from lip_resnet import models
+from lip_resnet import models, pooling, replace_downsampling
 from lip_resnet.config import InputError, ModelConfig
 
 
@@ -26,7 +25,7 @@ def test_counts(name, params, macs):
 
 @pytest.mark.parametrize("name", ["lip_resnet50", "resnet50"])
 def test_initialisation_is_the_same_for_both(name):
-    model = models.build_model(ModelConfig(name=name))
+    model = models.build_model(ModelConfig(name=name), replace_downsampling)
     assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert not model.fc.bias.any()
     last = [block.bn3.weight for stage in (model.layer1, model.layer4) for block in stage]
@@ -42,11 +41,11 @@ def test_unknown_names_and_keywords():
 
 
 def test_drop_path_reaches_the_model():
-    model = models.build_model(ModelConfig(name="lip_resnet50"), drop_path=0.1)
+    model = models.build_model(ModelConfig(name="lip_resnet50"), replace_downsampling, drop_path_rate=0.1)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
     assert max(rates) == pytest.approx(0.1)
     with pytest.raises(InputError, match="drop_path_rate"):
-        models.build_model(ModelConfig(name="vgg11"), drop_path=0.1)
+        models.build_model(ModelConfig(name="vgg11"), replace_downsampling, drop_path_rate=0.1)
 
 
 def test_too_small_images():
@@ -60,7 +59,22 @@ def test_too_small_images():
 def test_fine_tuning_starts_from_the_weights(tmp_path):
     torch.save(models.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "seven.pth")
     config = ModelConfig(name="test_resnet", num_classes=10, weights=str(tmp_path / "seven.pth"), new_head=True)
-    model = models.build_model(config)
+    model = models.build_model(config, replace_downsampling)
     state = torch.load(tmp_path / "seven.pth", weights_only=True)
     assert torch.equal(model.conv1[0].weight, state["conv1.0.weight"])
     assert model.fc.out_features == 10
+
+
+def test_downsampling_of_a_recipe():
+    config = ModelConfig(name="resnet50", downsampling={"stem": "lip", "main": "softpool"})
+    model = models.build_model(config, replace_downsampling)
+    assert isinstance(model.maxpool, pooling.LIP2d)
+    assert isinstance(model.layer2[0].conv2.pool, pooling.SoftPool)
+    assert model.layer2[0].downsample[0].stride == (2, 2)
+    for sites, words in (
+        ({"stern": "lip"}, "unknown site"),
+        ({"stem": "lap"}, "did you mean lip"),
+        ({"transition": "lip"}, "nothing"),
+    ):
+        with pytest.raises(InputError, match=words):
+            models.build_model(ModelConfig(name="resnet50", downsampling=sites), replace_downsampling)

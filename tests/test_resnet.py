@@ -268,3 +268,25 @@ def test_keywords_out_of_range(keywords, message):
 def test_an_image_too_small_is_refused(small):
     with pytest.raises(ValueError, match="the image is too small for the network"):
         small(torch.zeros(1, 3, 16, 16))
+
+
+def test_recomputed_logits_save_memory_and_change_nothing():
+    torch.manual_seed(0)
+    images, kept, gradients = torch.randn(2, 3, 64, 64), [], []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        model = timm.create_model("lip_resnet18", num_classes=5, recompute_logits=recompute)
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(images).square().sum()
+        loss.backward()
+        kept.append(sum(sizes.values()))
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert kept[1] < 0.95 * kept[0]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7)

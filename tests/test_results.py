@@ -18,7 +18,7 @@ def row(model: str, top1: float, seed: int | None = 0, **changes) -> dict:
     return {
         **{"model": model, "args": {}, "checkpoint": f"{model}-{seed}", "weights": "model", "selected_on_val": False},
         **{"top1": top1, "top5": 99.0, "loss": 0.1, "images": 355, "params": 23_864_232, "macs": 5_299_830_784},
-        **{"seed": seed, "protocol": results.describe_protocol(config, processes=2)},
+        **{"seed": seed, "protocol": results.describe_protocol(config, results.describe_training(config, [2]))},
     }
 
 
@@ -64,7 +64,7 @@ def test_no_delta_between_protocols(changes, words):
 
 def test_no_delta_between_batch_norms_of_other_sizes():
     ours, theirs = row("lip_resnet50", 98.0), row("resnet50", 97.0)
-    theirs["protocol"] = results.describe_protocol(small_config(), processes=1)
+    theirs["protocol"] = results.describe_protocol(small_config(), results.describe_training(small_config(), [1]))
     lines, notes = table([ours, theirs])
     assert lines["lip_resnet50"]["delta top-1"] == "-"
     assert "images_per_batch_norm: 32 against 64" in notes[0]
@@ -78,7 +78,7 @@ def test_hardware_is_not_protocol():
 def test_unknown_training_has_no_delta():
     ours, theirs = row("lip_resnet50", 98.0, None), row("resnet50", 97.0, None)
     for one in (ours, theirs):
-        one["protocol"] = results.describe_protocol(small_config(), processes=None)
+        one["protocol"] = results.describe_protocol(small_config(), None)
     lines, notes = table([ours, theirs])
     assert lines["lip_resnet50"]["delta top-1"] == "-"
     assert "unknown training" in notes[0]
@@ -89,6 +89,15 @@ def test_paper_figures_stand_beside_imagenet():
     ours["images"], ours["protocol"]["classes"] = 50000, 1000
     lines, _ = table([ours])
     assert lines["lip_resnet50"]["paper top-1"] == "78.19"
+
+
+def test_paper_figures_belong_to_a_network_with_its_keywords():
+    rows = [row("lip_resnet50", top1) for top1 in (78.2, 77.0, 78.0)]
+    for one, width in zip(rows, (128, 64, 256), strict=True):
+        one["images"], one["protocol"]["classes"], one["args"] = 50000, 1000, {"bottleneck_width": width}
+    paper = PAPER | {"lip_resnet50 (bottleneck_width=256)": {"top1": 78.15}}
+    header, lines, _ = results.build_table(rows, paper)
+    assert [line[header.index("paper top-1")] for line in lines] == ["78.19", "-", "78.15"]
 
 
 def test_best_and_ema_are_labelled():
@@ -126,3 +135,30 @@ def test_bad_rows(tmp_path):
         results.read_rows([str(tmp_path / "none.json")])
     with pytest.raises(InputError, match=r"holds no eval\.json"):
         results.read_rows([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"selected_on_val": True}, "selected_on_val"),
+        ({"weights": "ema"}, "weights: model against ema"),
+        ({"images": 100}, "images: 355 against 100"),
+    ],
+)
+def test_no_delta_between_other_weights_or_images(changes, words):
+    lines, notes = table([row("lip_resnet50", 98.0), {**row("resnet50", 97.0), **changes}])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert words in notes[0]
+
+
+def test_rows_of_other_images_are_not_seeds_of_each_other():
+    lines, _ = table([row("resnet50", 98.0, 0), {**row("resnet50", 97.0, 1), "images": 100}])
+    assert lines["resnet50"]["seeds"] == "1"
+
+
+def test_batch_norm_sees_what_its_process_sees():
+    config = small_config(optim__accumulate=4)
+    assert results.describe_training(config, [2])["images_per_batch_norm"] == "8"
+    assert results.describe_training(config, [2, 1])["images_per_batch_norm"] == "8, then 16"
+    synced = small_config(optim__accumulate=4, train__sync_bn=True)
+    assert results.describe_training(synced, [2])["images_per_batch_norm"] == "16"

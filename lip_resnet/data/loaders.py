@@ -69,7 +69,7 @@ class _TrainBatches(Dataset):
         labels, skipped = [], []
         for epoch, index, repeat in keys:
             self.held.note(index)
-            seed = seeding.derive(self.seed, epoch, index, repeat)
+            seed = seeding.derive("augment", self.seed, epoch, index, repeat)
             try:
                 labels.append(self._load(index, seed, images[len(labels)]))
             except BadImage as error:
@@ -139,7 +139,7 @@ class _TrainSampler:
         return min(self.batch_size, self.samples - step * self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        generator = torch.Generator().manual_seed(seeding.derive(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(seeding.derive("order", self.seed, self.epoch))
         order = torch.randperm(self.samples, generator=generator)
         rank, world = distributed.rank(), distributed.world_size()
         for step in range(self.first_step, self.steps):

@@ -6,6 +6,7 @@ TensorBoard and progress bars have started threads can inherit a lock that nobod
 
 import os
 import re
+import signal
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -106,11 +107,18 @@ def start_loader(dataset: Dataset, orders: Orders, workers: int, pin: bool) -> D
         prefetch_factor=PREFETCH if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     if workers:
         iter(loader)
     orders.open = True
     return loader
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """A terminal or scheduler signals every process; only the training process must act, its workers follow it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,0 +1,152 @@
+"""``torch.ops.lip_resnet.lip2d``: the fused operator, with its gradient, for the devices that have a kernel.
+
+One pass over x and the logits forward, one backward; kept for the backward pass: x, logits, y and one number a window.
+Backends: ``cpu.py`` (C++) and ``gpu.py`` (Triton), neither loaded before a tensor of its device asks for it. The
+environment variable LIP_KERNELS=auto|plain chooses; ``plain`` never uses a kernel.
+"""
+
+import functools
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lip_resnet.kernels import plain
+
+
+class KernelUnavailable(Exception):
+    """A kernel cannot be built or loaded here; the message says why, in one line."""
+
+
+CHOICES = ("auto", "plain")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_KERNEL_SIZE = 8
+
+
+@torch.compiler.assume_constant_result
+def available(device_type: str) -> bool:
+    """Whether a fused kernel runs on this type of device; where one should but cannot, a warning says why, once."""
+    return _available(device_type)
+
+
+@functools.cache
+def _available(device_type: str) -> bool:
+    choice = os.environ.get("LIP_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"environment variable LIP_KERNELS is {choice!r}; it must be one of {', '.join(CHOICES)}")
+    if choice == "plain":
+        return False
+    if device_type == "cpu":
+        try:
+            _backend("cpu").library()
+        except KernelUnavailable as error:
+            _warn(str(error))
+            return False
+        return True
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        _warn("Triton is not installed")
+        return False
+    return device_type == "cuda"
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"lip2d runs in its plain form, slower than the fused kernel: {reason}", stacklevel=2)
+
+
+def _backend(device_type: str) -> ModuleType:
+    return importlib.import_module(f"lip_resnet.kernels.{'cpu' if device_type == 'cpu' else 'gpu'}")
+
+
+def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
+    """Whether ``lip2d`` takes these tensors."""
+    return (
+        x.dtype in DTYPES
+        and logits.dtype in DTYPES
+        and (torch.float64 not in (x.dtype, logits.dtype) or x.dtype == logits.dtype)
+        and kernel_size <= MAX_KERNEL_SIZE
+        and available(x.device.type)
+    )
+
+
+def recorded() -> bool:
+    """Whether a graph for elsewhere is being recorded, or a transform runs that a kernel has no rule for."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """The layout that results take: x's own, where it has one; a view with gaps keeps the order of its dimensions."""
+    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _outputs(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    h, w = ((size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[-2:])
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.empty((*x.shape[:2], h, w), dtype=x.dtype, device=x.device, memory_format=_format(x))
+    return y, torch.empty_like(y, dtype=dtype)
+
+
+@torch.library.custom_op("lip_resnet::lip2d", mutates_args=(), device_types=("cpu", "cuda"))
+def lip2d(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """x, logits (B, C, H, W) -> y and r = 1 / sum exp(logits - max logits) of every window, both (B, C, h, w).
+
+    ``y`` has the dtype and layout of x, ``r`` is float32 (float64 beside float64). See ``lip_resnet.lip2d``, which
+    checks the arguments.
+    """
+    y, r = _outputs(x, kernel_size, stride, padding)
+    if y.numel():
+        layout = _format(x)
+        x, logits = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout)
+        _backend(x.device.type).forward(x, logits, y, r, (kernel_size, stride, padding))
+    return y, r
+
+
+@lip2d.register_fake
+def _(x, logits, kernel_size, stride, padding):
+    return _outputs(x, kernel_size, stride, padding)
+
+
+@torch.library.custom_op("lip_resnet::lip2d_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def lip2d_backward(
+    dy: Tensor, x: Tensor, logits: Tensor, y: Tensor, r: Tensor, kernel_size: int, stride: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    """dy, y, r (B, C, h, w); x, logits (B, C, H, W) -> dx in x's dtype, dlogits in theirs, both in x's layout."""
+    dx, dl = _gradients(x, logits)
+    if x.numel():
+        layout = _format(x)
+        dy, x, logits, y, r = (t.contiguous(memory_format=layout) for t in (dy, x, logits, y, r))
+        _backend(x.device.type).backward(dy, x, logits, y, r, dx, dl, (kernel_size, stride, padding))
+    return dx, dl
+
+
+def _gradients(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    layout = _format(x)
+    return tuple(torch.empty_like(t, memory_format=layout) for t in (x, logits))
+
+
+@lip2d_backward.register_fake
+def _(dy, x, logits, y, r, kernel_size, stride, padding):
+    return _gradients(x, logits)
+
+
+def _setup_context(ctx, inputs, output):
+    x, logits, *ctx.window = inputs
+    y, r = output
+    ctx.save_for_backward(x, logits, y, r)
+    ctx.mark_non_differentiable(r)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _):
+    if dy is None:
+        return None, None, None, None, None
+    if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+        x, logits = ctx.saved_tensors[:2]
+        return *plain.gradients(dy, x, logits, tuple(ctx.window)), None, None, None
+    return *lip2d_backward(dy, *ctx.saved_tensors, *ctx.window), None, None, None
+
+
+lip2d.register_autograd(_backward, setup_context=_setup_context)

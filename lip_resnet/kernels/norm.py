@@ -1,0 +1,121 @@
+"""``torch.ops.lip_resnet.instance_norm``: instance norm and the activation behind it in one pass, on the CPU.
+
+For the channels-last networks in float32 or float64; ``norm_act`` takes PyTorch's calls for everything else.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lip_resnet import kernels
+
+ACTIVATIONS = {"none": 0, "relu": 1, "gate": 2}  # as in norm.cpp
+
+
+def norm_act(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str, coefficient: float = 1.0) -> Tensor:
+    """z (B, C, H, W) -> activation((z - mean) / sqrt(variance + eps) * weight + bias), same shape, layout and dtype.
+
+    Mean and variance are over the positions of one channel of one image.
+
+    Args:
+        weight, bias: (C,), in z's dtype (autocast apart).
+        activation: "none"; "relu"; "gate", coefficient * sigmoid.
+    """
+    if _fits(z, weight):
+        return torch.ops.lip_resnet.instance_norm(z, weight, bias, eps, ACTIVATIONS[activation], coefficient)[0]
+    return _plain(z, weight, bias, eps, ACTIVATIONS[activation], coefficient)
+
+
+def _plain(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int, coefficient: float) -> Tensor:
+    # a group norm of C groups keeps channels-last on the CPU, F.instance_norm does not
+    t = F.group_norm(z, z.shape[1], weight, bias, eps)
+    if activation == ACTIVATIONS["gate"]:
+        return torch.sigmoid(t) * coefficient
+    return F.relu(t) if activation == ACTIVATIONS["relu"] else t
+
+
+def _fits(z: Tensor, weight: Tensor) -> bool:
+    return (
+        z.device.type == "cpu"
+        and not kernels.recorded()
+        and z.dtype == weight.dtype
+        and z.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and z.shape[1] % 16 == 0
+        and z.stride(1) == 1
+        and z.is_contiguous(memory_format=torch.channels_last)
+        and kernels.available("cpu")
+    )
+
+
+def _like_statistics(z: Tensor) -> Tensor:
+    return z.new_empty(z.shape[:2])
+
+
+@torch.library.custom_op("lip_resnet::instance_norm", mutates_args=(), device_types="cpu")
+def instance_norm(
+    z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int, coefficient: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z (B, C, H, W) channels-last -> the result, and mean and 1 / sqrt(variance + eps), (B, C)."""
+    from lip_resnet.kernels import cpu
+
+    out, mean, rstd = torch.empty_like(z), _like_statistics(z), _like_statistics(z)
+    if z.numel():
+        tensors = [z, weight.contiguous(), bias.contiguous(), None, out, mean, rstd, None, None]
+        cpu.instance_norm(tensors, activation, eps, coefficient)
+    return out, mean, rstd
+
+
+@instance_norm.register_fake
+def _(z, weight, bias, eps, activation, coefficient):
+    return torch.empty_like(z), _like_statistics(z), _like_statistics(z)
+
+
+@torch.library.custom_op("lip_resnet::instance_norm_backward", mutates_args=(), device_types="cpu")
+def instance_norm_backward(
+    dout: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+    coefficient: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dz (B, C, H, W) channels-last, dweight and dbias (C,)."""
+    from lip_resnet.kernels import cpu
+
+    dz, sum_g, sum_gz = torch.empty_like(z), _like_statistics(z), _like_statistics(z)
+    if z.numel():
+        dout = dout.contiguous(memory_format=torch.channels_last)
+        tensors = [z, weight.contiguous(), bias.contiguous(), dout, dz, mean, rstd, sum_g, sum_gz]
+        cpu.instance_norm(tensors, activation, 0.0, coefficient)
+    return dz, sum_gz.sum(0), sum_g.sum(0)
+
+
+@instance_norm_backward.register_fake
+def _(dout, z, weight, bias, mean, rstd, activation, coefficient):
+    return torch.empty_like(z), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output):
+    z, weight, bias, *ctx.constants = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(z, weight, bias, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, *_):
+    if dout is None:
+        return None, None, None, None, None, None
+    z, weight, bias, mean, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+        wanted = [t for t in (z, weight, bias) if t.requires_grad]
+        found = iter(torch.autograd.grad(_plain(z, weight, bias, *ctx.constants), wanted, dout, create_graph=True))
+        return *(next(found) if t.requires_grad else None for t in (z, weight, bias)), None, None, None
+    _, activation, coefficient = ctx.constants
+    return *instance_norm_backward(dout, z, weight, bias, mean, rstd, activation, coefficient), None, None, None
+
+
+instance_norm.register_autograd(_backward, setup_context=_setup_context)

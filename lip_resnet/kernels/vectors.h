@@ -1,0 +1,204 @@
+// Vectors of one cache line, exp on them, and the storage types: shared by the CPU kernels. The vectors are the compilers'
+// own (GCC, Clang), so the source holds for every CPU.
+
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// ---- vectors of one cache line: 16 floats or 8 doubles ------------------------------------------------------------
+
+typedef float VecF __attribute__((vector_size(64)));
+typedef double VecD __attribute__((vector_size(64)));
+typedef int32_t IntF __attribute__((vector_size(64)));
+typedef int64_t IntD __attribute__((vector_size(64)));
+typedef uint16_t Half16 __attribute__((vector_size(32)));
+typedef uint32_t Word16 __attribute__((vector_size(64)));
+
+template <class A> struct Traits;
+template <> struct Traits<float> {
+  typedef VecF Vec;
+  typedef IntF Int;
+  static constexpr int kMantissa = 23;
+  static constexpr float kLowest = -86.5f, kMagic = 12582912.0f + 127.0f, kLog2e = 1.44269504f;
+  static constexpr float kLn2[] = {0.693147182f};
+  static constexpr float kSeries[] = {1.0f, 1.0f, 0.5f, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
+};
+template <> struct Traits<double> {
+  typedef VecD Vec;
+  typedef IntD Int;
+  static constexpr int kMantissa = 52;
+  static constexpr double kLowest = -707.0, kMagic = 6755399441055744.0 + 1023.0, kLog2e = 1.44269504088896340736;
+  static constexpr double kLn2[] = {6.93145751953125e-1, 1.42860682030941723212e-6};
+  static constexpr double kSeries[] = {1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
+                                       1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600,
+                                       1.0 / 6227020800};
+};
+template <class A> using Vec = typename Traits<A>::Vec;
+template <class A> constexpr int64_t lanes() { return 64 / sizeof(A); }
+
+template <class A> inline Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class A> inline void store(A* p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
+template <class A> inline Vec<A> splat(A a) { return Vec<A>{} + a; }
+
+#if defined(__AVX512F__)
+inline VecF larger(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
+inline VecD larger(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#else
+template <class V> inline V larger(V a, V b) { return a > b ? a : b; }  // b where one is NaN
+#endif
+
+// exp(d) for d <= 0, NaN for NaN: 2^n by the bits of a float, times exp(d - n log 2) by its Taylor series, |.| at most
+// log(2) / 2: the first term left out is below the rounding error. Below kLowest the result stays at exp(kLowest), 1e-38
+// or less beside the window's maximum, which is 1.
+template <class A> inline Vec<A> exp_nonpositive(Vec<A> d) {
+  typedef Traits<A> T;
+  constexpr int order = sizeof(T::kSeries) / sizeof(A) - 1;
+  d = larger(splat<A>(T::kLowest), d);
+  const Vec<A> shifted = d * T::kLog2e + T::kMagic;
+  const Vec<A> n = shifted - T::kMagic;
+  for (A part : T::kLn2) d = d - n * part;
+  Vec<A> sum = splat<A>(T::kSeries[order]);
+#pragma GCC unroll 16
+  for (int k = order - 1; k >= 0; --k) sum = sum * d + T::kSeries[k];
+  typename T::Int bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = bits << T::kMantissa;
+  Vec<A> scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return sum * scale;
+}
+
+// ---- storage types <-> vectors ---------------------------------------------------------------------------------------
+
+inline int64_t lowest(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t highest(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t width_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+inline VecF widen(Half16 h, int dtype) {
+  if (dtype == kBFloat16) {
+    const Word16 word = __builtin_convertvector(h, Word16) << 16;
+    VecF v;
+    std::memcpy(&v, &word, sizeof v);
+    return v;
+  }
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  VecF v;
+  __m128i low, high;
+  std::memcpy(&low, &h, 16);
+  std::memcpy(&high, reinterpret_cast<const char*>(&h) + 16, 16);
+  const __m256 a = _mm256_cvtph_ps(low), b = _mm256_cvtph_ps(high);
+  std::memcpy(&v, &a, 32);
+  std::memcpy(reinterpret_cast<char*>(&v) + 32, &b, 32);
+  return v;
+#else
+  typedef _Float16 Native __attribute__((vector_size(32)));
+  return __builtin_convertvector((Native)h, VecF);
+#endif
+}
+
+inline Half16 narrow(VecF v, int dtype) {
+  if (dtype == kBFloat16) {  // round to nearest, ties to even; a NaN stays one
+    Word16 word;
+    std::memcpy(&word, &v, sizeof word);
+    Word16 rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    rounded = v != v ? (word >> 16) | 0x40 : rounded;
+    return __builtin_convertvector(rounded, Half16);
+  }
+#if defined(__AVX512F__)
+  return (Half16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  __m256 a, b;
+  std::memcpy(&a, &v, 32);
+  std::memcpy(&b, reinterpret_cast<const char*>(&v) + 32, 32);
+  const __m128i low = _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), high = _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
+  Half16 h;
+  std::memcpy(&h, &low, 16);
+  std::memcpy(reinterpret_cast<char*>(&h) + 16, &high, 16);
+  return h;
+#else
+  typedef _Float16 Native __attribute__((vector_size(32)));
+  return (Half16) __builtin_convertvector(v, Native);
+#endif
+}
+
+// A copy of less than 64 bytes, without a call.
+inline void copy_short(char* to, const char* from, int64_t bytes) {
+#pragma GCC unroll 5
+  for (int64_t piece = 32; piece >= 2; piece /= 2)
+    if (bytes & piece) {
+      std::memcpy(to, from, piece);
+      to += piece;
+      from += piece;
+    }
+}
+
+// count <= lanes values from or to memory of any type; the other lanes are zero.
+template <class V> inline V read_raw(const char* p, int64_t bytes) {
+  V v{};
+  if (bytes == sizeof v) std::memcpy(&v, p, sizeof v);
+  else copy_short(reinterpret_cast<char*>(&v), p, bytes);
+  return v;
+}
+template <class V> inline void write_raw(char* p, V v, int64_t bytes) {
+  if (bytes == sizeof v) std::memcpy(p, &v, sizeof v);
+  else copy_short(p, reinterpret_cast<const char*>(&v), bytes);
+}
+template <class A> inline Vec<A> read(const char* p, int dtype, int64_t count) {
+  if constexpr (sizeof(A) == 4)
+    if (dtype != kFloat32) return widen(read_raw<Half16>(p, count * 2), dtype);
+  return read_raw<Vec<A>>(p, count * sizeof(A));
+}
+template <class A> inline void write(char* p, Vec<A> v, int dtype, int64_t count) {
+  if constexpr (sizeof(A) == 4)
+    if (dtype != kFloat32) return write_raw<Half16>(p, narrow(v, dtype), count * 2);
+  write_raw<Vec<A>>(p, v, count * sizeof(A));
+}
+
+// In place transpose of lanes x lanes values, by exchanging blocks of half the size, again and again.
+template <int kStep> inline void exchange(VecF* v) {
+  constexpr int k = kStep;
+  IntF first, second;
+  for (int lane = 0; lane < 16; ++lane) {
+    first[lane] = (lane & k) ? 16 + lane - k : lane;
+    second[lane] = (lane & k) ? 16 + lane : lane + k;
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < 16; ++row) {
+    if (row & k) continue;
+    const VecF a = v[row], b = v[row + k];
+    v[row] = __builtin_shuffle(a, b, first);
+    v[row + k] = __builtin_shuffle(a, b, second);
+  }
+}
+inline void transpose(VecF* v) {
+  exchange<8>(v);
+  exchange<4>(v);
+  exchange<2>(v);
+  exchange<1>(v);
+}
+inline void transpose(VecD* v) {
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < i; ++j) {
+      const double a = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = a;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,127 @@
+"""Is it the published network?  python scripts/verify_checkpoint.py lip_resnet-50.pth --data DIR [--export DIR]
+
+Names the network of a weight file from its keys and shapes, loads it strictly, evaluates it by the reference's protocol
+and compares the counts with the published ones: identical, within 25 images (exit code 0), or differs (1). Under
+torchrun it is faster and counts the same.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import PIL
+import safetensors.torch
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
+from lip_resnet import checkpoint, distributed, fidelity, models, results, runlog
+from lip_resnet.config import InputError
+from lip_resnet.paper import judge, load_paper
+
+FIGURES = Path(__file__).with_name("paper.yaml")
+
+
+def say(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)
+
+
+def main() -> None:
+    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="a .pth, .pt or .safetensors file: released, a training checkpoint, or ours")
+    parser.add_argument("--data", help="the directory that holds ImageNet's val/, or that folder")
+    parser.add_argument("--export", help="a new directory for model.safetensors and timm's config.json")
+    parser.add_argument("--workers", type=int, default=8, help="loader processes of each process")
+    options = parser.parse_args()
+    path = Path(options.file).expanduser()
+    export = Path(options.export).expanduser() if options.export else None
+    if export is not None:
+        distributed.on_main(lambda: check_new(export))
+
+    payload = checkpoint.load(path)
+    say(f"file      {path}")
+    say(f"sha256    {fidelity.sha256(path)}")
+    say(f"holds     {describe(payload)}")
+    network = fidelity.identify(payload, str(path))
+    say(f"network   {results.label(network.model, network.args)}, {network.num_classes} classes")
+    model = network.build()
+    checkpoint.put_weights(model, payload, str(path))
+    fidelity.check_finite(model, str(path))
+    say(f"mapped    {len(model.state_dict())} tensors, {models.count_parameters(model):,} parameters, all finite")
+
+    accepted = options.data is None or check_accuracy(model, network, options)
+    if options.data is None:
+        say("accuracy  NOT checked: give --data DIR; all else is in order")
+    if export is not None and accepted:
+        distributed.on_main(lambda: write(export, model, network))
+        say(f"exported  {export}: timm.create_model('local-dir:{export}', pretrained=True) loads it")
+    if not accepted:
+        sys.exit(1)
+
+
+def check_accuracy(model: nn.Module, network: fidelity.Network, options: Any) -> bool:
+    """Evaluate, compare with what is published, print both; False where the counts differ."""
+    paper = load_paper(FIGURES)
+    row = paper.find(network.model, network.args) if network.num_classes == paper.classes else None
+    published = row.correct if row else None
+    images = paper.images if published else None
+    result = fidelity.evaluate_reference(model, network, images, options.data, options.workers)
+    say(f"* Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
+    say(f"correct   top-1 {result['correct1']:,}, top-5 {result['correct5']:,} of {result['images']:,}")
+    if published is None:
+        say("verdict   none: no counts are published for this network")
+        return True
+    verdict = judge(result, published)
+    say(f"published top-1 {published.top1:,}, top-5 {published.top5:,} ({paper.sources[published.source]})")
+    apart = (result["correct1"] - published.top1, result["correct5"] - published.top5)
+    say(f"apart     top-1 {apart[0]:+d}, top-5 {apart[1]:+d} images")
+    environment = runlog.describe_environment() | {"pillow": PIL.__version__}
+    names = ("python", "torch", "torchvision", "timm", "pillow", "cuda", "hardware")
+    say("versions  " + ", ".join(f"{name} {environment[name]}" for name in names if environment[name]))
+    say(f"verdict   {verdict}")
+    return verdict != "differs"
+
+
+def describe(payload: dict[str, Any]) -> str:
+    """What kind of file it is, and the numbers and words beside its weights."""
+    if all(isinstance(value, Tensor) for value in payload.values()):
+        return "a bare state dict"
+    facts = []
+    for key, value in payload.items():
+        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if isinstance(value, str | int | float):
+            facts.append(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}")
+    return "a training checkpoint: " + (", ".join(facts) or "no numbers beside its weights")
+
+
+def check_new(folder: Path) -> None:
+    """An existing export is never overwritten; an empty directory is none."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--export {folder} exists; choose another")
+    if not folder.resolve().parent.is_dir():
+        raise InputError(f"--export {folder}: {folder.parent} is not a directory")
+
+
+def write(folder: Path, model: nn.Module, network: fidelity.Network) -> None:
+    """model.safetensors and config.json as timm's push_to_hf_hub writes them; the folder appears whole or not."""
+    folder = folder.resolve()
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            # timm's save_for_hf does these two lines, but old timms refuse without an old huggingface_hub.
+            (temporary / "model.safetensors").write_bytes(safetensors.torch.save(model.state_dict()))
+            save_config_for_hf(model, temporary / "config.json", model_args=network.args)
+            temporary.chmod(0o755)  # mkdtemp's is for its owner alone
+            os.rename(temporary, folder)  # takes the place of an empty directory, and of nothing else
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"--export {folder}: cannot write: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    distributed.launch(main)

@@ -1,0 +1,376 @@
+"""The fused kernels: one result whatever computes it, on every road into and out of PyTorch."""
+
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import timm
+import torch
+from lip_oracle import relative_error, slow_lip2d
+from test_lip import LAYOUTS, TOLERANCES, WINDOWS, make
+
+from lip_resnet import kernels, lip2d
+from lip_resnet.kernels import cpu, norm, plain
+from lip_resnet.pooling import logit_parameters
+
+OP = torch.ops.lip_resnet.lip2d.default
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_cpu_kernel(request):
+    """Every machine that tests has a compiler; a test that does not need the kernel says so by its name."""
+    if "plain" not in request.node.name and "triton" not in request.node.name:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels.available("cpu") == (os.environ.get("LIP_KERNELS", "auto") == "auto")
+
+
+def start(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python code in a process of its own, with this package and the tests' folder on its path."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def gradients(function, x, logits, dy):
+    y = function(x, logits)
+    return y, *torch.autograd.grad(y, (x, logits), dy)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_many_channels_and_rows(dtype, layouts):
+    """Whole vectors, remainders, several batches of rows, chunks for every thread, mixed layouts: against the plain
+    form in float64, which the slow loops check."""
+    shape = (2, 37, 23, 41)
+    x, logits = make(shape, dtype, layouts[0])
+    logits = logits.detach().contiguous(memory_format=LAYOUTS[layouts[1]]).requires_grad_()
+    dy = torch.randn(2, 37, 12, 21, dtype=torch.float64).to(dtype).contiguous(memory_format=LAYOUTS[layouts[1]])
+    results = gradients(lambda a, b: OP(a, b, 3, 2, 1)[0], x, logits, dy)
+    inputs = [t.detach().double().requires_grad_() for t in (x, logits)]
+    truths = gradients(lambda a, b: plain.stable(a, b, (3, 2, 1)), *inputs, dy.double())
+    for value, truth in zip(results, truths, strict=True):
+        assert value.dtype == dtype
+        assert value.is_contiguous(memory_format=LAYOUTS[layouts[0]])
+        assert relative_error(value, truth) < (1e-12 if dtype == torch.float64 else TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kernel_size", "stride", "padding", "height", "width"), WINDOWS)
+def test_slow_loops(kernel_size, stride, padding, height, width, layout):
+    """The kernel in float64, which ``lip2d`` itself computes by the reference's arithmetic."""
+    window = (kernel_size, stride, padding)
+    x, logits = make((2, 3, height, width), layout=layout)
+    y, _ = OP(x, logits, *window)
+    dy = torch.randn_like(y)
+    for value, truth in zip(
+        (y, *torch.autograd.grad(y, (x, logits), dy)), slow_lip2d(x, logits, dy, *window), strict=True
+    ):
+        torch.testing.assert_close(value, truth, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 3, 1)])
+@pytest.mark.parametrize("form", [lambda *inputs: OP(*inputs)[0], lambda a, b, *window: plain.pool(a, b, window)])
+def test_derivatives(form, window):
+    inputs = make((1, 2, 4, 5), low=-2, high=2)
+    assert torch.autograd.gradcheck(lambda a, b: form(a, b, *window), inputs, eps=1e-6, atol=1e-8, rtol=1e-5)
+    assert torch.autograd.gradgradcheck(lambda a, b: form(a, b, *window), inputs, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_change_nothing(threads, layout):
+    x, logits = make((3, 20, 31, 17), torch.float32, layout)
+    dy = torch.randn(3, 20, 16, 9)
+    before = torch.get_num_threads()
+    expected = gradients(lip2d, x, logits, dy)
+    try:
+        torch.set_num_threads(threads)
+        found = gradients(lip2d, x, logits, dy)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("form", [plain.pool, plain.stable])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kernel_size", "stride", "padding", "height", "width"), WINDOWS)
+def test_plain_forms(form, layout, kernel_size, stride, padding, height, width):
+    window = (kernel_size, stride, padding)
+    x, logits = make((2, 3, height, width), layout=layout)
+    y = form(x, logits, window)
+    dy = torch.randn_like(y)
+    for value, truth in zip(
+        (y, *torch.autograd.grad(y, (x, logits), dy)), slow_lip2d(x, logits, dy, *window), strict=True
+    ):
+        torch.testing.assert_close(value, truth, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-80, 80), (100, 300), (-300, -100)])
+def test_plain_form_knows_where_the_textbook_fails(low, high):
+    """Where exp overflows, underflows or swamps a window, the result is the stable loop's."""
+    x, logits = make((2, 3, 9, 8), torch.float32, low=low, high=high)
+    y = plain.pool(x, logits, (3, 2, 1))
+    dy = torch.randn_like(y)
+    for value, truth in zip(
+        (y, *torch.autograd.grad(y, (x, logits), dy)), slow_lip2d(x, logits, dy, 3, 2, 1), strict=True
+    ):
+        assert relative_error(value, truth) < TOLERANCES[torch.float32]
+
+
+def test_window_larger_than_the_kernel_takes():
+    x, logits = make((1, 2, 12, 11))
+    assert not kernels.supports(x, logits, 9)
+    torch.testing.assert_close(lip2d(x, logits, 9, 2, 4), slow_lip2d(x, logits, None, 9, 2, 4)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(layout, dtype):
+    """PyTorch's own checks: schema, autograd registration, fake tensors, dynamic shapes."""
+    torch.library.opcheck(OP, (*make((2, 5, 9, 8), dtype, layout), 3, 2, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_for_backward(layout):
+    """x, logits, y and one float32 a window, nothing more."""
+    x, logits = make((2, 8, 16, 16), torch.float32, layout)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = lip2d(x, logits)
+    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in saved}
+    assert sum(sizes.values()) <= 4 * (2 * x.numel() + 2 * y.numel())
+
+
+def test_compile():
+    """One graph without a break, with the numbers of eager mode."""
+    x, logits = make((2, 6, 9, 8), torch.float32, "channels_last")
+    dy = torch.randn(2, 6, 5, 4)
+    compiled = torch.compile(lambda a, b: lip2d(a, b), fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled, x, logits, dy), gradients(lip2d, x, logits, dy), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Pool(torch.nn.Module):
+    def forward(self, x, logits):
+        return lip2d(x, logits)
+
+
+def test_export_holds_aten_calls_alone():
+    x, logits = (t.detach() for t in make((2, 3, 9, 8), torch.float32))
+    batch, height = torch.export.Dim("batch"), torch.export.Dim("height", min=4)
+    shapes = {0: batch, 2: height}
+    program = torch.export.export(Pool(), (x, logits), dynamic_shapes=(shapes, shapes))
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert all(target.namespace == "aten" for target in calls if isinstance(target, torch._ops.OpOverload))
+    x, logits = (t.detach() for t in make((3, 3, 14, 8), torch.float32, low=-90, high=90))
+    torch.testing.assert_close(program.module()(x, logits), lip2d(x, logits))
+
+
+def test_function_transforms():
+    """vmap and forward-mode derivatives take the plain form."""
+    x, logits = make((2, 3, 6, 6))
+    each = torch.func.vmap(lambda a, b: lip2d(a[None], b[None])[0])(x, logits)
+    torch.testing.assert_close(each, lip2d(x, logits))
+    direction = torch.randn_like(x)
+    _, slope = torch.func.jvp(lambda a: lip2d(a, logits.detach()), (x.detach(),), (direction,))
+    torch.testing.assert_close(slope, lip2d(direction, logits))  # linear in x
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As a process that has not looked for a kernel yet, with an empty cache."""
+    monkeypatch.setenv("LIP_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIP_KERNELS", "auto")
+    monkeypatch.delenv("CXX", raising=False)
+    kernels._available.cache_clear()
+    cpu.library.cache_clear()
+    yield monkeypatch
+    kernels._available.cache_clear()
+    cpu.library.cache_clear()
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("none", "no C.. compiler was found"), ("broken", "no such luck")])
+def test_plain_without_a_compiler(fresh, tmp_path, compiler, reason):
+    """The plain form, the same numbers, and one warning that says why."""
+    folder = tmp_path / compiler
+    folder.mkdir()
+    if compiler == "broken":
+        (folder / "c++").write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no such luck >&2; exit 1\n")
+        (folder / "c++").chmod(0o755)
+    fresh.setenv("PATH", str(folder))
+    x, logits = make((1, 2, 6, 7), torch.float32)
+    with pytest.warns(UserWarning, match=f"plain form, slower than the fused kernel: .*{reason}") as caught:
+        y = [lip2d(x, logits) for _ in range(3)][-1]
+    assert len(caught) == 1
+    assert relative_error(y, slow_lip2d(x, logits, None, 3, 2, 1)[0]) < TOLERANCES[torch.float32]
+
+
+@pytest.mark.filterwarnings("error")
+def test_plain_by_choice(fresh):
+    fresh.setenv("LIP_KERNELS", "plain")
+    assert not kernels.available("cpu")
+    kernels._available.cache_clear()
+    fresh.setenv("LIP_KERNELS", "fast")
+    with pytest.raises(ValueError, match="LIP_KERNELS is 'fast'; it must be one of auto, plain"):
+        kernels.available("cpu")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads: the children use none
+def test_processes_that_build_at_once(fresh, tmp_path):
+    """Three processes and an empty cache: all get the kernel, and one library remains, without leftovers."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=cpu.library) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
+    x, logits = make((1, 2, 6, 7))
+    torch.testing.assert_close(OP(x, logits, 3, 2, 1)[0], slow_lip2d(x, logits, None, 3, 2, 1)[0])
+
+
+def test_triton_in_the_interpreter():
+    """Both Triton kernels, run on the CPU by Triton's interpreter, against the slow loops.
+
+    Not in bfloat16: the interpreter cuts its digits off where a GPU rounds, twice the error or more.
+    """
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    code = """
+        import warnings
+        import torch
+        from lip_oracle import relative_error, slow_lip2d
+        from test_lip import LAYOUTS, make
+        from lip_resnet.kernels import gpu
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy, on masked values
+        tolerances = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3}
+        cases = [
+            ((1, 20, 7, 6), (3, 2, 1), 0, 12), ((1, 3, 4, 5), (2, 2, 0), 0, 12), ((1, 5, 5, 4), (3, 1, 1), -80, 80),
+            ((1, 3, 11, 8), (5, 3, 2), 0, 12), ((1, 3, 8, 7), (3, 4, 1), 6, 6), ((2, 3, 1, 1), (3, 2, 1), 0, 12),
+        ]
+        for layout, memory_format in LAYOUTS.items():
+            for number, (shape, window, low, high) in enumerate(cases):
+                for dtype, tolerance in list(tolerances.items())[: 3 if number == 0 else 1]:
+                    x, logits = (t.detach() for t in make(shape, dtype, layout, low, high))
+                    h, w = ((size + 2 * window[2] - window[0]) // window[1] + 1 for size in shape[2:])
+                    y = torch.empty((*shape[:2], h, w), dtype=dtype, memory_format=memory_format)
+                    r = torch.empty_like(y, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+                    dy, dx, dl = torch.randn_like(y), torch.empty_like(x), torch.empty_like(logits)
+                    gpu.forward(x, logits, y, r, window)
+                    gpu.backward(dy, x, logits, y, r, dx, dl, window)
+                    for value, truth in zip((y, dx, dl), slow_lip2d(x, logits, dy, *window), strict=True):
+                        if truth.norm() > 1e-9:
+                            assert relative_error(value, truth) < tolerance, (layout, shape, window, dtype)
+                        else:
+                            assert value.abs().max() < 1e-9
+    """
+    done = start(code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_triton_compiles_for_a_gpu(name, channels_last):
+    """Machine code for an H100 comes out, without a GPU; it says nothing on speed."""
+    triton = pytest.importorskip("triton", reason="Triton is published for Linux only")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lip_resnet.kernels import gpu
+
+    kernel = getattr(gpu, name)
+    outer, inner = gpu.tile(64, 512)
+    constants = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "CHANNELS_LAST": channels_last, "SUM": gpu.SUMS[torch.float32]}
+    constants |= {"OUTER": outer, "INNER": inner} | ({"PLACES": 4} if name == "backward_kernel" else {})
+    pointers = dict.fromkeys(("x", "logits", "y", "dy", "dx", "dl"), "*bf16") | {"r": "*fp32"}
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert len(compiled.asm["cubin"]) > 1000
+
+
+@pytest.mark.parametrize("activation", norm.ACTIVATIONS)
+@pytest.mark.parametrize(("channels", "height", "width"), [(16, 2, 1), (48, 9, 11), (160, 13, 7)])
+def test_instance_norm(activation, channels, height, width):
+    """Against PyTorch's instance norm and activation, with a mean far from zero, in float64 and float32."""
+    plain_activation = {"none": lambda t: t, "relu": torch.relu, "gate": lambda t: 12 * torch.sigmoid(t)}[activation]
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64) + 5]
+    values += [torch.randn(channels, generator=generator, dtype=torch.float64) for _ in range(2)]
+    dy = torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64)
+
+    def results(function, dtype):
+        inputs = [v.to(dtype) for v in values]
+        inputs[0] = inputs[0].to(memory_format=torch.channels_last)
+        inputs = [v.requires_grad_() for v in inputs]
+        y = function(*inputs)
+        return y, *torch.autograd.grad(y, inputs, dy.to(dtype))
+
+    truths = results(
+        lambda z, w, b: plain_activation(torch.nn.functional.instance_norm(z, None, None, w, b)), torch.float64
+    )
+    for dtype in (torch.float64, torch.float32):
+        found = results(lambda z, w, b: norm.norm_act(z, w, b, 1e-5, activation, 12.0), dtype)
+        assert "lip_resnet_instance_norm" in found[0].grad_fn.name()
+        for value, truth in zip(found, truths, strict=True):
+            assert value.is_contiguous(
+                memory_format=torch.channels_last if value.dim() == 4 else torch.contiguous_format
+            )
+            # float32: the mean of 5 costs digits of z itself; in a map of 2 positions dz is a difference of equals
+            if height * width > 2 or dtype == torch.float64:
+                assert relative_error(value, truth) < (1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_instance_norm_in_pytorch():
+    """PyTorch's own checks, and a gradient of the gradient."""
+    z = torch.randn(2, 16, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (torch.randn(16, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(torch.ops.lip_resnet.instance_norm.default, (z, weight, bias, 1e-5, 2, 12.0))
+    z = torch.randn(1, 16, 2, 2, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda *a: norm.norm_act(*a, 1e-5, "gate", 12.0), (z, weight, bias))
+
+
+def test_instance_norm_plain_elsewhere():
+    """Contiguous features, channels that fill no vector, autocast: PyTorch's calls, the same function."""
+    weight, bias = torch.rand(20), torch.rand(20)
+    z = torch.randn(2, 20, 5, 6).to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.instance_norm(z, None, None, weight, bias).relu()
+    for features in (z, z.contiguous()):
+        torch.testing.assert_close(norm.norm_act(features, weight, bias, 1e-5, "relu"), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = norm.norm_act(z.bfloat16(), weight, bias, 1e-5, "relu")
+    torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_no_layout_change_in_a_channels_last_step():
+    """Of all operators of a training step, none copies features: every map stays channels-last, there and back."""
+    model = timm.create_model("lip_resnet50", num_classes=10).to(memory_format=torch.channels_last)
+    for parameters in logit_parameters(model):
+        torch.nn.init.normal_(parameters, std=0.1)
+    images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        model(images).square().mean().backward()
+    names = {event.name for event in profile.events()}
+    assert {"lip_resnet::lip2d_backward", "lip_resnet::instance_norm_backward"} <= names
+    copies = [
+        (event.name, event.input_shapes[0])
+        for event in profile.events()
+        if event.name in ("aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy")
+        and len(event.input_shapes[0]) == 4
+        and event.input_shapes[0][0] == len(images)
+    ]
+    assert not copies
