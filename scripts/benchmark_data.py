@@ -1,0 +1,219 @@
+"""How fast images come:  python scripts/benchmark_data.py [--data DIR] [--workers 2] [--rounds 7]
+
+Our loader, exact and fast, beside timm's (uint8) and torchvision's (float32), on the same files with the same workers
+and batch: random resized crops of 224 with flips. Rounds are interleaved, so that a busy machine is busy for all.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from lip_resnet import checkpoint, distributed, runlog
+from lip_resnet.config import DataConfig, InputError
+from lip_resnet.data import TrainLoader
+from lip_resnet.data.sources import Folder
+
+_BASELINE = "timm, uint8"
+
+
+def make_photographs(folder: Path, count: int = 40) -> None:
+    """JPEG files like ImageNet's: 500x375, noise with a photograph's spectrum, edges and grain, about 110 KB each."""
+    random = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None])
+    frequency[0, 0] = 1
+    folder.mkdir(parents=True)
+    for index in range(count):
+        spectrum = np.fft.rfft2(random.normal(size=(3, 375, 500))) / frequency**1.1
+        pixels = np.fft.irfft2(spectrum, s=(375, 500)).transpose(1, 2, 0)
+        pixels = pixels @ np.array([[1, 0.9, 0.8], [0.1, 0, -0.1], [0.1, -0.1, 0]])  # colours that go together
+        pixels = (pixels - pixels.mean()) / pixels.std() * 50 + 120
+        pixels[random.integers(100, 250) :, random.integers(100, 350) :] += random.uniform(-60, 60, 3)
+        pixels += random.normal(size=(375, 500, 1)) * 7
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{index:03}.JPEG", quality=92)
+
+
+def link_images(source: Path, root: Path, images: int) -> tuple[int, float]:
+    """Links in root/a to the images below ``source``, each as often as it takes; (files, their mean bytes).
+
+    Raises:
+        InputError: there is no image.
+    """
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)[:images]
+    if not files:
+        raise InputError(f"--data: there are no images below {source}")
+    (root / "a").mkdir(parents=True)
+    for index in range(images):
+        path = files[index % len(files)]
+        (root / "a" / f"{index:06}{path.suffix}").symlink_to(path.resolve())
+    return len(files), statistics.fmean(path.stat().st_size for path in files)
+
+
+def contenders(root: Path, workers: int, batch: int) -> dict[str, Callable[[], int]]:
+    """Name -> a function that loads one epoch and returns its images; the workers of each persist."""
+    found = {
+        f"ours, decode: {decode}": ours(root, workers, batch, decode) for decode in ("fast", "exact")
+    }  # ours start their workers at once, the others at their first epoch
+    timm_loader = create_loader(
+        create_dataset("", root=str(root)),
+        (3, 224, 224),
+        batch,
+        is_training=True,
+        use_prefetcher=True,
+        color_jitter=0,
+        interpolation="bilinear",
+        persistent_workers=True,
+        num_workers=workers,
+        device=torch.device("cpu"),
+        pin_memory=False,
+    ).loader  # the inner loader: what follows it is normalisation on the device
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(224),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    torchvision_loader = DataLoader(
+        ImageFolder(str(root), transform), batch, True, num_workers=workers, persistent_workers=True, drop_last=True
+    )
+    found[_BASELINE] = lambda: sum(len(labels) for _, labels in timm_loader)
+    found["torchvision, float32"] = lambda: sum(len(labels) for _, labels in torchvision_loader)
+    return found
+
+
+def ours(root: Path, workers: int, batch: int, decode: str) -> Callable[[], int]:
+    """One epoch after the other of our loader."""
+    config = DataConfig(root=str(root), batch_size=batch, workers=workers, decode=decode, last_batch="drop")
+    loader, epochs = TrainLoader(Folder(root, ["a"]), config, 1, 0), iter(range(1_000_000))
+    return lambda: sum(batch.size for batch in loader.epoch(next(epochs)))
+
+
+def measure(functions: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Images per second of every function in every round; the order turns, and a first round is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            began = time.perf_counter()
+            images = functions[name]()
+            if number:
+                rates[name].append(images / (time.perf_counter() - began))
+    return rates
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lowest quarter, median, highest quarter."""
+    return tuple(np.percentile(values, (25, 50, 75)).tolist())
+
+
+def compare_pixels(root: Path, images: int = 200) -> dict[str, float]:
+    """|fast - exact| of 255 over the same crops: on average, and the average of the worst image."""
+    means = []
+    loaders = []
+    for decode in ("exact", "fast"):
+        config = DataConfig(root=str(root), batch_size=1, workers=0, decode=decode)
+        loaders.append(TrainLoader(Folder(root, ["a"]), config, 1, 0).epoch(0))
+    for _, exact, fast in zip(range(images), *loaders, strict=False):
+        difference = exact.parts[0][0].int() - fast.parts[0][0].int()
+        means.append(difference.abs().float().mean().item())
+    return {"mean": statistics.fmean(means), "worst_image": max(means)}
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = [
+        "| loader | images/s | quartiles | images/s a core | against timm's | quartiles | cores for a GPU |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        (low, rate, high), (less, ratio, more) = row["images_per_second"], row["ratio"]
+        lines.append(
+            f"| {row['loader']} | {rate:.0f} | {low:.0f} to {high:.0f} | {row['per_core']:.0f} | {ratio:.2f} | "
+            f"{less:.2f} to {more:.2f} | {row['cores_for_gpu']:.1f} |"
+        )
+    pixels, scaling = result["pixels"], result["two_workers_against_one"]
+    lines += [
+        "",
+        f"{result['files']}, {result['bytes_per_file'] / 1000:.0f} KB each on average; {result['workers']} workers, "
+        f"batch {result['batch_size']}, {result['rounds']} interleaved rounds of {result['images']} images; "
+        f"a GPU of {result['gpu']:.0f} images/s; {result['environment']['hardware']}.",
+        f"Fast against exact, the same crops: {pixels['mean']:.3f} of 255 on average, {pixels['worst_image']:.3f} in "
+        "the worst image.",
+    ]
+    if scaling:
+        lines.append(f"Fast, two workers against one: {scaling[1]:.2f} ({scaling[0]:.2f} to {scaling[2]:.2f}).")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="a directory with images at any depth (default: made photographs)")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2; at most one a core)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--images", type=int, default=1024, help="a round's (default: 1024; files are read repeatedly)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--gpu", type=float, default=2500, help="images/s of the GPU to feed (default: 2500)")
+    parser.add_argument("--scaling", action="store_true", help="measure one worker against two as well")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON; must not exist")
+    options = parser.parse_args()
+    if min(options.workers, options.rounds, options.batch_size) < 1 or options.images < options.batch_size:
+        raise InputError("--workers, --rounds and --batch-size must be at least 1, --images at least a batch")
+    if options.output is not None and options.output.exists():
+        raise InputError(f"--output {options.output} exists; choose another")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        source, root = options.data, Path(temporary) / "links"
+        if source is None:
+            source = Path(temporary) / "made"
+            make_photographs(source)
+        count, size = link_images(source, root, options.images)
+        functions = contenders(root, options.workers, options.batch_size)
+        rates = measure(functions, options.rounds)
+        scaling = None
+        if options.scaling:
+            pair = {str(workers): ours(root, workers, options.batch_size, "fast") for workers in (1, 2)}
+            both = measure(pair, options.rounds)
+            scaling = quartiles([two / one for one, two in zip(both["1"], both["2"], strict=True)])
+        pixels = compare_pixels(root)
+    rows = []
+    for name, values in rates.items():
+        per_core = statistics.median(values) / options.workers
+        ratios = [value / base for value, base in zip(values, rates[_BASELINE], strict=True)]
+        figures = {"images_per_second": quartiles(values), "ratio": quartiles(ratios), "all": values}
+        rows.append({"loader": name, **figures, "per_core": per_core, "cores_for_gpu": options.gpu / per_core})
+    result = {
+        "rows": rows,
+        "files": f"{count} {'made photographs (no real ones)' if options.data is None else 'files of --data'}",
+        "bytes_per_file": size,
+        "images": options.images,
+        "workers": options.workers,
+        "batch_size": options.batch_size,
+        "rounds": options.rounds,
+        "gpu": options.gpu,
+        "pixels": pixels,
+        "two_workers_against_one": scaling,
+        "environment": runlog.describe_environment(),
+    }
+    print(render(result), end="")
+    if options.output is not None:
+        text = json.dumps(result, indent=2) + "\n"
+        checkpoint.write_atomically(options.output, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    distributed.launch(main)
