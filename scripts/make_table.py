@@ -1,5 +1,6 @@
 """Rows or run folders to a table:  python scripts/make_table.py runs/a runs/b row.json --format md --output table.md"""
 
+import sys
 from pathlib import Path
 
 from lip_resnet import checkpoint, distributed, results
@@ -21,6 +22,8 @@ def main() -> None:
     header, lines, notes = results.build_table(results.read_rows(options.rows), paper)
     text = results.render(header, lines, notes, options.format)
     print(text, end="")
+    if options.format == "csv":  # which has no place for them
+        print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     if output is not None:
         checkpoint.write_atomically(output, lambda file: file.write(text.encode()))
 

@@ -170,6 +170,30 @@ def test_mixing_is_a_function_of_seed_and_step(mixup, cutmix):
     assert not torch.equal(weights[0], state.model.fc.weight)
 
 
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0)])
+def test_mixed_targets_are_pairs(monkeypatch, mixup, cutmix):
+    """An image's target is shared by its own label and its neighbour's, in one proportion for the whole batch."""
+    seen = []
+    loss_of = F.cross_entropy
+
+    def spy(logits, targets, **keywords):
+        seen.append(targets)
+        return loss_of(logits, targets, **keywords)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    config, state, loader, _ = prepare(train__mixup=mixup, train__cutmix=cutmix, train__max_steps=1)
+    run(config, state, loader)
+    labels = next(iter(loader.epoch(0))).parts[0][1]
+    (targets,) = seen
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(64))
+    other = labels.roll(1)
+    alone = labels == other
+    share = targets[range(64), labels][~alone]
+    torch.testing.assert_close(share, share[:1].expand_as(share))
+    torch.testing.assert_close(targets[range(64), other][~alone], 1 - share)
+    assert 0 < share[0] < 1
+
+
 def test_binary_cross_entropy_by_hand():
     config, state, loader, _ = prepare(
         train__loss="binary_cross_entropy", train__label_smoothing=0.1, train__max_steps=1, train__log_every=1
