@@ -33,10 +33,10 @@ def _needs_the_cpu_kernel(request):
             assert kernels.available("cpu") == (os.environ.get("LIP_KERNELS", "auto") == "auto")
 
 
-def start(code: str, **environment: str) -> subprocess.CompletedProcess:
+def start(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Run Python code in a process of its own, with this package and the tests' folder on its path."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
         capture_output=True,
         text=True,
@@ -468,6 +468,38 @@ def test_instance_norm_plain_elsewhere():
     with torch.autocast("cpu", torch.bfloat16):
         low = norm.norm_act(z.bfloat16(), weight, bias, 1e-5, "relu")
     torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_two_processes_share_gradients(tmp_path):
+    """DDP over Gloo, with and without recomputed logits: the mean of the processes' gradients is the whole batch's."""
+    code = """
+        import sys
+        import torch
+        import torch.distributed as dist
+        from lip_resnet.pooling import make_layer
+
+        def work(rank, path):
+            dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
+            torch.set_num_threads(1)
+            for recompute in (False, True):
+                torch.manual_seed(0)
+                model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), make_layer("lip_simplified", 16))
+                torch.nn.init.normal_(model[1].logits.conv.weight, std=0.1)
+                model[1].recompute = recompute
+                images = torch.randn(6, 3, 12, 11).to(memory_format=torch.channels_last)
+                model(images).square().sum().backward()
+                whole = [p.grad.clone() / 2 for p in model.parameters()]
+                model.zero_grad()
+                parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+                parallel(images[3 * rank : 3 * rank + 3]).square().sum().backward()
+                for p, expected in zip(model.parameters(), whole, strict=True):
+                    torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+            dist.destroy_process_group()
+
+        torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
+    """
+    done = start(code, str(tmp_path / "store"))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

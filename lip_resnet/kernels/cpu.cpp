@@ -66,7 +66,8 @@ template <class A> void load_rows(const Grid& grid, int64_t group, int64_t begin
     for (int64_t lane = 0; lane < n; ++lane) {
       const int64_t plane = lowest(group * n + lane, grid.planes - 1);  // past the end: the last one again
       const char* from = grid.at(plane * area + first + j);
-      __builtin_prefetch(from + count * width_of(grid.dtype));
+      // what this lane needs next: the plane's next rows, or behind its end the next group's plane
+      __builtin_prefetch(from + (end == grid.height ? n * area : count) * width_of(grid.dtype));
       block[lane] = read<A>(from, grid.dtype, some);
     }
     transpose(block);
