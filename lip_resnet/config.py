@@ -47,10 +47,11 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Files to batches."""
 
-    name: Literal["folder", "digits", "synthetic"] = "folder"
-    """folder: class folders under root/train and root/val; digits: scikit-learn's, embedded; synthetic: noise."""
+    name: Literal["folder", "shards", "digits", "synthetic"] = "folder"
+    """folder: class folders under root/train and root/val; shards: tar files there, in WebDataset layout; digits:
+    scikit-learn's, embedded; synthetic: noise."""
     root: str | None = None
-    """For `folder`: the directory that holds train/ and val/."""
+    """For `folder` and `shards`: the directory that holds train/ and val/."""
     classes: str | None = None
     """A text file: a class folder's name a line keeps those classes alone (in sorted order); lines that are image
     files (folder/name or name) keep those training images alone. Validation keeps every image of the classes."""
@@ -101,8 +102,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":
-        if self.name == "folder" and not self.root:
-            raise ValueError("root is missing; data.name: folder needs the directory that holds train/ and val/")
+        if self.name in ("folder", "shards") and not self.root:
+            raise ValueError(f"root is missing; data.name: {self.name} needs the directory that holds train/ and val/")
+        if self.classes and self.name != "folder":
+            raise ValueError(f"classes needs data.name: folder; the name is {self.name}")
         for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
             low, high = getattr(self, key)
             if not 0 < low <= high <= top:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lip_resnet.data.sources import Digits, Folder
+from lip_resnet.data.sources import Digits, Encoded
 
 FILE = "fingerprint.json"
 """Written by scripts/check_dataset.py into the directory that holds train/ and val/."""
@@ -21,8 +21,8 @@ def digest(lines: Iterable[bytes]) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def names_of(source: Folder) -> list[bytes]:
-    """Every image as class/file, in the order of the set."""
+def names_of(source: Encoded) -> list[bytes]:
+    """Every image as class/file (or shard:key), in the order of the set."""
     return [os.fsencode(os.path.relpath(path, source.root)) for path, _ in source.samples]
 
 
@@ -36,7 +36,7 @@ def describe_source(source: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"images": len(source), "classes": len(source.classes)}
     if isinstance(source, Digits):
         found["content"] = digest([source.pixels.tobytes(), bytes(source.targets)])
-    elif isinstance(source, Folder):
+    elif isinstance(source, Encoded):
         found["names"] = digest(names_of(source))
         found["content"] = _recorded(source.root).get(found["names"])
     return found

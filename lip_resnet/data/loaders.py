@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from lip_resnet import distributed, seeding
 from lip_resnet.config import DataConfig, InputError
-from lip_resnet.data.decode import BadImage, read_file
-from lip_resnet.data.sources import Folder
+from lip_resnet.data.decode import BadImage
+from lip_resnet.data.sources import Encoded
 from lip_resnet.data.transforms import TrainTransform, eval_transform
 from lip_resnet.data.workers import PREFETCH, Held, Orders, Ring, start_loader
 
@@ -83,10 +83,9 @@ class _TrainBatches(Dataset):
 
     def _load(self, index: int, seed: int, out: Tensor) -> int:
         source = self.source
-        if isinstance(source, Folder):
-            path = source.path(index)
-            data = read_file(path)
-            if self.transform.data(data, path, seed, out):
+        if isinstance(source, Encoded):
+            data = source.read(index)
+            if self.transform.data(data, source.path(index), seed, out):
                 source.check(index, data)
             return source.label(index)
         image, label = source[index]
