@@ -4,7 +4,9 @@ Our loader, exact and fast, beside timm's (uint8) and torchvision's (float32), o
 and batch: random resized crops of 224 with flips. Rounds are interleaved, so that a busy machine is busy for all.
 """
 
+import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -26,6 +28,7 @@ from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import TrainLoader
 from lip_resnet.data.sources import Folder
 
+RECORD = Path(__file__).parents[1] / "benchmarks" / "data_cpu.json"
 _BASELINE = "timm, uint8"
 
 
@@ -160,6 +163,23 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def command(options: argparse.Namespace) -> str:
+    """How to measure this again; where the images lay is no part of it."""
+    words = ["python scripts/benchmark_data.py", *(["--data DIR"] if options.data else [])]
+    words += [f"--{key} {getattr(options, key)}" for key in ("workers", "rounds")] + ["--scaling"] * options.scaling
+    return " ".join(words)
+
+
+def section() -> str:
+    """The README's table, from the figures in benchmarks/."""
+    if not RECORD.is_file():
+        return "not measured yet"
+    result = json.loads(RECORD.read_text(encoding="utf-8"))
+    date, torch_version = result["environment"]["date"][:10], result["environment"]["torch"]
+    made = f"`{result['environment']['command']} --output benchmarks/{RECORD.name}`"
+    return f"{render(result)}torch {torch_version}, load {result['load']:.1f} before the run, {date}; {made}"
+
+
 def main() -> None:
     parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="a directory with images at any depth (default: made photographs)")
@@ -176,6 +196,7 @@ def main() -> None:
     if options.output is not None and options.output.exists():
         raise InputError(f"--output {options.output} exists; choose another")
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         source, root = options.data, Path(temporary) / "links"
         if source is None:
@@ -205,9 +226,10 @@ def main() -> None:
         "batch_size": options.batch_size,
         "rounds": options.rounds,
         "gpu": options.gpu,
+        "load": load,
         "pixels": pixels,
         "two_workers_against_one": scaling,
-        "environment": runlog.describe_environment(),
+        "environment": runlog.describe_environment() | {"command": command(options)},
     }
     print(render(result), end="")
     if options.output is not None:

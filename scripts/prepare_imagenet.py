@@ -1,4 +1,4 @@
-"""ImageNet's archives to folders:  python scripts/prepare_imagenet.py --archives DIR --output DIR/imagenet
+"""ImageNet's archives to folders or shards:  python scripts/prepare_imagenet.py --archives DIR --output DIR/imagenet
 
 Reads ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as they were downloaded, each
 once from front to back, and writes every image straight to its place. A killed run goes on with the same command.
@@ -26,6 +26,7 @@ from lip_resnet.config import InputError
 from lip_resnet.data.decode import decode_exact
 
 _DATA = "ILSVRC2012_devkit_t12/data"
+_PER_SHARD = 1000
 _CLASS, _TRAIN, _VAL = r"n\d{8}\.tar", r"n\d{8}_\d+\.JPEG", r"ILSVRC2012_val_(\d{8})\.JPEG"
 
 
@@ -70,8 +71,8 @@ def read_archive(path: Path, visit: Callable[[tarfile.TarFile], None]) -> str:
         raise InputError(f"{path}: not a whole tar archive: {error}") from None
 
 
-def read_devkit(path: Path) -> tuple[str, list[str]]:
-    """The devkit's md5, and the class (WordNet ID) of every validation image in order.
+def read_devkit(path: Path) -> tuple[str, list[str], list[str]]:
+    """The devkit's md5, the classes (WordNet IDs) sorted, and the class of every validation image in order.
 
     Raises:
         InputError: it is not the devkit.
@@ -91,7 +92,7 @@ def read_devkit(path: Path) -> tuple[str, list[str]]:
     # The leaves are the classes; the other synsets are the hierarchy above them.
     names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if not row["num_children"]}
     truth = files[f"{_DATA}/ILSVRC2012_validation_ground_truth.txt"].split()
-    return md5, [names[int(number)] for number in truth]
+    return md5, sorted(names.values()), [names[int(number)] for number in truth]
 
 
 def train_images(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, BinaryIO, int]]:
@@ -158,6 +159,54 @@ class Writer:
         os.replace(part, path)
 
 
+class ShardWriter(Writer):
+    """Writes tar shards in WebDataset layout, in the archive's order; an existing shard is whole and is left as it is.
+
+    Args:
+        classes: every class, sorted: a label is a place among them.
+    """
+
+    def __init__(self, folder: Path, longest: int | None, quality: int, classes: list[str]) -> None:
+        super().__init__(folder, longest, quality)
+        self.labels = {name: label for label, name in enumerate(classes)}
+
+    def write_all(self, images: Iterator[tuple[str, str, BinaryIO, int]]) -> None:
+        """Every image to folder/NNNNNN.tar, _PER_SHARD in each."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = "".join(f"{name}\n" for name in self.labels)
+        (self.folder / "classes.txt").write_text(names, encoding="utf-8")
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            batch: list[tuple[str, str, Future]] = []
+            for label, name, file, _ in images:
+                path = self._shard(self.images)
+                self.images += 1
+                self.classes.add(label)
+                if not path.is_file():
+                    batch.append((label, name, threads.submit(self._encode, file.read(), name)))
+                if batch and self.images % _PER_SHARD == 0:
+                    self._close(path, batch)
+            if batch:
+                self._close(path, batch)
+
+    def _shard(self, image: int) -> Path:
+        return self.folder / f"{image // _PER_SHARD:06}.tar"
+
+    def _encode(self, data: bytes, name: str) -> bytes:
+        return shrink(data, name, self.longest, self.quality) if self.longest else data
+
+    def _close(self, path: Path, batch: list[tuple[str, str, Future]]) -> None:
+        part = path.with_suffix(".part")
+        with tarfile.open(part, "w") as archive:
+            for label, name, encoded in batch:
+                key = name.removesuffix(".JPEG")
+                for suffix, data in (("jpg", encoded.result()), ("cls", str(self.labels[label]).encode())):
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        os.replace(part, path)
+        batch.clear()
+
+
 def check(path: Path, md5: str, any_archive: bool) -> None:
     """Compare with the published checksum.
 
@@ -173,6 +222,7 @@ def main() -> None:
     parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archives", required=True, type=Path, help="the directory of the three archives")
     parser.add_argument("--output", required=True, type=Path, help="where train/ and val/ are written")
+    parser.add_argument("--format", choices=("folder", "shards"), default="folder", help="class folders or tar shards")
     parser.add_argument("--longest", type=int, help="re-encode: the longest side is at most this, pixels, such as 500")
     parser.add_argument("--quality", type=int, default=90, help="of re-encoded JPEG files (default: 90)")
     parser.add_argument("--any-archive", action="store_true", help="accept archives with other checksums")
@@ -181,7 +231,11 @@ def main() -> None:
     for path in paths.values():
         if not path.is_file():
             raise InputError(f"--archives: there is no {path}")
-    encoding = {"longest": options.longest, "quality": options.quality if options.longest else None}
+    encoding = {
+        "format": options.format,
+        "longest": options.longest,
+        "quality": options.quality if options.longest else None,
+    }
     record = options.output / "prepared.json"
     done: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {"encoding": encoding}
     if done["encoding"] != encoding:
@@ -189,13 +243,14 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     _save(record, done)
 
-    md5, truth = read_devkit(paths["devkit"])
+    md5, classes, truth = read_devkit(paths["devkit"])
     check(paths["devkit"], md5, options.any_archive)
     for split in ("val", "train"):
         if split in done:
             print(f"{split}: {done[split]['images']} images, already done")
             continue
-        path, writer = paths[split], Writer(options.output / split, options.longest, options.quality)
+        path, arguments = paths[split], (options.output / split, options.longest, options.quality)
+        writer = ShardWriter(*arguments, classes) if options.format == "shards" else Writer(*arguments)
 
         def visit(archive: tarfile.TarFile, split: str = split, path: Path = path, writer: Writer = writer) -> None:
             images = train_images(archive, path) if split == "train" else val_images(archive, path, truth)

@@ -6,6 +6,8 @@ A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`
 import re
 from pathlib import Path
 
+import bad_images
+import benchmark_data
 import performance
 
 from lip_resnet import LAYERS, checkpoint, distributed
@@ -20,7 +22,12 @@ def zoo() -> str:
     return "\n".join(["| layer | what it does | source |", "|---|---|---|", *lines])
 
 
-SECTIONS = {"zoo": zoo, "performance": performance.section}
+SECTIONS = {
+    "zoo": zoo,
+    "data": benchmark_data.section,
+    "bad-images": bad_images.table,
+    "performance": performance.section,
+}
 
 
 def refresh(text: str) -> str:

@@ -142,6 +142,33 @@ def test_re_encoding(monkeypatch, archives, tmp_path):
     assert run(monkeypatch, prepare_imagenet, *arguments[:3], "--output", tmp_path / "small") == 2
 
 
+def test_archives_to_shards(monkeypatch, archives, tmp_path):
+    folder, expected = archives
+    arguments = ("--archives", folder, "--output", tmp_path, "--any-archive", "--format", "shards")
+    monkeypatch.setattr(prepare_imagenet, "_PER_SHARD", 5)
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+    shards = sorted(tmp_path.glob("*/*.tar"))
+    assert [str(path.relative_to(tmp_path)) for path in shards] == [
+        *(f"train/00000{number}.tar" for number in range(3)),
+        "val/000000.tar",
+    ]
+    config = DataConfig(name="shards", root=str(tmp_path), batch_size=1)
+    for split, source in zip(("train", "val"), build_sources(config, 3), strict=True):
+        assert source.classes == list(CLASSES)
+        found = {}
+        for index, label in enumerate(source.targets):
+            name = source.path(index).split(":")[-1]
+            found[f"{split}/{CLASSES[label]}/{name}.JPEG"] = source.read(index)
+        assert found == {name: data for name, data in expected.items() if name.startswith(split)}
+    # A killed run: one shard is missing and the record too. The others are left as they are.
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards}
+    shards[1].unlink()
+    (tmp_path / "prepared.json").unlink()
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+    assert shards[1].read_bytes() == before[shards[1]][0]
+    assert shards[0].stat().st_mtime_ns == before[shards[0]][1]
+
+
 def test_wrong_archives_are_refused(monkeypatch, archives, tmp_path, capsys):
     folder = tmp_path / "copies"
     shutil.copytree(archives[0], folder)

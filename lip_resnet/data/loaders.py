@@ -5,6 +5,7 @@ else: not on the number of workers or processes, nor on where a run was resumed.
 """
 
 import math
+import multiprocessing
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -233,6 +234,10 @@ def _packets(loader: DataLoader, held: Held, source: Any) -> Iterator[Any]:
         death = held.explain(error, source)
         if death is None:
             raise
+        for child in multiprocessing.active_children():
+            # The other workers may wait for ever for a lock that died with this one.
+            if child.pid in held.pids():
+                child.kill()
         raise death from None
 
 

@@ -68,6 +68,10 @@ class Held:
         if info is not None:
             self.table.numpy()[info.id] = (os.getpid(), index)
 
+    def pids(self) -> set[int]:
+        """The workers that have begun on a sample."""
+        return {pid for pid, _ in self.table.tolist() if pid > 0}
+
     def explain(self, error: RuntimeError, source: Any) -> InputError | None:
         """What torch's message about a dead worker says, with the file; None for any other error."""
         text = " ".join(str(error).split())
