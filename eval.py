@@ -50,6 +50,7 @@ def main() -> None:
     config, split = with_flags(describe(options, payload, trained), options)
     ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
     source = build_sources(config.data, config.model.num_classes, (split,))[0]
+    loader = EvalLoader(source, config.data)  # first: its workers are forked before other threads start
     model = build(config, options, payload, ema)
 
     device = distributed.device()
@@ -58,7 +59,7 @@ def main() -> None:
     models.check_size(model, config.data.eval_size)
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
-    result = evaluate(model, EvalLoader(source, config.data), config)
+    result = evaluate(model, loader, config)
 
     if distributed.is_main():
         print(f"* Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}", flush=True)

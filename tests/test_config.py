@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from lip_resnet import LAYERS, replace_downsampling
 from lip_resnet.config import InputError
+from lip_resnet.data.transforms import TrainTransform
 from lip_resnet.models import build_model
 from lip_resnet.recipe import load_config, parse_config
 from train import regularisers
@@ -70,6 +71,7 @@ def test_recipe_builds_its_model(path):
     with torch.device("meta"):
         model = build_model(config.model, replace_downsampling, **regularisers(config.train))
     assert model.num_classes == config.model.num_classes
+    TrainTransform(config.data)
 
 
 def test_config_is_frozen(tmp_path):
