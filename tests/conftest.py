@@ -47,3 +47,8 @@ def small_config(**changes: object) -> Config:
         section, key = name.split("__")
         tree[section][key] = value
     return parse_config(tree, "test")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: they are the longest, and must not be what everything else waits for at the end."""
+    items.sort(key=lambda item: item.path.name != "test_runs.py")
