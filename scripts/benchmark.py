@@ -90,7 +90,7 @@ def failure_of(run: Callable[[], object]) -> str | None:
     """Why a contestant cannot run: the error's first line; None where it can."""
     try:
         run()
-    except (RuntimeError, NotImplementedError) as error:  # out of memory and compilers' errors are RuntimeErrors
+    except RuntimeError as error:  # out of memory, not implemented, and compilers' errors are all RuntimeErrors
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"
     return None
