@@ -60,6 +60,20 @@ class References:
         return self.startup + self.step * (TOTAL - done)
 
 
+def wait_at_random(
+    lane: Lane, process: Process, folder: Path, references: References, done: int, rng: random.Random
+) -> int | None:
+    """Wait until a moment that is uniform over the life of a start from step ``done``; the return code if it ends first.
+
+    Moments after the start-up count from its real end, which a busy machine puts off.
+    """
+    moment = rng.uniform(0, references.life(done))
+    if moment < references.startup:
+        return lane.wait(process, moment)
+    code = lane.wait(process, until=lambda: find_phase(folder, process.started, process.pid) != "start-up")
+    return lane.wait(process, moment - references.startup) if code is None else code
+
+
 def fresh(lane: Lane) -> Path:
     """An empty place for a run."""
     folder = lane.work / "run"
@@ -114,7 +128,7 @@ def kill(lane: Lane, references: References, seed: int, wanted: int) -> list[Lin
     now = take_inventory(folder)
     while len(lines) < wanted:
         process = lane.start(command(folder))
-        if lane.wait(process, rng.uniform(0, references.life(now.newest))) is not None:
+        if wait_at_random(lane, process, folder, references, now.newest, rng) is not None:
             break  # it was faster than expected; another run will be hit instead
         send(process.pid, signal.SIGKILL)
         process.handle.wait()
@@ -129,11 +143,11 @@ def terminate(lane: Lane, references: References, seed: int, wanted: int) -> lis
     now = take_inventory(folder)
     while len(lines) < wanted:
         process = lane.start(command(folder, SPARSE_LOG))
-        if lane.wait(process, rng.uniform(0, references.life(now.newest))) is not None:
+        if wait_at_random(lane, process, folder, references, now.newest, rng) is not None:
             break
         phase = find_phase(folder, process.started, process.pid)
         send(process.pid, signal.SIGTERM)
-        code = lane.wait(process)
+        code = lane.outcome(process)
         before, now = now, take_inventory(folder)
         line = {"fault": "SIGTERM", **describe(folder, process, before, now, phase), "code": code}
         stopped = re.search(r"stopped: SIGTERM at step (\d+)", process.printed())
@@ -166,7 +180,7 @@ def kill_in_write(lane: Lane, references: References, seed: int, wanted: int) ->
     while len(lines) < wanted:
         point, number = points[len(lines) % len(points)], rng.randint(1, 3)
         process = lane.start(command(folder, child=("safe", point, str(number))))
-        code = lane.wait(process)
+        code = lane.outcome(process)
         if code == 0:
             break  # the rest of the run has no such call
         before, now = now, take_inventory(folder)
@@ -185,8 +199,10 @@ def contrast(lane: Lane, references: References, seed: int, wanted: int) -> list
         point = rng.choice(POINTS["naive"]) if rng.random() < 0.5 else "none"
         process = lane.start(command(folder, child=("naive", point, str(rng.randint(1, 3)))))
         fault = "contrast: SIGKILL in a write" if point != "none" else "contrast: SIGKILL"
-        late = rng.uniform(0, references.life(now.newest)) if point == "none" else 600
-        code = lane.wait(process, late)
+        if point == "none":
+            code = wait_at_random(lane, process, folder, references, now.newest, rng)
+        else:
+            code = lane.outcome(process)
         if code is None:
             send(process.pid, signal.SIGKILL)
             process.handle.wait()
@@ -198,7 +214,7 @@ def contrast(lane: Lane, references: References, seed: int, wanted: int) -> list
         if line["lost"]:  # does the command agree that the run is lost?
             line["recomputed"] = now.logged
             process = lane.start(command(folder))
-            code = lane.wait(process)
+            code = lane.outcome(process)
             line["resumed"] = code == 0
             folder, now = fresh(lane), take_inventory(folder.with_name("none"))
         lines.append(line)
@@ -239,7 +255,7 @@ def fill_disk(lane: Lane, references: References, seed: int, wanted: int) -> lis
             log = re.compile(told)
             code = lane.wait(process, 120, until=lambda log=log, process=process: bool(log.search(process.printed())))
             empty_again()
-            code = lane.wait(process) if code is None else code
+            code = lane.outcome(process) if code is None else code
             before, now = now, take_inventory(folder)
             line = {"fault": "full disk", **describe(folder, process, before, now), "code": code, "policy": policy}
             line["how"] = "tmpfs" if disk else "RLIMIT_FSIZE"
@@ -290,8 +306,7 @@ def kill_rank(lane: Lane, references: References, seed: int, wanted: int) -> lis
             break
         killed |= set(ranks)
         process.started = time.time()  # of these ranks, not of torchrun
-        # Both ranks share the cores, and a start is longer than one process's.
-        if lane.wait(process, 1.7 * rng.uniform(0, references.life(take_inventory(folder).newest))) is not None:
+        if wait_at_random(lane, process, folder, references, take_inventory(folder).newest, rng) is not None:
             break  # ended before it was hit
         victim = rng.choice(ranks)
         send(victim, signal.SIGKILL)

@@ -33,6 +33,8 @@ STATE = ("model", "ema", "optimizer", "scaler", "window", "step", "best")
 """The entries of a checkpoint that must be equal."""
 TIMES = ("train/images_per_second", "train/data_wait")
 """The only numbers of metrics.jsonl that may differ."""
+HANGS = 300
+"""Seconds after which a process that should have ended is said to hang; a whole run takes ten on a quiet machine."""
 MARK = "LIP_FAULT_RUN"
 """An environment variable by which every descendant of a process is found, whatever session it moved to."""
 
@@ -146,6 +148,13 @@ class Lane:
                 continue
         return process.handle.poll()
 
+    def outcome(self, process: Process) -> int | str:
+        """The return code; "hangs" when there is none after minutes, and then the process is killed."""
+        code = self.wait(process, HANGS)
+        if code is None:
+            process.kill_all()
+        return "hangs" if code is None else code
+
     def finish(self, arguments: list[str]) -> Process:
         """Run a command to its end.
 
@@ -153,9 +162,8 @@ class Lane:
             Broken: it did not end well.
         """
         process = self.start(arguments)
-        code = self.wait(process)
+        code = self.outcome(process)
         if code != 0:
-            process.kill_all()
             raise Broken(f"exit code {code}: {process.printed()[-600:]}")
         return process
 
@@ -292,6 +300,13 @@ def hash_state(folder: Path) -> str:
         _feed(digest, {key: payload[key] for key in STATE})
     for line in read_metrics(folder)[0]:
         _feed(digest, {key: value for key, value in line.items() if key not in TIMES})
+    return digest.hexdigest()
+
+
+def hash_value(value: Any) -> str:
+    """sha256 of numbers, strings, tensors, and dicts and lists of them."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
     return digest.hexdigest()
 
 

@@ -45,7 +45,7 @@ class Kind:
     """(lane, references, seed, how many) -> a line each; may give fewer where a run was faster than its fault."""
 
 
-def hostile(script: str) -> Callable[[Lane, References, int, int], list[Line]]:
+def made_by(script: str) -> Callable[[Lane, References, int, int], list[Line]]:
     """Injections that a script makes in a process of its own: it prints their lines."""
 
     def inject(lane: Lane, _: References, seed: int, wanted: int) -> list[Line]:
@@ -65,8 +65,8 @@ PLAN = {
     "SIGTERM": Kind(50, 4, fault_kinds.terminate),
     "SIGKILL in a write": Kind(20, 5, fault_kinds.kill_in_write),
     "contrast": Kind(40, 10, fault_kinds.contrast),
-    "broken checkpoint": Kind(1000, 100, hostile("hostile_files.py")),
-    "fuzzed config": Kind(10000, 500, hostile("fuzz_recipes.py")),
+    "broken checkpoint": Kind(1000, 100, made_by("fault_files.py")),
+    "fuzzed config": Kind(10000, 500, made_by("fault_recipes.py")),
 }
 
 
