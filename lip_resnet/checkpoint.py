@@ -166,6 +166,7 @@ def load(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             payload = safetensors.torch.load_file(path)
         else:
+            _check_archive(path)
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), None)
@@ -174,11 +175,31 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: refused, it holds more than tensors and numbers: {code[:200]}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
+    except InputError:
+        raise
     except _DAMAGE as error:
         raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from None
     if not isinstance(payload, dict) or not all(isinstance(key, str) for key in payload):
         raise InputError(f"{path}: holds a {type(payload).__name__}; a checkpoint is a dictionary of names")
     return payload
+
+
+def _check_archive(path: Path) -> None:
+    """Of a zip file, which torch.save writes: refuse a wrong checksum and what unpacks to more than the file is.
+
+    torch.load looks at neither: it takes a flipped bit for a weight, and a megabyte can unpack to a terabyte.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch.load tells them from its older format
+            return
+        size = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > size or any(entry.compress_type for entry in entries):
+                raise InputError(f"{path}: not a checkpoint: it would unpack to more than its {size:,} bytes")
+            damaged = archive.testzip()
+    if damaged is not None:
+        raise InputError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
 
 
 def _first_line(error: BaseException) -> str:

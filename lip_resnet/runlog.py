@@ -1,5 +1,6 @@
 """The run folder: who may write it, and numbers to TensorBoard, metrics.jsonl and the terminal (rank 0 only)."""
 
+import contextlib
 import datetime
 import fcntl
 import json
@@ -8,7 +9,9 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -93,6 +96,8 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
+        for left in folder.rglob(".*.tmp"):  # half-written, by a process that was killed; nobody else writes here
+            left.unlink()
         (folder / "requeue").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from None
@@ -168,6 +173,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config: Config, environment: dict[str, Any], step: int, total_steps: int) -> None:
         self.active = distributed.is_main()
+        self.config, self.unwritten, self.events = config, b"", []
         self.folder, self.total_steps, self.first_step = folder, total_steps, step
         self.started = time.monotonic()
         distributed.on_main(lambda: self._open(config, environment))
@@ -182,12 +188,13 @@ class RunLog:
             self._write("env.json", json.dumps(environment, indent=2) + "\n")
             kept = [line for line in _read_lines(self.folder / "metrics.jsonl") if line["step"] <= step]
             self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-            self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
             # What an earlier start wrote beyond its checkpoint is dropped here too.
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else 0)
+            self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.folder}: cannot write the run's files: {error}") from None
-        self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
+        threading.excepthook = _leave_to_the_log
         self.quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=self.quiet)
 
@@ -203,12 +210,11 @@ class RunLog:
         """Write numbers under their TensorBoard names; ``step`` counts completed optimizer steps."""
         if not self.active:
             return
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
         # Infinity and NaN are not JSON.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.metrics.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
-        self.metrics.flush()
+        self.unwritten += json.dumps({"step": step, "epoch": epoch, **finite}).encode() + b"\n"
+        self.events += [(name, value, step) for name, value in values.items()]
+        self._try(self._append)
         if "train/loss" in values:
             self.bar.set_postfix_str(
                 f"loss {values['train/loss']:.3f}, top-1 {values['train/top1']:.1f}%, "
@@ -218,6 +224,36 @@ class RunLog:
             self.say(f"epoch {epoch} step {step}/{self.total_steps}: {_brief(values)}{self._time_left(step)}")
         elif "val/top1" in values:
             self.say(f"epoch {epoch}: {_brief(values)}")
+
+    def _append(self) -> None:
+        """Write the numbers that are not written yet: what a full disk does not take is kept for the next time."""
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.metrics.write(self.unwritten) :]
+        if self.writer is None:
+            self.writer = SummaryWriter(self.folder / "tensorboard")
+        for event in self.events:
+            self.writer.add_scalar(*event)
+        self.events.clear()
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """As with checkpoints, the recipe says what a full disk does to the run.
+
+        TensorBoard writes from a thread, which ends with its error: what it had in hand is in metrics.jsonl alone.
+        """
+        try:
+            write()
+        except OSError as error:
+            self._close_writer()
+            line = f"{self.folder}: cannot write the run's numbers: {error.strerror or error}"
+            if self.config.train.on_write_error == "stop":
+                raise InputError(line) from None
+            self.say(f"warning: {line}; the run goes on")
+
+    def _close_writer(self) -> None:
+        if self.writer is not None:
+            with contextlib.suppress(OSError):  # which the thread has met already
+                self.writer.close()
+        self.writer = None
 
     def _time_left(self, step: int) -> str:
         done = step - self.first_step
@@ -239,14 +275,23 @@ class RunLog:
                 for section, values in config.model_dump(mode="json").items()
                 for key, value in values.items()
             }
-            self.writer.add_hparams(flat, {f"final/{name}": value for name, value in final.items()}, run_name=".")
+            final = {f"final/{name}": value for name, value in final.items()}
+            self._try(lambda: self.writer and self.writer.add_hparams(flat, final, run_name="."))
 
     def close(self) -> None:
         """Flush and close everything; safe after a failure too."""
         if self.active:
             self.bar.close()
+            with contextlib.suppress(OSError):  # a disk that is still full, which has been told of
+                self._append()
             self.metrics.close()
-            self.writer.close()
+            self._close_writer()
+
+
+def _leave_to_the_log(arguments: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands its error on to the next who writes; no traceback of its own."""
+    if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(arguments)
 
 
 def _brief(values: dict[str, float]) -> str:

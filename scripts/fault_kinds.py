@@ -247,8 +247,8 @@ def fill_disk(lane: Lane, references: References, seed: int, wanted: int) -> lis
         for number in range(wanted):
             policy = ("stop", "continue")[(seed + number) % 2]
             process = lane.start(command(folder, f"train.on_write_error={policy}"))
-            first = references.startup + references.step * rng.uniform(1, max(2, 0.4 * (TOTAL - now.newest)))
-            if lane.wait(process, first) is not None:
+            lane.wait(process, until=lambda p=process: find_phase(folder, p.started, p.pid) != "start-up")
+            if lane.wait(process, references.step * rng.uniform(0, 0.4 * (TOTAL - now.newest))) is not None:
                 break
             empty_again = fill(disk, process)
             told = f"warning: .*{'No space left' if disk else 'File too large'}"

@@ -4,6 +4,8 @@ Loader processes start when their loader is built, not when it is first read: a 
 TensorBoard and progress bars have started threads can inherit a lock that nobody will ever release.
 """
 
+import atexit
+import multiprocessing
 import os
 import re
 import signal
@@ -114,7 +116,11 @@ def start_loader(dataset: Dataset, orders: Orders, workers: int, pin: bool) -> D
         worker_init_fn=_leave_signals_to_the_parent,
     )
     if workers:
+        before = set(multiprocessing.active_children())
         iter(loader)
+        for worker in set(multiprocessing.active_children()) - before:
+            # They ignore SIGTERM, by which multiprocessing ends them when an error ends this process: it would hang.
+            atexit.register(worker.kill)
     orders.open = True
     return loader
 
