@@ -67,6 +67,7 @@ class TrainState:
     def load_state_dict(self, payload: dict[str, Any], source: str) -> None:
         """Take over what ``state_dict`` gave; ``source`` names the file in errors."""
         try:
+            _check_entries(payload, self)
             self.model.load_state_dict(payload["model"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(payload["ema"])
@@ -78,8 +79,40 @@ class TrainState:
                 rows = torch.zeros(distributed.world_size(), rows.shape[1], dtype=rows.dtype)
                 rows[0] = payload["window"].sum(dim=0)
             self.window.sums.copy_(rows[distributed.rank()])
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{source}: not a training checkpoint of this recipe: {error}") from None
+        except KeyError as error:
+            raise InputError(f"{source}: not a training checkpoint: it has no {error}") from None
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from None
+
+
+def _check_entries(payload: dict[str, Any], state: TrainState) -> None:
+    """Refuse what torch's own ``load_state_dict`` would take without a look, and fail on in the next step.
+
+    Raises:
+        ValueError: with the entry and what it must be.
+    """
+    window, processes = payload["window"], payload["processes"]
+    shape = state.window.sums.shape
+    whole = isinstance(processes, list) and processes and all(type(count) is int and count > 0 for count in processes)
+    for entry, right, wanted in (
+        ("step", type(payload["step"]) is int and payload["step"] >= 0, "a number of steps"),
+        ("best", type(payload["best"]) in (int, float), "a percentage"),
+        ("processes", whole, "numbers of processes"),
+        ("window", isinstance(window, Tensor) and len(window) and window.shape[1:] == shape, "counts of processes"),
+    ):
+        if not right:
+            raise ValueError(f"{entry} is no {wanted} but a {type(payload[entry]).__name__}")
+    entries = payload["optimizer"]["state"]
+    numbers = [number for group in payload["optimizer"]["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    if not entries.keys() <= set(numbers):
+        raise ValueError("the optimizer has a state of parameters that it does not have")
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for name, value in entries.get(number, {}).items():
+            fits = isinstance(value, Tensor) and value.shape in ((), parameter.shape)
+            if not fits and type(value) not in (int, float, bool, type(None)):
+                raise ValueError(f"the optimizer's {name} of parameter {number} does not fit it")
 
 
 def build_state(model: nn.Module, config: Config, device: torch.device) -> TrainState:

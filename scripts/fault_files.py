@@ -28,6 +28,8 @@ from lip_resnet.recipe import load_config
 SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8", "data.workers=0"]
 """A network whose checkpoint has 250 kilobytes."""
 WAYS = ("resume", "resume, an older one is whole", "starting weights", "eval")
+FOREIGN = ("altered entries", "wrong model or classes", "expanded", "walked for ever")
+"""Whole files that are not of this run: these may end it, where a damaged one must be passed over."""
 MEMORY_MB = 256
 """What a bad file may take more than a good one."""
 SECONDS = 100
@@ -135,7 +137,7 @@ class Bench:
         if what != "a folder":
             data = hostile_files.make(what, number, self.payload, self.bytes, self.canary)
         outcome, path = self.give(way, data, typed)
-        became, problems = self._explain(outcome, way, path)
+        became, problems = self._explain(what, outcome, way, path)
         if self.canary.exists():
             self.canary.unlink()
             problems.append("its code was executed")
@@ -156,11 +158,11 @@ class Bench:
             "ok": not problems,
         }
 
-    def _explain(self, outcome: Outcome, way: str, path: Path) -> tuple[str, list[str]]:
+    def _explain(self, what: str, outcome: Outcome, way: str, path: Path) -> tuple[str, list[str]]:
         printed, code = outcome.printed, outcome.code
         told = [line for line in printed.splitlines() if line.startswith(("train.py: error:", "eval.py: error:"))]
         if code == 2 and len(told) == 1 and "Traceback" not in printed:
-            if way == "resume, an older one is whole":
+            if way == "resume, an older one is whole" and what not in FOREIGN:
                 return "refused", [f"the older one was not taken: {printed[-300:]}"]
             return "refused", [] if str(path) in told[0] else [f"the line does not name the file: {told[0]}"]
         if code == 0 and "skipped " in printed and f"continuing from {path.parent / 'step-00000005.pt'}" in printed:

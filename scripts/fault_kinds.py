@@ -91,8 +91,8 @@ def describe(folder: Path, process: Process, before: Inventory, now: Inventory, 
         "recomputed": recomputed,
         "lost": lost_between(before, now),
         "seconds": round(time.time() - process.started, 2),
-        # A checkpoint counts when it is written, and one at most is being written: the steps taken meanwhile are extra.
-        "ok": recomputed < 2 * INTERVAL,
+        # A checkpoint counts once it is written, and one at most is on its way: the steps taken meanwhile are extra.
+        "ok": recomputed <= 2 * INTERVAL,
     }
 
 
@@ -227,9 +227,12 @@ def small_disk(lane: Lane) -> Iterator[Path | None]:
     """A file system of its own with ``DISK`` bytes; None where this user may not mount one."""
     folder = lane.work / "disk"
     folder.mkdir(exist_ok=True)
-    mounted = not os.geteuid() and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder], capture_output=True, check=False
-    ).returncode
+    mounted = (
+        not os.geteuid()
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder], capture_output=True, check=False
+        ).returncode
+    )
     try:
         yield folder if mounted else None
     finally:
@@ -250,19 +253,24 @@ def fill_disk(lane: Lane, references: References, seed: int, wanted: int) -> lis
             lane.wait(process, until=lambda p=process: find_phase(folder, p.started, p.pid) != "start-up")
             if lane.wait(process, references.step * rng.uniform(0, 0.4 * (TOTAL - now.newest))) is not None:
                 break
-            empty_again = fill(disk, process)
+            phase, empty_again = find_phase(folder, process.started, process.pid), fill(disk, process)
             told = f"warning: .*{'No space left' if disk else 'File too large'}"
             log = re.compile(told)
             code = lane.wait(process, 120, until=lambda log=log, process=process: bool(log.search(process.printed())))
             empty_again()
             code = lane.outcome(process) if code is None else code
             before, now = now, take_inventory(folder)
-            line = {"fault": "full disk", **describe(folder, process, before, now), "code": code, "policy": policy}
+            line = {
+                "fault": "full disk",
+                **describe(folder, process, before, now, phase),
+                "code": code,
+                "policy": policy,
+            }
             line["how"] = "tmpfs" if disk else "RLIMIT_FSIZE"
             printed = process.printed()
             said = "No space left" in printed or "File too large" in printed
             ended = 2 if policy == "stop" else 0
-            if not (code in (ended, 2 if line["phase"] == "start-up" else ended) and said) or "Traceback" in printed:
+            if code != ended or not said or "Traceback" in printed:
                 line |= {"ok": False, "why": f"exit code {code}, policy {policy}: {printed[-600:]}"}
             lines.append(line)
             if code == 0:

@@ -8,7 +8,6 @@ import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hypothesis import strategies as st
@@ -35,11 +34,47 @@ class Case:
 
 
 # A tag, then what it stands for: these are what YAML's safe loader can build beside plain values.
-_TAGGED = ["!!timestamp 2001-13-40", "!!binary '%%%'", "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1, a: 2]", "!!int x"]
-_TAGGED += ["2001-01-01", "2001-01-01T00:00:00Z", "0x" + "f" * 5000, "9" * 5000, "190:20:30", "0b11", "1_000", "!!float x"]
-_TAGGED += ["!!binary AAEC", "!!null ''", "!!bool maybe", "!!python/name:os.system", "!local x", ".inf", "-.inf", ".nan"]
+_TAGGED = [
+    "!!timestamp 2001-13-40",
+    "!!binary '%%%'",
+    "!!set {a, b}",
+    "!!omap [a: 1]",
+    "!!pairs [a: 1, a: 2]",
+    "!!int x",
+]
+_TAGGED += [
+    "2001-01-01",
+    "2001-01-01T00:00:00Z",
+    "0x" + "f" * 5000,
+    "9" * 5000,
+    "190:20:30",
+    "0b11",
+    "1_000",
+    "!!float x",
+]
+_TAGGED += [
+    "!!binary AAEC",
+    "!!null ''",
+    "!!bool maybe",
+    "!!python/name:os.system",
+    "!local x",
+    ".inf",
+    "-.inf",
+    ".nan",
+]
 _TAGGED += ["!!str [a]", "!!map 3", "!!seq {a: 1}", "&a [*a]", "*nowhere", "1e999", "<<", "{<<: 3}", "{<<: {a: 1}}"]
-_TAGGED += ["{? [a] : 1}", "{1: 2}", "{null: 1}", "{true: 1}", "{1.5: 1}", "'\\0'", '"\\0"', '"\\ud800"', '"a\\nb"', '"\\u2028"']
+_TAGGED += [
+    "{? [a] : 1}",
+    "{1: 2}",
+    "{null: 1}",
+    "{true: 1}",
+    "{1.5: 1}",
+    "'\\0'",
+    '"\\0"',
+    '"\\ud800"',
+    '"a\\nb"',
+    '"\\u2028"',
+]
 
 _scalars = st.one_of(
     st.none(),
@@ -113,7 +148,10 @@ noise = st.builds(
         st.text(INDICATORS + "ab01", max_size=60).map(str.encode),
         st.integers(1, 30).map(lambda depth: b"[" * 1000 * depth),
         # Ten names of nine names each, nine deep: a few lines that stand for a billion.
-        st.just(b"a0: &a0 x\n" + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 10))),
+        st.just(
+            b"a0: &a0 x\n"
+            + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 10))
+        ),
     ),
 )
 
@@ -125,7 +163,9 @@ def overridden(draw: st.DrawFn) -> Case:
     for _ in range(draw(st.integers(1, 3))):
         section, key = draw(_places)
         value = yaml.safe_dump(draw(_values), default_flow_style=True, width=1 << 20).removesuffix("\n...\n").strip()
-        overrides.append(draw(st.sampled_from([f"{section}.{key}={value}"] * 4 + [value, f"{key}={value}", f"{section}.{value}"])))
+        overrides.append(
+            draw(st.sampled_from([f"{section}.{key}={value}"] * 4 + [value, f"{key}={value}", f"{section}.{value}"]))
+        )
         touched |= {section, key, "override"}
     return Case(draw(st.sampled_from(TEXTS)).encode(), tuple(overrides), frozenset(touched))
 

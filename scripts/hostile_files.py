@@ -133,7 +133,9 @@ def declared_size(rng: random.Random, _: dict[str, Any], whole: bytes, __: Path)
     places = [at for at in range(len(data) - 46) if data[at : at + 4] == b"PK\x01\x02"]
     at = rng.choice(places)
     size = rng.choice([0xFFFFFFFE, 0x7FFFFFFF, 1 << 30])
-    struct.pack_into("<II", data, at + 20, *rng.choice([(size, size), (struct.unpack_from("<I", data, at + 20)[0], size)]))
+    struct.pack_into(
+        "<II", data, at + 20, *rng.choice([(size, size), (struct.unpack_from("<I", data, at + 20)[0], size)])
+    )
     return bytes(data)
 
 
@@ -177,7 +179,7 @@ def expanded(rng: random.Random, payload: dict[str, Any], _: bytes, __: Path) ->
         return saved({**payload, "window": huge})
     if place == "optimizer":
         return saved({**payload, "optimizer": _with_buffers(payload["optimizer"], lambda _: huge)})
-    return saved({**payload, place: {name: huge for name in payload[place]}})
+    return saved({**payload, place: dict.fromkeys(payload[place], huge)})
 
 
 def many_faces(rng: random.Random, payload: dict[str, Any], _: bytes, __: Path) -> bytes:
@@ -220,10 +222,16 @@ def altered(rng: random.Random, payload: dict[str, Any], _: bytes, __: Path) -> 
         *({key: value for key, value in payload.items() if key != gone} for gone in ("ema", "window", "processes")),
         *({**payload, "step": value} for value in ("ten", None, -1, 1.5, [10], torch.tensor(10.0))),
         *({**payload, "processes": value} for value in (None, [], "two", ["two"], 2, {}, [-1])),
-        *({**payload, "window": value} for value in (None, torch.zeros(0), torch.zeros(3, 2, 1), torch.zeros(1, 2), "x")),
+        *(
+            {**payload, "window": value}
+            for value in (None, torch.zeros(0), torch.zeros(3, 2, 1), torch.zeros(1, 2), "x")
+        ),
         *({**payload, "best": value} for value in ("high", None, [1])),
         *({**payload, "config": value} for value in (None, [], "x", {"model": 3}, {1: 2})),
-        *({**payload, "optimizer": value} for value in (None, {}, [], shape, bad_groups, {"state": 3, "param_groups": 3})),
+        *(
+            {**payload, "optimizer": value}
+            for value in (None, {}, [], shape, bad_groups, {"state": 3, "param_groups": 3})
+        ),
         *({**payload, "model": value} for value in (None, {}, [], "x", {"a": 1}, {1: torch.zeros(1)})),
         *({**payload, "model": {**weights, name: value}} for value in (None, 3, torch.zeros(3, 1, 7), [1.0])),
         {**payload, "model": {key: value for key, value in weights.items() if key != name}},
@@ -241,7 +249,9 @@ def wrong_model(rng: random.Random, payload: dict[str, Any], _: bytes, __: Path)
     """Whole checkpoints of other networks, or of other classes."""
     import timm
 
-    other = timm.create_model(rng.choice(["test_efficientnet", "test_vit", "test_byobnet"]), num_classes=10).state_dict()
+    other = timm.create_model(
+        rng.choice(["test_efficientnet", "test_vit", "test_byobnet"]), num_classes=10
+    ).state_dict()
     classes = {
         name: torch.zeros(7, *value.shape[1:]) if name.startswith("fc.") else value
         for name, value in payload["model"].items()
@@ -249,7 +259,9 @@ def wrong_model(rng: random.Random, payload: dict[str, Any], _: bytes, __: Path)
     state = rng.choice([other, classes])
     if rng.random() < 0.5:
         return saved({**payload, "model": state, "ema": state})
-    return saved(rng.choice([state, {"state_dict": state}, {"state_dict": {f"module.{k}": v for k, v in state.items()}}]))
+    return saved(
+        rng.choice([state, {"state_dict": state}, {"state_dict": {f"module.{k}": v for k, v in state.items()}}])
+    )
 
 
 # --- other projects' files
@@ -270,7 +282,7 @@ def _foreign() -> list[bytes]:
         b"",
         b"\0" * 4096,
         b"\n",
-        "model: lip_resnet50\n".encode(),
+        b"model: lip_resnet50\n",
         json.dumps({"state_dict": {}}).encode(),
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 95652\n",
         b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
