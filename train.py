@@ -111,7 +111,8 @@ class Run:
                     trace.step()
                 action = interrupts.after_step(state.step)
                 stop = action == STOP
-                if action == SAVE:
+                # At an epoch's end the evaluation comes first: a run that is continued from there would never do it.
+                if action == SAVE and state.step % len(self.loader) and state.step < self.total:
                     self.save()
                 return stop
 

@@ -160,9 +160,9 @@ def load(path: str | Path) -> dict[str, Any]:
         InputError: there is no such file, or it is no checkpoint, or it would execute code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
     try:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
         if path.suffix == ".safetensors":
             payload = safetensors.torch.load_file(path)
         else:

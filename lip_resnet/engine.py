@@ -103,6 +103,11 @@ def _check_entries(payload: dict[str, Any], state: TrainState) -> None:
     ):
         if not right:
             raise ValueError(f"{entry} is no {wanted} but a {type(payload[entry]).__name__}")
+    for entry, module in (("model", state.model), ("ema", state.ema and state.ema.module)):
+        for name, ours in module.state_dict().items() if module is not None else ():
+            given = payload[entry].get(name)
+            if isinstance(given, Tensor) and given.dtype != ours.dtype:
+                raise ValueError(f"{entry}'s {name} is {given.dtype}; it must be {ours.dtype}")
     entries = payload["optimizer"]["state"]
     numbers = [number for group in payload["optimizer"]["param_groups"] for number in group["params"]]
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]

@@ -1,7 +1,7 @@
 """train.py that kills itself inside a checkpoint write:  fault_child.py WRITER POINT NUMBER train.py's arguments
 
-For the fault harness (scripts/faults.py). WRITER `safe` is the project's own; `naive` overwrites last.pt in place, as many
-trainers do, and shows what the harness finds there. POINT `none` leaves the process alone.
+For the fault harness (scripts/faults.py). WRITER `safe` is the project's own; `naive` overwrites last.pt in place, as
+many trainers do, and shows what the harness finds there. POINT `none` leaves the process alone.
 """
 
 import builtins

@@ -1,6 +1,7 @@
 """For the fault harness: give bad checkpoints to train.py and eval.py, and say what became of each.
 
-One in ten is given to the command as a user types it; for the others this process, which has loaded the libraries, forks.
+One in ten is given to the command as a user types it; for the others this process, which has loaded the libraries,
+forks.
 """
 
 import json
@@ -128,7 +129,7 @@ class Bench:
         return launch(train, self._train(self.run, "train.max_steps=5"), self.log, typed), path
 
     def judge(self, what: str, number: int, way: str, typed: bool) -> dict[str, Any]:
-        """A line about one bad file: refused, passed over for the older one, or harmless because nothing of it differs."""
+        """A line about one bad file: refused, passed over for the older one, or harmless as nothing of it differs."""
         usual = self.memory.get((way, typed))
         if usual is None:
             usual = self.memory[way, typed] = self.give(way, self.bytes, typed)[0].memory_mb

@@ -1,7 +1,7 @@
 """For the fault harness: one function a kind of fault, which injects it into real runs and says what it did to them.
 
-Each gives a line per injection. Several hit one run in turn; then it is let finish, and its end is compared with that of
-the run that nothing happened to.
+Each gives a line per injection. Several hit one run in turn; then it is let finish, and its end is compared with that
+of the run that nothing happened to.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class References:
 def wait_at_random(
     lane: Lane, process: Process, folder: Path, references: References, done: int, rng: random.Random
 ) -> int | None:
-    """Wait until a moment that is uniform over the life of a start from step ``done``; the return code if it ends first.
+    """Wait for a moment that is uniform over the life of a start from step ``done``; its return code if it ends first.
 
     Moments after the start-up count from its real end, which a busy machine puts off.
     """

@@ -1,7 +1,7 @@
 """Break training runs in every way a cluster can, and show that each ends in the same bits:  make faults
 
-Injects the faults of PLAN into train.py on a small LIP network, compares every end with that of a run that nothing happened
-to, and renders the record into docs/faults.md. Finished injections are not repeated when it is started again.
+Injects the faults of PLAN into train.py on a small LIP network, compares every end with that of a run that nothing
+happened to, and renders the record into docs/faults.md. Finished injections are not repeated when it is started again.
 """
 
 import json

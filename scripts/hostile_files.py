@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 from torch import nn
 
@@ -101,6 +102,7 @@ def _zip(entries: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
     return buffer.getvalue()
 
 
+BOMB_MB = 1024
 _blown_up: dict[str, bytes] = {}
 
 
@@ -113,7 +115,7 @@ def deflated_bomb(rng: random.Random, _: dict[str, Any], whole: bytes, __: Path)
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for other, data in entries.items():
                 with archive.open(other, "w", force_zip64=other == name) as entry:
-                    for _block in range(1024 if other == name else 0):
+                    for _block in range(BOMB_MB if other == name else 0):
                         entry.write(bytes(1 << 20))
                     if other != name:
                         entry.write(data)
@@ -240,15 +242,12 @@ def altered(rng: random.Random, payload: dict[str, Any], _: bytes, __: Path) -> 
         {**payload, "model": {**weights, name: weights[name].float().cfloat() + 1j}},
         {**payload, "model": {key: value[..., None] for key, value in weights.items()}},
         {**payload, "ema": {key: value[:0] if value.ndim else value for key, value in payload["ema"].items()}},
-        {**payload, "scaler": [1]},
     ]
     return saved(rng.choice(choices))
 
 
 def wrong_model(rng: random.Random, payload: dict[str, Any], _: bytes, __: Path) -> bytes:
     """Whole checkpoints of other networks, or of other classes."""
-    import timm
-
     other = timm.create_model(
         rng.choice(["test_efficientnet", "test_vit", "test_byobnet"]), num_classes=10
     ).state_dict()
