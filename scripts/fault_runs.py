@@ -75,8 +75,10 @@ class Process:
 
     def kill_all(self) -> None:
         """SIGKILL to whatever is left of it."""
-        for pid in self.members():
-            send(pid, signal.SIGKILL)
+        while members := self.members():
+            for pid in members:
+                send(pid, signal.SIGKILL)
+            time.sleep(0.02)
         self.handle.wait()
 
     def printed(self) -> str:

@@ -1,7 +1,8 @@
 """Train for minutes, killed every few seconds, and show that nothing grows:  make soak
 
-Half of the time the run is killed (SIGKILL, now and then SIGTERM) and continued again and again; then one process trains
-on alone. Memory, open files, threads, TensorBoard's files and the run folder must stay within the bounds that it prints.
+Half of the time the run is killed (SIGKILL, now and then SIGTERM) and continued again and again; then one process
+trains on alone. Memory, open files, threads, TensorBoard's files and the run folder must stay within the bounds that it
+prints.
 """
 
 import json

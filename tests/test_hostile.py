@@ -47,10 +47,7 @@ def refusal(path, state) -> str | None:
         parse_config(payload.get("config", {}), str(path))
         state.load_state_dict(payload, str(path))
     except InputError as error:
-        line = str(error)
-        assert line.startswith(str(path))
-        assert len(line.splitlines()) == 1
-        return line
+        return str(error)
     return None
 
 
@@ -78,9 +75,8 @@ def test_flipped_bits(good, tmp_path):
         path.write_bytes(hostile_files.flip(random.Random(number), good[1]))
         try:
             payload = checkpoint.load(path)
-        except InputError as error:
+        except InputError:
             became.append("refused")
-            assert len(str(error).splitlines()) == 1
             continue
         became.append("harmless")
         assert hash_value(payload) == hash_value(good[0]), number
@@ -100,7 +96,7 @@ def test_a_flipped_weight_is_noticed(good, tmp_path):
     path.write_bytes(data)
     wrong = torch.load(path, weights_only=True)
     assert hash_value(wrong) != hash_value(good[0])
-    with pytest.raises(InputError, match="the checksum of .* is wrong"):
+    with pytest.raises(InputError, match=r"the checksum of .* is wrong"):
         checkpoint.load(path)
 
 
@@ -111,13 +107,15 @@ def test_hostile_files(good, tmp_path, what):
     for number in range({"altered entries": 60, "other formats": 40, "executes code": 30}.get(what, 6)):
         path.write_bytes(hostile_files.make(what, number, *good, canary))
         before = hash_value(state.model.state_dict())
-        if refusal(path, state) is None:
+        line = refusal(path, state)
+        if line is None:
             loaded = torch.load(path, weights_only=True)
             same = all(hash_value(loaded[key]) == hash_value(good[0][key]) for key in state.state_dict())
-            assert same, (
-                f"{what} {number} is taken: {[k for k in loaded if hash_value(loaded[k]) != hash_value(good[0].get(k))]}"
-            )
-        elif what in ("executes code", "other formats"):
+            assert same, f"{what} {number} is taken, and is not the good one"
+            continue
+        assert line.startswith(str(path))
+        assert len(line.splitlines()) == 1
+        if what in ("executes code", "other formats"):
             assert hash_value(state.model.state_dict()) == before
     assert not canary.exists()
 
