@@ -150,21 +150,21 @@ class Lane:
                 continue
         return process.handle.poll()
 
-    def outcome(self, process: Process) -> int | str:
-        """The return code; "hangs" when there is none after minutes, and then the process is killed."""
-        code = self.wait(process, HANGS)
+    def outcome(self, process: Process, seconds: float = HANGS) -> int | str:
+        """The return code; "hangs" when there is none in so many seconds, and then the process is killed."""
+        code = self.wait(process, seconds)
         if code is None:
             process.kill_all()
         return "hangs" if code is None else code
 
-    def finish(self, arguments: list[str]) -> Process:
+    def finish(self, arguments: list[str], seconds: float = HANGS) -> Process:
         """Run a command to its end.
 
         Raises:
             Broken: it did not end well.
         """
         process = self.start(arguments)
-        code = self.outcome(process)
+        code = self.outcome(process, seconds)
         if code != 0:
             raise Broken(f"exit code {code}: {process.printed()[-600:]}")
         return process

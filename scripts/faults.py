@@ -51,7 +51,7 @@ def made_by(script: str) -> Callable[[Lane, References, int, int], list[Line]]:
     def inject(lane: Lane, _: References, seed: int, wanted: int) -> list[Line]:
         lines = lane.work / "lines.txt"
         options = ["--seed", seed, "--count", wanted, "--work", lane.work / "files", "--output", lines]
-        lane.finish([sys.executable, f"scripts/{script}", *map(str, options)])
+        lane.finish([sys.executable, f"scripts/{script}", *map(str, options)], seconds=3600)
         lane.end()
         return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
 
@@ -65,7 +65,7 @@ PLAN = {
     "SIGTERM": Kind(50, 4, fault_kinds.terminate),
     "SIGKILL in a write": Kind(20, 5, fault_kinds.kill_in_write),
     "contrast": Kind(40, 10, fault_kinds.contrast),
-    "broken checkpoint": Kind(1000, 100, made_by("fault_files.py")),
+    "broken checkpoint": Kind(1000, 50, made_by("fault_files.py")),
     "fuzzed config": Kind(10000, 500, made_by("fault_recipes.py")),
 }
 
