@@ -40,18 +40,22 @@ def describe_training(config: Config, processes: list[int]) -> dict[str, Any]:
     return training
 
 
-def describe_protocol(config: Config, training: dict[str, Any] | None) -> dict[str, Any]:
+def describe_protocol(
+    config: Config, training: dict[str, Any] | None, test_set: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """All that must be equal before two accuracies may be subtracted: data, evaluation and training.
 
     Args:
         config: what was evaluated, and how.
         training: ``describe_training`` of the weights; None where it is unknown.
+        test_set: ``EvalSet.protocol``: its name and scoring, where it is not a recipe's validation set.
     """
     tree = config.model_dump(mode="json")
     data = tree["data"]
     evaluation = {key: data[key] for key in ("eval_size", "eval_resize", "interpolation", "mean", "std")}
     evaluation |= {"precision": tree["train"]["precision"], "decode": "exact", "views": "one centre crop"}
-    return {"data": data["name"], "classes": config.model.num_classes, **evaluation, "training": training}
+    about = {"data": data["name"], "classes": config.model.num_classes, **(test_set or {})}
+    return {**about, **evaluation, "training": training}
 
 
 def read_rows(paths: list[str]) -> list[dict[str, Any]]:
