@@ -186,21 +186,27 @@ def locate(data: str, name: str | None = None, alone: bool = True) -> tuple[dict
     split = "val"
     if not (root / "val").is_dir():
         root, split = root.resolve().parent, root.resolve().name
-    return {"name": _layout(root / split), "root": str(root)}, split
+    return {"name": layout(root / split), "root": str(root)}, split
 
 
-def _layout(folder: Path) -> str:
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+def layout(folder: Path) -> str:
+    """What a directory holds: class folders ("folder") or tar files ("shards").
+
+    Raises:
+        InputError: neither, or it cannot be read.
+    """
+    try:
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from None
     if any(entry.is_dir() for entry in entries):
         return "folder"
     suffixes = {entry.suffix.lower() for entry in entries}
     if ".tar" in suffixes:
         return "shards"
     loose = "; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
-    raise InputError(
-        f"--data {folder} holds neither class folders nor .tar shards"
-        + (loose if suffixes & set(IMG_EXTENSIONS) else "")
-    )
+    hint = loose if suffixes & set(IMG_EXTENSIONS) else ""
+    raise InputError(f"{folder} holds neither class folders nor .tar shards{hint}")
 
 
 def open_set(name: str | None, config: DataConfig, split: str, num_classes: int, partial: bool = False) -> EvalSet:
