@@ -217,8 +217,8 @@ def _delta(entry: Entry, entries: list[Entry], key: str) -> tuple[str | None, st
         return f"{entry.mean(key) - partners[differences.index(None)].mean(key):+.2f}", None
     if not partners:
         return None, None
-    note = f"no delta for {entry.label}, its protocol is not {partners[0].label}'s: {differences[0]}"
-    return None, note
+    where = f" on {entry.test_set}" if "test_set" in entry.protocol else ""
+    return None, f"no delta for {entry.label}{where}, its protocol is not {partners[0].label}'s: {differences[0]}"
 
 
 def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
@@ -295,7 +295,7 @@ def build_wide(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], 
         seeds = sorted({len(entry.rows) for entry in found.values()})
         lines.append([first.label, f"{first.mean('params') / 1e6:.2f}", *cells, " or ".join(map(str, seeds))])
     columns = [f"{name} {'mCE' if name == 'imagenet-c' else 'top-1'} (%)" for name in sets]
-    return ["model", "params (M)", *columns, "seeds"], lines, notes
+    return ["model", "params (M)", *columns, "seeds"], lines, list(dict.fromkeys(notes))
 
 
 def _is_imagenet(entry: Entry) -> bool:

@@ -207,7 +207,7 @@ def test_a_column_a_test_set():
     assert notes == []
     part = on("imagenet-a", "resnet50", 1.0, dataset={"name": "imagenet-a", "whole": False, "names": "imagenet-a"})
     _, _, notes = results.build_wide([*ROWS, part])
-    assert notes == ["imagenet-a: resnet50 was evaluated on 355 images, not all of it"]
+    assert notes == ["imagenet-a: 355 images, which is not all of it"]
     twice = on("imagenet-a", "lip_resnet50", 9.5)
     twice["protocol"]["eval_size"] = 288
     with pytest.raises(InputError, match=r"lip_resnet50 has two figures on imagenet-a.*eval_size: 288 against 32"):
