@@ -287,11 +287,9 @@ def build_wide(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], 
                 continue
             delta, note = _delta(entry, [other for other in entries if key in other.rows[0]], key)
             cells.append(_with_deviation(entry, key) + (f" ({delta})" if delta else ""))
-            notes += [f"{name}: {note}"] if note else []
+            notes += [note] if note else []
             if (entry.rows[0].get("dataset") or {}).get("whole") is False:
-                notes.append(
-                    f"{name}: {entry.label} was evaluated on {entry.rows[0]['images']:,} images, not all of it"
-                )
+                notes.append(f"{name}: {entry.rows[0]['images']:,} images, which is not all of it")
         seeds = sorted({len(entry.rows) for entry in found.values()})
         lines.append([first.label, f"{first.mean('params') / 1e6:.2f}", *cells, " or ".join(map(str, seeds))])
     columns = [f"{name} {'mCE' if name == 'imagenet-c' else 'top-1'} (%)" for name in sets]
