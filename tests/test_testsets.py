@@ -6,6 +6,7 @@ import os
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -334,3 +335,16 @@ def test_shards_are_found_by_what_the_folder_holds(image_folder, tmp_path, monke
     assert len({(row["correct1"], row["correct5"]) for row in rows}) == 1
     assert [row["loss"] for row in rows[1:]] == pytest.approx([rows[0]["loss"]] * 2, rel=1e-6)
     assert [row["protocol"]["data"] for row in rows] == ["folder", "shards", "shards"]
+
+
+def test_where_rows_go(tmp_path):
+    """A run folder keeps a file for each set; a bare file's rows go where --output says, or nowhere."""
+    run = SimpleNamespace(checkpoint=str(tmp_path), output=None)
+    names = {name: eval_command.choose_output(run, name, 3).name for name in (None, "imagenet", "imagenet-c")}
+    assert names == {None: "eval.json", "imagenet": "eval.json", "imagenet-c": "eval-imagenet-c.json"}
+    bare = SimpleNamespace(checkpoint=str(tmp_path / "bare.pth"), output=None)
+    assert eval_command.choose_output(bare, "imagenet-c", 1) is None
+    bare.output = str(tmp_path)
+    assert eval_command.choose_output(bare, "imagenet-a", 2) == tmp_path / "eval-imagenet-a.json"
+    bare.output = str(tmp_path / "row.json")
+    assert eval_command.choose_output(bare, "imagenet-a", 1) == tmp_path / "row.json"
