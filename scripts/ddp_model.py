@@ -64,7 +64,7 @@ def traffic(model: nn.Module, size: int = 224, bucket_bytes: int = 25 * MIB) -> 
     # A module that is used twice is done when its first use is.
     first = {id(module): begin for module, begin in reversed(order)}
     for module, _ in reversed(order):
-        for parameter in module.parameters(recurse=False):
+        for parameter in reversed(list(module.parameters(recurse=False))):  # a bias before its weight
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 parameters.append(parameter)
