@@ -17,7 +17,7 @@ from typing import Any
 import ddp_measure
 import numpy as np
 import torch
-from ddp_model import Cluster, smallest_batch, step, traffic
+from ddp_model import Cluster, Traffic, smallest_batch, step, traffic
 from torch import nn
 
 from lip_resnet import checkpoint, distributed, models
@@ -52,6 +52,12 @@ def build(name: str) -> nn.Module:
         return models.create_model(name)
 
 
+@functools.cache
+def sent(name: str) -> Traffic:
+    """What a network sends, counted once."""
+    return traffic(build(name))
+
+
 def measured_step(path: Path, name: str) -> tuple[float, int] | None:
     """(milliseconds, images) of a network's training step in a file of ``benchmark.py train``; None: no such row.
 
@@ -73,8 +79,7 @@ def network_table(names: Sequence[str]) -> list[str]:
     header += ["weights + gradients + momentum (GB)", "with LAMB and EMA (GB)"]
     lines = []
     for name in names:
-        model = build(name)
-        load, count = traffic(model), models.count_parameters(model)
+        load, count = sent(name), models.count_parameters(build(name))
         sizes = ", ".join(f"{bucket.bytes / 1e6:.1f}" for bucket in load.buckets)
         ready = ", ".join(f"{bucket.ready:.0%}".rstrip("%") for bucket in load.buckets)
         memory = [f"{count * 4 * tensors / 1e9:.2f}" for tensors in (3, 5)]
@@ -98,7 +103,7 @@ def step_table(cases: Sequence[Case], options: argparse.Namespace) -> list[str]:
     header += [f"{gpus} GPUs" for gpus in options.gpus]
     lines = []
     for case in cases:
-        load = traffic(build(case.name))
+        load = sent(case.name)
         for bandwidth in options.bandwidth:
             for dtype in options.compression:
                 for parts in options.accumulate:
@@ -123,7 +128,7 @@ def limit_table(cases: Sequence[Case], options: argparse.Namespace) -> list[str]
     header = ["network", "gradients as", *(f"{bandwidth:g} GB/s" for bandwidth in options.bandwidth)]
     lines = []
     for case in cases:
-        load, seconds = traffic(build(case.name)), case.milliseconds / 1e3 / case.batch
+        load, seconds = sent(case.name), case.milliseconds / 1e3 / case.batch
         for dtype, shrink in (("float32", 1.0), ("bfloat16", 0.5)):
             batches = [
                 smallest_batch(

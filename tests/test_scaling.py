@@ -240,9 +240,7 @@ def test_refusals(capsys, monkeypatch, arguments, words):
 
 def test_measures_under_torchrun(tmp_path):
     output = tmp_path / "measured.json"
-    command = (
-        "-m torch.distributed.run --standalone --nproc_per_node=2 scripts/scaling.py --measure --model test_resnet"
-    )
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2 scripts/scaling.py --measure --rounds 3"
     result = subprocess.run(
         [sys.executable, *command.split(), "--model", "test_resnet", "--batch", "2", "--output", output],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
