@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -235,6 +236,39 @@ def test_slurm_run_ends_as_if_never_stopped(stage, tmp_path, monkeypatch):
     assert states[0]["step"] == states[1]["step"] == 69
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name
+
+
+@pytest.mark.slow
+def test_two_machines_for_real(tmp_path, monkeypatch):
+    """two_nodes.sh twice on this machine: the two find each other, save when both are signalled, and go on."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("NODE0", "127.0.0.1"), ("PORT", port), ("PROCESSES", 1), ("OMP_NUM_THREADS", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    recipe, folder = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(small_config(train__epochs=3).dump())
+    metrics = folder / "metrics.jsonl"
+    for stopped in (True, False):
+        nodes = [
+            subprocess.Popen(
+                ["bash", TWO_NODES, recipe, "--output", folder],
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        if stopped:
+            wait_for(lambda: metrics.exists() and metrics.stat().st_size, nodes[0])
+            for node in nodes:
+                node.send_signal(signal.SIGUSR1)
+        printed = [node.communicate(timeout=240)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == ([1, 1] if stopped else [0, 0]), printed
+        assert (folder / "requeue").exists() == stopped
+        state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+        assert state["processes"] == [2]
+    assert state["step"] == 69
 
 
 # ---- Kubernetes ----
