@@ -137,7 +137,7 @@ def limit_table(cases: Sequence[Case], options: argparse.Namespace) -> list[str]
                 )
                 for bandwidth in options.bandwidth
             ]  # fmt: skip
-            lines.append([case.name, dtype, *batches])
+            lines.append([f"{case.name} ({case.source})", dtype, *batches])
     return table(header, lines)
 
 
@@ -154,7 +154,16 @@ def data_table(cases: Sequence[Case], options: argparse.Namespace) -> list[str]:
         cores = [math.ceil(rate / per_core) for per_core in decoders.values()]
         size = rate * ARCHIVE_BYTES / IMAGES
         workers = math.ceil(cores[0] / options.node)
-        lines.append([case.name, f"{rate:,.0f}", *cores, f"{size / 1e9:.2f}", f"{size * 8 / 1e9:.1f}", workers])
+        lines.append(
+            [
+                f"{case.name} ({case.source})",
+                f"{rate:,.0f}",
+                *cores,
+                f"{size / 1e9:.2f}",
+                f"{size * 8 / 1e9:.1f}",
+                workers,
+            ]
+        )
     return table(header, lines)
 
 

@@ -56,6 +56,7 @@ def stage(tmp_path, monkeypatch):
     (venv / "bin" / "activate").write_text("")
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+    job["SLURM_CPUS_PER_TASK"] = "96"
     for name, value in {**job, "SLURM_GPUS_ON_NODE": "8", "RECORD": str(record), "VENV": str(venv)}.items():
         monkeypatch.setenv(name, value)
     return record
@@ -122,7 +123,7 @@ def test_slurm_command(stage):
     assert (options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id) == ("c10d", "node7:23456", "123456")
     assert flags == {"--config": RECIPE, "--resume": "auto", "--output": "runs/x"}
     assert words(stage / "srun")[0] == "--kill-on-bad-exit=1"
-    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240" in words(stage / "env")
+    assert {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240", "SRUN_CPUS_PER_TASK=96"} <= set(words(stage / "env"))
     assert not (stage / "scontrol").exists()
 
 
