@@ -125,6 +125,7 @@ def measure(name: str, batch: int, size: int, precision: str, rounds: int) -> di
         "backward_share": share,
         "predicted": {
             "buckets": sum(cluster.all_reduce(bucket.bytes, processes) for bucket in load.buckets),
+            "alone": predicted.compute,
             "together": predicted.total,
             "together_without_overlap": predicted.compute + predicted.sent,
         },

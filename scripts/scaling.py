@@ -183,10 +183,11 @@ def rates_table() -> list[str]:
 
 def measured(found: dict[str, Any]) -> str:
     """--measure's figures: predicted and observed, with the machine."""
-    seconds = {name: np.percentile(values, (25, 50, 75)) * 1e3 for name, values in found["seconds"].items()}
+    seconds = {name: np.array(values) * 1e3 for name, values in found["seconds"].items()}
+    seconds["added"] = seconds["together"] - seconds["alone"]  # round by round: what else the machine did cancels
 
     def line(what: str, predicted: float | None, name: str) -> list[str]:
-        low, middle, high = seconds[name]
+        low, middle, high = np.percentile(seconds[name], (25, 50, 75))
         ratio = "-" if predicted is None else f"{middle / (predicted * 1e3):.2f}"
         given = "-" if predicted is None else f"{predicted * 1e3:.1f}"
         return [what, given, f"{middle:.1f}", f"{low:.1f} to {high:.1f}", ratio]
@@ -198,6 +199,8 @@ def measured(found: dict[str, Any]) -> str:
         line("all buckets summed, nothing else running", foreseen["buckets"], "buckets"),
         line("step under DDP, sums beside the backward pass", foreseen["together"], "together"),
         line("step under DDP, sums after it", foreseen["together_without_overlap"], "together"),
+        line("what DDP adds, sums beside", foreseen["together"] - foreseen["alone"], "added"),
+        line("what DDP adds, sums after", foreseen["together_without_overlap"] - foreseen["alone"], "added"),
     ]
     facts = found["environment"]
     told = (
