@@ -1,15 +1,12 @@
 """For the fault harness: the record of injections to the tables of docs/faults.md."""
 
 import json
-import re
 import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from fault_runs import INTERVAL
-
-from lip_resnet.config import InputError
 
 Line = dict[str, Any]
 RUNS = ("SIGKILL", "SIGTERM", "SIGKILL in a write", "full disk", "rank death")
@@ -87,17 +84,3 @@ def _file_row(fault: str, found: list[Line]) -> str:
     cells.append(f"+{max(line['memory_mb'] for line in found)} MB")
     cells.append("yes" if all(line["ok"] for line in found) else "**no**")
     return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def refresh(page: str, lines: list[Line]) -> str:
-    """The page with its table made anew.
-
-    Raises:
-        InputError: there is no record, or the page has no place for the table.
-    """
-    if not lines:
-        raise InputError("benchmarks/faults.jsonl has no lines; `make faults` writes it")
-    pattern = re.compile(r"(<!-- faults:begin -->\n).*?(<!-- faults:end -->)", re.DOTALL)
-    if not pattern.search(page):
-        raise InputError("the page lacks the markers <!-- faults:begin --> and <!-- faults:end -->")
-    return pattern.sub(lambda found: f"{found[1]}{render(lines)}\n{found[2]}", page)

@@ -21,6 +21,7 @@ from typing import Any
 
 import fault_kinds
 import fault_table
+import update_readme
 from fault_kinds import SPARSE_LOG, References
 from fault_runs import ROOT, TOTAL, Aborted, Lane, command, hash_state
 
@@ -182,8 +183,20 @@ def main() -> None:
         inject(options)
         if options.scale < 1 or options.only != list(PLAN):
             return
-    page = fault_table.refresh(PAGE.read_text(encoding="utf-8"), fault_table.read_lines(RECORD))
+    page = render(PAGE.read_text(encoding="utf-8"))
     checkpoint.write_atomically(PAGE, lambda file: file.write(page.encode()))
+
+
+def render(page: str) -> str:
+    """The page with its tables made anew from the record.
+
+    Raises:
+        InputError: there is no record.
+    """
+    lines = fault_table.read_lines(RECORD)
+    if not lines:
+        raise InputError(f"{RECORD} has no lines; make faults writes it")
+    return update_readme.refresh(page, {"faults": lambda: fault_table.render(lines)})
 
 
 def inject(options: Any) -> None:

@@ -141,10 +141,6 @@ def test_table():
     assert "| fuzzed config | 500 | refused 400, valid 100 | 0 | +3 MB | yes |" in text
     assert "| contrast: SIGKILL in a write | 1 | training 1 | 12, 12 | 1 | 1 of 1 could not go on |" in text
     assert fault_table.rows_that_do_not_hold(lines) == []
-    page = "a\n<!-- faults:begin -->\nold\n<!-- faults:end -->\nb\n"
-    assert fault_table.refresh(page, lines) == page.replace("old", text)
-    with pytest.raises(InputError, match="no lines"):
-        fault_table.refresh(page, [])
 
 
 @pytest.mark.parametrize("change", [{"ok": False, "equal": False}, {"ok": False, "lost": ["last.pt"]}])
@@ -175,12 +171,14 @@ def test_page_is_current():
     page = faults.PAGE.read_text(encoding="utf-8")
     lines = fault_table.read_lines(faults.RECORD)
     if lines:
-        assert fault_table.refresh(page, lines) == page
+        assert faults.render(page) == page
         assert fault_table.rows_that_do_not_hold(lines) == []
         counts = {kind: sum(line.get("cases", 1) for line in lines if line.get("kind") == kind) for kind in faults.PLAN}
         assert all(counts[kind] >= faults.PLAN[kind].times for kind in faults.PLAN), counts
     else:
         assert "Not run yet." in page
+        with pytest.raises(InputError, match="has no lines"):
+            faults.render(page)
 
 
 def test_soak_sees_growth(tmp_path):
