@@ -141,7 +141,7 @@ class Run:
                         (folder / "requeue").touch()
                     reason = interrupts.received or "a signal to another process"
                     raise distributed.Stopped(f"{reason} at step {state.step}; continue with --resume auto")
-        distributed.on_main(self.checkpoints.wait)
+            distributed.on_main(self.checkpoints.wait)  # still deaf to signals: the end must be on the disk
 
     def save(self, best: bool = False) -> None:
         """Start to write a checkpoint, from rank 0; a failed write is told at the next, and stops the run or not."""

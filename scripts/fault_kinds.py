@@ -156,14 +156,15 @@ def terminate(lane: Lane, references: References, seed: int, wanted: int) -> lis
             told = int(stopped[1]) if stopped else line["step"]
             line |= {"step": told, "recomputed": told - now.newest}
             line["ok"] &= requeue and line["recomputed"] == 0
-        elif code == 0:
-            line["ok"] &= now.newest == TOTAL and not requeue  # it came too late to stop anything
+        elif now.newest == TOTAL:
+            # Too late to stop anything: all is on the disk. Only the interpreter was left to be ended, or not.
+            line["ok"] &= code in (0, -signal.SIGTERM) and not requeue
         else:
             line["ok"] &= line["phase"] == "start-up" and code == -signal.SIGTERM  # there was nothing to save yet
         if not line["ok"]:
             line["why"] = f"exit code {code}, requeue {requeue}: {process.printed()[-300:]}"
         lines.append(line)
-        if code == 0:
+        if now.newest == TOTAL:
             break
     lines = close(lane, folder, lines, references.sparse)
     if (folder / "requeue").exists():
