@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from lip_resnet import lifeline
 from lip_resnet.config import InputError
 
 T = TypeVar("T")
@@ -75,6 +76,14 @@ def on_main(function: Callable[[], T]) -> T:
     if error is not None:
         raise InputError(error)
     return value
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every process's value, in the order of ranks, on every rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value, group=_control)
+    return values
 
 
 def gather_rows(row: torch.Tensor) -> torch.Tensor:
@@ -157,6 +166,8 @@ def _init() -> None:
     if len(present) < len(_VARIABLES):
         missing = ", ".join(name for name in _VARIABLES if name not in present)
         raise InputError(f"the environment sets {', '.join(present)} but not {missing}; start with torchrun")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        lifeline.end_with(os.getppid())
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)

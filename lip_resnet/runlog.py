@@ -29,6 +29,7 @@ _FREE = {
     "train": {
         *("max_steps", "log_every", "profile"),
         *("checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"),
+        *("on_nonfinite", "nonfinite_limit", "hang_minutes"),
     },
     "model": {"weights"},
 }
@@ -105,17 +106,23 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
     return Opened(source, notes)
 
 
+LOCK_SECONDS = 15  # longer than orphaned processes live
 _locks: list[TextIO] = []  # held until the process ends, however it ends
 
 
 def _lock(folder: Path) -> TextIO:
+    """Hold the folder until this process ends. torchrun may restart a run while its old processes still die."""
     file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"--output {folder} is being written by another process") from None
-    return file
+    patience = time.monotonic() + (LOCK_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= patience:
+                file.close()
+                raise InputError(f"--output {folder} is being written by another process") from None
+            time.sleep(0.2)
 
 
 def describe_environment(device: str | None = None) -> dict[str, Any]:
@@ -170,6 +177,7 @@ class RunLog:
         self.active = distributed.is_main()
         self.folder, self.total_steps, self.first_step = folder, total_steps, step
         self.started = time.monotonic()
+        self.config, self.environment = config, environment
         distributed.on_main(lambda: self._open(config, environment))
 
     def _open(self, config: Config, environment: dict[str, Any]) -> None:
@@ -240,6 +248,13 @@ class RunLog:
                 for key, value in values.items()
             }
             self.writer.add_hparams(flat, {f"final/{name}": value for name, value in final.items()}, run_name=".")
+
+    def rewind(self, step: int) -> None:
+        """Drop the numbers beyond ``step``: the run has gone back to it."""
+        if self.active:
+            self.close()
+        self.first_step = step
+        distributed.on_main(lambda: self._open(self.config, self.environment))
 
     def close(self) -> None:
         """Flush and close everything; safe after a failure too."""
