@@ -167,7 +167,7 @@ class Sentinel:
         if train.on_nonfinite == "stop":
             raise FloatingPointError(f"{message}; no checkpoint holds it (train.on_nonfinite: stop, skip, rollback)")
         if row > train.nonfinite_limit:
-            raise FloatingPointError(f"{message}; the {row}th step in a row (train.nonfinite_limit)")
+            raise FloatingPointError(f"{message}; {row} steps in a row (train.nonfinite_limit)")
         self.tell(f"warning: {message}; the step is skipped")
 
     def _save(self, look: _Look, name: str) -> None:
