@@ -1,5 +1,6 @@
 """Processes that do not outlive the one that started them, whatever ended it."""
 
+import multiprocessing
 import os
 import sys
 import threading
@@ -18,7 +19,7 @@ def end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(SECONDS)
-        if os.environ.get("RANK") and sys.stderr is not None:
+        if multiprocessing.parent_process() is None:  # loader processes need not tell
             print(f"process {os.getpid()}: its parent {parent} is gone; it ends", file=sys.stderr, flush=True)
         os._exit(1)
 

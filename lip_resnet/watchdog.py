@@ -15,6 +15,8 @@ from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
 
 EXIT = 124
+NATIVE = 60.0
+"""Seconds after which faulthandler takes over."""
 PHASES = ("loading", "forward", "backward", "update", "log")
 """Of a step, in order."""
 
@@ -72,7 +74,7 @@ class Watchdog:
                 if since is None:
                     faulthandler.cancel_dump_traceback_later()
                     continue
-                faulthandler.dump_traceback_later(self.limit + 60, exit=True)
+                faulthandler.dump_traceback_later(self.limit + NATIVE, exit=True)
                 if time.monotonic() - since > self.limit:
                     self._end(time.monotonic() - since)
         finally:
@@ -85,6 +87,7 @@ class Watchdog:
             "step": self._step,
             "phase": PHASES[self._phase],
             "where": f"{frame.name} ({frame.filename}:{frame.lineno})",
+            "waits": "distributed" in Path(frame.filename).as_posix().rpartition("/torch/")[2],
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "seconds": round(seconds, 1),
@@ -112,6 +115,8 @@ class Watchdog:
         silent = [rank for rank in range(distributed.world_size()) if rank not in told]
         places = {rank: (each["step"], PHASES.index(each["phase"])) for rank, each in told.items()}
         behind = sorted(rank for rank, place in places.items() if place == min(places.values()))
+        # Side by side in one phase: those that are inside a collective wait for those that are not.
+        behind = [rank for rank in behind if not told[rank]["waits"]] or behind
         text = f"error: no step has ended for {self.limit:g} s; "
         if silent:
             text += f"rank {', '.join(map(str, silent))} does not answer; "

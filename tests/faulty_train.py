@@ -1,5 +1,6 @@
 """train.py with one fault in it, which FAULT names: kind:rank:step (nan, sleep or kill; steps count from 1).
 
+It needs the repository in PYTHONPATH.
 A file `fault-was-here` beside the run folder keeps `kill` from happening twice.
 """
 
@@ -8,9 +9,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 import train
 from lip_resnet import distributed, objective

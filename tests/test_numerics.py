@@ -60,7 +60,12 @@ RECIPES = {
 @pytest.mark.parametrize("name", [*RECIPES, pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_skipped_step_never_happened(nan_image, name, tmp_path):
     """Bit for bit as before the step, and in the end as a run that left the step's update out."""
-    common = {"train__ema_decay": 0.9, "train__max_steps": 5, "train__on_nonfinite": "skip", **RECIPES.get(name, {"train__compile": True})}
+    common = {
+        "train__ema_decay": 0.9,
+        "train__max_steps": 5,
+        "train__on_nonfinite": "skip",
+        **RECIPES.get(name, {"train__compile": True}),
+    }
     ends, told = [], []
     for left_out in ((), (BAD,)):
         config, state, loader, _ = prepare(**common)
@@ -130,9 +135,7 @@ def test_float16_loss(nan_image):
     )
     seen, told = [], []
     state.sentinel.tell = told.append
-    train_one_epoch(
-        state, loader, config, on_step=lambda: seen.append(whole_state(state)), on_log=lambda values: None
-    )
+    train_one_epoch(state, loader, config, on_step=lambda: seen.append(whole_state(state)), on_log=lambda values: None)
     same(seen[BAD - 1], seen[BAD - 2])
     assert not torch.equal(seen[3]["model.fc.weight"], seen[4]["model.fc.weight"])
     assert len(told) == 1

@@ -120,7 +120,7 @@ def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
 
 
 @pytest.mark.xdist_group("run")
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
     """Stopped by SIGTERM between two log steps and continued: the same numbers and the same weights, bit for bit.
 
