@@ -1,5 +1,6 @@
 """Processes that do not outlive the one that started them, whatever ended it."""
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -19,8 +20,10 @@ def end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(SECONDS)
-        if multiprocessing.parent_process() is None:  # loader processes need not tell
-            print(f"process {os.getpid()}: its parent {parent} is gone; it ends", file=sys.stderr, flush=True)
+        # Loader processes need not tell; and whoever read our errors may be gone too.
+        with contextlib.suppress(OSError, ValueError):
+            if multiprocessing.parent_process() is None:
+                print(f"process {os.getpid()}: its parent {parent} is gone; it ends", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()

@@ -76,7 +76,10 @@ class Watchdog:
                     continue
                 faulthandler.dump_traceback_later(self.limit + NATIVE, exit=True)
                 if time.monotonic() - since > self.limit:
-                    self._end(time.monotonic() - since)
+                    try:
+                        self._end(time.monotonic() - since)
+                    finally:  # whatever could not be told
+                        os._exit(EXIT)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
@@ -109,7 +112,6 @@ class Watchdog:
             print(self._line(told), file=sys.stderr, flush=True)
         else:
             time.sleep(self._poll + 1)  # the launcher ends the others once one has left
-        os._exit(EXIT)
 
     def _line(self, told: dict[int, dict]) -> str:
         silent = [rank for rank in range(distributed.world_size()) if rank not in told]
