@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -164,6 +165,8 @@ def launch(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    for child in multiprocessing.active_children():
+        child.kill()  # loader processes ignore the SIGTERM with which Python would end them, and then wait for them
     sys.exit(code)
 
 

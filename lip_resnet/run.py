@@ -115,7 +115,10 @@ class Run:
         """End for now: the last checkpoint is written, and ``requeue`` says that there is more to do."""
         distributed.on_main(self._settle_write)
         if distributed.is_main():
-            (self.folder / "requeue").touch()
+            try:
+                (self.folder / "requeue").touch()
+            except OSError as error:
+                self.log.say(f"warning: {self.folder / 'requeue'}: cannot write: {error.strerror}")
         raise distributed.Stopped(f"{reason} at step {self.state.step}; continue with --resume auto")
 
     def _roll_back(self, found: Rollback) -> None:
