@@ -248,7 +248,7 @@ def test_a_node_leaves_and_comes_back(recipe, tmp_path):
         runs = [hosts.start(index, "2", line, environment, logs[index]) for index in (0, 1)]
         try:
             last = folder / "checkpoints" / "last.pt"
-            wait_until(last.exists, 120, "no checkpoint")
+            wait_until(last.exists, 240, "no checkpoint: " + logs[0].read_text()[-2000:])
             pids = {runs[1].pid, *tree(runs[1].pid)}
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
