@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lip_resnet import distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, EvalLoader, TrainLoader, normalize, prefetch
-from lip_resnet.metrics import Counts
+from lip_resnet.metrics import Counts, cross_entropy
 from lip_resnet.numerics import Sentinel, step_optimizer, update_average
 from lip_resnet.objective import Objective, place
 from lip_resnet.optim import build_optimizer, lr_at
@@ -316,7 +316,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, config: Config) -> dict[str, 
         labels = labels.to(device, non_blocking=True)
         with autocast(device, config.train.precision):
             logits = model(images).float()
-        counts.add(logits, labels, F.cross_entropy(logits, labels))
+        counts.add(logits, labels, cross_entropy(logits, labels))
     model.train(was_training)
     result = counts.reduce()
     if result["images"] != loader.samples:

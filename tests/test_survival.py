@@ -219,7 +219,7 @@ class Hosts:
         rendezvous = [
             *(f"--nnodes={nodes}", "--nproc_per_node=1", "--max-restarts=3", "--rdzv_backend=c10d", "--rdzv_id=7"),
             *("--rdzv_endpoint=10.77.0.1:29511", f"--local_addr=10.77.0.{index + 1}"),
-            "--rdzv_conf=join_timeout=120,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3",
+            f"--rdzv_conf=is_host={not index},join_timeout=240,keep_alive_interval=1,keep_alive_max_attempt=3",
         ]
         where = line.index("torch.distributed.run") + 1
         line = [item for item in line if item != "--standalone" and not item.startswith("--nproc_per_node")]
