@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import timm
 import torch
 import torchvision
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ _FREE = {
     "train": {
         *("max_steps", "log_every", "profile"),
         *("checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"),
+        *("on_nonfinite", "nonfinite_limit", "hang_minutes"),
     },
     "model": {"weights"},
 }
@@ -110,17 +112,23 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
     return Opened(source, notes)
 
 
+LOCK_SECONDS = 15  # longer than orphaned processes live
 _locks: list[TextIO] = []  # held until the process ends, however it ends
 
 
 def _lock(folder: Path) -> TextIO:
+    """Hold the folder until this process ends. torchrun may restart a run while its old processes still die."""
     file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"--output {folder} is being written by another process") from None
-    return file
+    patience = time.monotonic() + (LOCK_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= patience:
+                file.close()
+                raise InputError(f"--output {folder} is being written by another process") from None
+            time.sleep(0.2)
 
 
 def describe_environment(device: str | None = None) -> dict[str, Any]:
@@ -173,9 +181,10 @@ class RunLog:
 
     def __init__(self, folder: Path, config: Config, environment: dict[str, Any], step: int, total_steps: int) -> None:
         self.active = distributed.is_main()
-        self.config, self.unwritten, self.events = config, b"", []
         self.folder, self.total_steps, self.first_step = folder, total_steps, step
         self.started = time.monotonic()
+        self.config, self.environment, self.refused = config, environment, False
+        self.unwritten = b""
         distributed.on_main(lambda: self._open(config, environment))
 
     def _open(self, config: Config, environment: dict[str, Any]) -> None:
@@ -190,13 +199,24 @@ class RunLog:
             self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
             self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
             # What an earlier start wrote beyond its checkpoint is dropped here too.
+            threading.excepthook = self._quietly(threading.__excepthook__)
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else 0)
             self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
+            self.writer.flush()
         except (OSError, ValueError) as error:
             raise InputError(f"{self.folder}: cannot write the run's files: {error}") from None
-        threading.excepthook = _leave_to_the_log
         self.quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=self.quiet)
+
+    @staticmethod
+    def _quietly(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+        """TensorBoard's thread both keeps its error for the next call and dies of it with a traceback."""
+
+        def told(args: Any) -> None:
+            if not (issubclass(args.exc_type, OSError) and isinstance(args.thread, _AsyncWriterThread)):
+                hook(args)
+
+        return told
 
     def _write(self, name: str, text: str) -> None:
         checkpoint.write_atomically(self.folder / name, lambda file: file.write(text.encode()))
@@ -207,14 +227,25 @@ class RunLog:
             self.bar.update()
 
     def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Write numbers under their TensorBoard names; ``step`` counts completed optimizer steps."""
+        """Write numbers under their TensorBoard names; ``step`` counts completed optimizer steps.
+
+        Every process must call it.
+
+        Raises:
+            InputError: they cannot be written (full disk, no permission), and ``train.on_write_error`` is stop.
+        """
+
+        def write() -> None:
+            # Infinity and NaN are not JSON.
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self.unwritten += json.dumps({"step": step, "epoch": epoch, **finite}).encode() + b"\n"
+            self._append()
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+        self._try(write)
         if not self.active:
             return
-        # Infinity and NaN are not JSON.
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.unwritten += json.dumps({"step": step, "epoch": epoch, **finite}).encode() + b"\n"
-        self.events += [(name, value, step) for name, value in values.items()]
-        self._try(self._append)
         if "train/loss" in values:
             self.bar.set_postfix_str(
                 f"loss {values['train/loss']:.3f}, top-1 {values['train/top1']:.1f}%, "
@@ -226,34 +257,32 @@ class RunLog:
             self.say(f"epoch {epoch}: {_brief(values)}")
 
     def _append(self) -> None:
-        """Write the numbers that are not written yet: what a full disk does not take is kept for the next time."""
-        while self.unwritten:
-            self.unwritten = self.unwritten[self.metrics.write(self.unwritten) :]
-        if self.writer is None:
-            self.writer = SummaryWriter(self.folder / "tensorboard")
-        for event in self.events:
-            self.writer.add_scalar(*event)
-        self.events.clear()
+        """To metrics.jsonl: all that is not written yet, or nothing of it, to be tried again with the next line."""
+        rest, end = memoryview(self.unwritten), os.fstat(self.metrics.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[self.metrics.write(rest) :]
+        except OSError:
+            os.ftruncate(self.metrics.fileno(), end)
+            raise
+        self.unwritten = b""
 
     def _try(self, write: Callable[[], None]) -> None:
-        """As with checkpoints, the recipe says what a full disk does to the run.
+        """Let rank 0 write; what a disk refuses ends the run, or is said once and waits for room, as the recipe says."""
 
-        TensorBoard writes from a thread, which ends with its error: what it had in hand is in metrics.jsonl alone.
-        """
-        try:
-            write()
-        except OSError as error:
-            self._close_writer()
-            line = f"{self.folder}: cannot write the run's numbers: {error.strerror or error}"
-            if self.config.train.on_write_error == "stop":
-                raise InputError(line) from None
-            self.say(f"warning: {line}; the run goes on")
+        def attempt() -> None:
+            try:
+                write()
+                self.writer.flush()  # the writer's thread tells its errors only now
+            except OSError as error:
+                message = f"{self.folder}: cannot write the run's numbers: {error.strerror or error}"
+                if self.config.train.on_write_error == "stop":
+                    raise InputError(message) from None
+                if not self.refused:
+                    self.say(f"warning: {message}; the run goes on, TensorBoard's file ends here")
+                self.refused = True
 
-    def _close_writer(self) -> None:
-        if self.writer is not None:
-            with contextlib.suppress(OSError):  # which the thread has met already
-                self.writer.close()
-        self.writer = None
+        distributed.on_main(attempt)
 
     def _time_left(self, step: int) -> str:
         done = step - self.first_step
@@ -269,29 +298,30 @@ class RunLog:
 
     def finish(self, config: Config, final: dict[str, float]) -> None:
         """Write the hyper-parameters with the final metrics, for TensorBoard's comparison of runs."""
+        flat = {
+            f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
+            for section, values in config.model_dump(mode="json").items()
+            for key, value in values.items()
+        }
+        results = {f"final/{name}": value for name, value in final.items()}
+        self._try(lambda: self.writer.add_hparams(flat, results, run_name="."))
+
+    def rewind(self, step: int) -> None:
+        """Drop the numbers beyond ``step``: the run has gone back to it."""
         if self.active:
-            flat = {
-                f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
-                for section, values in config.model_dump(mode="json").items()
-                for key, value in values.items()
-            }
-            final = {f"final/{name}": value for name, value in final.items()}
-            self._try(lambda: self.writer and self.writer.add_hparams(flat, final, run_name="."))
+            self.close()
+        self.first_step = step
+        distributed.on_main(lambda: self._open(self.config, self.environment))
 
     def close(self) -> None:
         """Flush and close everything; safe after a failure too."""
         if self.active:
             self.bar.close()
-            with contextlib.suppress(OSError):  # a disk that is still full, which has been told of
+            with contextlib.suppress(OSError):  # said already, when it was written
                 self._append()
             self.metrics.close()
-            self._close_writer()
-
-
-def _leave_to_the_log(arguments: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread hands its error on to the next who writes; no traceback of its own."""
-    if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
-        threading.__excepthook__(arguments)
+            with contextlib.suppress(OSError):
+                self.writer.close()
 
 
 def _brief(values: dict[str, float]) -> str:

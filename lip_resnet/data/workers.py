@@ -4,7 +4,6 @@ Loader processes start when their loader is built, not when it is first read: a 
 TensorBoard and progress bars have started threads can inherit a lock that nobody will ever release.
 """
 
-import atexit
 import multiprocessing
 import os
 import re
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from lip_resnet import lifeline
 from lip_resnet.config import InputError
 
 PREFETCH = 2  # orders that each worker has in hand
@@ -113,22 +113,19 @@ def start_loader(dataset: Dataset, orders: Orders, workers: int, pin: bool) -> D
         prefetch_factor=PREFETCH if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_follow_the_parent,
     )
     if workers:
-        before = set(multiprocessing.active_children())
         iter(loader)
-        for worker in set(multiprocessing.active_children()) - before:
-            # They ignore SIGTERM, by which multiprocessing ends them when an error ends this process: it would hang.
-            atexit.register(worker.kill)
     orders.open = True
     return loader
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
+def _follow_the_parent(_: int) -> None:
     """A terminal or scheduler signals every process; only the training process must act, its workers follow it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    lifeline.end_with(multiprocessing.parent_process().pid)
 
 
 def _as_it_is(batch: Any) -> Any:
