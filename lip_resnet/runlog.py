@@ -268,7 +268,7 @@ class RunLog:
         self.unwritten = b""
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Let rank 0 write; what a disk refuses ends the run, or is said once and waits for room, as the recipe says."""
+        """Let rank 0 write; what a disk refuses ends the run, or is said once and waits for room: the recipe says."""
 
         def attempt() -> None:
             try:
