@@ -24,6 +24,7 @@ from tqdm import tqdm
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
 from lip_resnet.data.decode import decode_exact
+from lip_resnet.data.index import write_index
 
 _DATA = "ILSVRC2012_devkit_t12/data"
 _PER_SHARD = 1000
@@ -171,7 +172,7 @@ class ShardWriter(Writer):
         self.labels = {name: label for label, name in enumerate(classes)}
 
     def write_all(self, images: Iterator[tuple[str, str, BinaryIO, int]]) -> None:
-        """Every image to folder/NNNNNN.tar, _PER_SHARD in each."""
+        """Every image to folder/NNNNNN.tar, _PER_SHARD in each, and where each lies to the index beside them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         names = "".join(f"{name}\n" for name in self.labels)
         (self.folder / "classes.txt").write_text(names, encoding="utf-8")
@@ -187,6 +188,7 @@ class ShardWriter(Writer):
                     self._close(path, batch)
             if batch:
                 self._close(path, batch)
+        write_index(self.folder)
 
     def _shard(self, image: int) -> Path:
         return self.folder / f"{image // _PER_SHARD:06}.tar"
