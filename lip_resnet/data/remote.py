@@ -21,6 +21,10 @@ def is_url(root: str) -> bool:
     return "://" in root
 
 
+class MissingFile(InputError):
+    """A server has no such file."""
+
+
 class Remote:
     """A directory behind a URL. It may be sent to other processes, each of which opens connections of its own."""
 
@@ -47,7 +51,7 @@ class Remote:
         """A file's bytes, or those from ``start`` to before ``end``.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            MissingFile: there is no such file.
             InputError: the server failed once more than ``PAUSES`` allows, or gave another number of bytes.
         """
         self._connect()
@@ -57,7 +61,7 @@ class Remote:
                 data = self._system.cat_file(f"{self._path.rstrip('/')}/{name}", start=start, end=end)
                 break
             except FileNotFoundError:
-                raise FileNotFoundError(f"data.root: there is no {url}") from None
+                raise MissingFile(f"data.root: there is no {url}") from None
             except Exception as error:  # each protocol's library has exceptions of its own
                 reason = f"{type(error).__name__} {error}".strip()
                 if pause is None:

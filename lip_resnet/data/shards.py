@@ -12,7 +12,7 @@ from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data.decode import BadImage
 from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.index import FILE, Index, read_index
-from lip_resnet.data.remote import Remote, is_url
+from lip_resnet.data.remote import MissingFile, Remote, is_url
 
 _NAMES = "classes.txt"
 
@@ -75,14 +75,14 @@ class RemoteShards(_Indexed):
         url = self.remote.url
         try:
             index = Index.from_bytes(self.remote.read(FILE), f"{url}/{FILE}")
-        except FileNotFoundError as error:
+        except MissingFile as error:
             raise InputError(
                 f"{error}; make it where the shards lie on a disk (python scripts/index_shards.py DIR), "
                 "and put it beside them"
             ) from None
         try:
             names = self.remote.read(_NAMES).decode()
-        except FileNotFoundError:
+        except MissingFile:
             names = None
         super().__init__(url, index, names)
 
