@@ -132,8 +132,8 @@ def _end_workers() -> None:
             child.kill()
 
 
-# When Python leaves, multiprocessing sends SIGTERM to the workers of loaders that still live, which ignore it, and would
-# wait for them for ever.
+# When Python leaves, multiprocessing sends SIGTERM to the workers of loaders that still live, and waits for them; they
+# ignore it.
 multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
 
 
