@@ -21,6 +21,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves a directory with range requests, as badly as it is told."""
 
     daemon_threads = True
+    request_queue_size = 128  # connections that come at once; those beyond it would wait for a minute
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
