@@ -1,4 +1,4 @@
-"""What holds for every format: the same samples on any number of processes and workers, after a resume, and in memory."""
+"""What holds for every format: the same samples on any number of processes and workers, after a resume; flat memory."""
 
 import os
 import threading
