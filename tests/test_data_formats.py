@@ -46,7 +46,7 @@ def roots(image_folder, tmp_path_factory):
 def config(roots: dict, kind: str, **changes: object) -> DataConfig:
     values = {"name": {"remote": "shards"}.get(kind, kind), "root": (kind != "digits" and str(roots[kind])) or None}
     sizes = {"size": 16, "eval_size": 16, "eval_resize": 18, "workers": 0, "decode": "fast"}
-    return DataConfig(**{**values, **sizes, "batch_size": 206 if kind == "digits" else 12, **changes})
+    return DataConfig(**{**values, **sizes, "batch_size": 150 if kind == "digits" else 12, **changes})
 
 
 def pixels(batches: list) -> list[bytes]:

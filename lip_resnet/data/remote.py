@@ -31,15 +31,19 @@ class Remote:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._process, self._system, self._path, self._threads = 0, None, "", None
+        self._inherited: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "_process": 0, "_system": None, "_path": "", "_threads": None}
+        return Remote(self.url).__dict__
 
     def _connect(self) -> None:
         if self._process == os.getpid():
             return
+        # A forked process must neither use nor close what it inherits: closing would unhook its parent's connections,
+        # since both share one epoll. So it is kept, and fsspec, which closes what it forgets, does not keep it at all.
+        self._inherited.append(self._system)
         try:
-            self._system, self._path = fsspec.url_to_fs(self.url)
+            self._system, self._path = fsspec.url_to_fs(self.url, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             raise InputError(
                 f"data.root: cannot open {self.url}: {error}; pip install 'lip-resnet[remote]' has http and s3"
