@@ -19,6 +19,7 @@ WITHIN = {
     "lip": {"kernels"},
     "logits": {"kernels"},
     "blocks": {"pooling"},
+    "data": {"checkpoint"},
 }
 
 

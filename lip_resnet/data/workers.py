@@ -4,6 +4,7 @@ Loader processes start when their loader is built, not when it is first read: a 
 TensorBoard and progress bars have started threads can inherit a lock that nobody will ever release.
 """
 
+import multiprocessing.util
 import os
 import re
 import signal
@@ -123,6 +124,17 @@ def _leave_signals_to_the_parent(_: int) -> None:
     """A terminal or scheduler signals every process; only the training process must act, its workers follow it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+# When Python leaves, multiprocessing sends SIGTERM to the workers of loaders that still live, and waits for them; they
+# ignore it.
+multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
 
 
 def _as_it_is(batch: Any) -> Any:
