@@ -283,6 +283,47 @@ def put_weights(
     model.load_state_dict(state)
 
 
+def check_entries(
+    payload: dict[str, Any], networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, counts: Tensor
+) -> None:
+    """Refuse of a training checkpoint what ``load_state_dict`` would take without a look, and fail on in the next step.
+
+    Args:
+        networks: by the entry that holds their weights.
+        counts: one process's; ``window`` has a row like it for each.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: an entry cannot be right.
+    """
+    window, processes = payload["window"], payload["processes"]
+    numbers = isinstance(processes, list) and processes and all(type(n) is int and n > 0 for n in processes)
+    rows = isinstance(window, Tensor) and len(window) and window.shape[1:] == counts.shape
+    for entry, right, wanted in (
+        ("step", type(payload["step"]) is int and payload["step"] >= 0, "number of steps"),
+        ("best", type(payload["best"]) in (int, float), "percentage"),
+        ("processes", numbers, "list of numbers of processes"),
+        ("window", rows, "table of counts"),
+    ):
+        if not right:
+            raise ValueError(f"{entry} is no {wanted} but a {type(payload[entry]).__name__}")
+    for entry, network in networks.items():
+        for name, ours in network.state_dict().items():
+            given = payload[entry].get(name)
+            if isinstance(given, Tensor) and given.dtype != ours.dtype:
+                raise ValueError(f"{entry}: {name} is {given.dtype}; it must be {ours.dtype}")
+    states = payload["optimizer"]["state"]
+    keys = [key for group in payload["optimizer"]["param_groups"] for key in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(keys) != len(parameters) or not states.keys() <= set(keys):
+        raise ValueError("optimizer: it is of other parameters")
+    for key, parameter in zip(keys, parameters, strict=True):
+        for name, value in states.get(key, {}).items():
+            fits = isinstance(value, Tensor) and value.shape in ((), parameter.shape)
+            if not fits and type(value) not in (int, float, bool, type(None)):
+                raise ValueError(f"optimizer: {name} does not fit the parameter that it is of")
+
+
 def _sample(keys: Any) -> str:
     keys = [str(key) for key in keys]
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from lip_resnet import distributed
+from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, EvalLoader, TrainLoader, normalize, prefetch
 from lip_resnet.metrics import Counts, cross_entropy
@@ -77,7 +77,8 @@ class TrainState:
     def load_state_dict(self, payload: dict[str, Any], source: str) -> None:
         """Take over what ``state_dict`` gave; ``source`` names the file in errors."""
         try:
-            _check_entries(payload, self)
+            networks = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
+            checkpoint.check_entries(payload, networks, self.optimizer, self.window.sums)
             self.model.load_state_dict(payload["model"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(payload["ema"])
@@ -98,40 +99,6 @@ class TrainState:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:400]
             raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from None
-
-
-def _check_entries(payload: dict[str, Any], state: TrainState) -> None:
-    """Refuse what torch's own ``load_state_dict`` would take without a look, and fail on in the next step.
-
-    Raises:
-        ValueError: with the entry and what it must be.
-    """
-    window, processes = payload["window"], payload["processes"]
-    shape = state.window.sums.shape
-    whole = isinstance(processes, list) and processes and all(type(count) is int and count > 0 for count in processes)
-    for entry, right, wanted in (
-        ("step", type(payload["step"]) is int and payload["step"] >= 0, "a number of steps"),
-        ("best", type(payload["best"]) in (int, float), "a percentage"),
-        ("processes", whole, "numbers of processes"),
-        ("window", isinstance(window, Tensor) and len(window) and window.shape[1:] == shape, "counts of processes"),
-    ):
-        if not right:
-            raise ValueError(f"{entry} is no {wanted} but a {type(payload[entry]).__name__}")
-    for entry, module in (("model", state.model), ("ema", state.ema and state.ema.module)):
-        for name, ours in module.state_dict().items() if module is not None else ():
-            given = payload[entry].get(name)
-            if isinstance(given, Tensor) and given.dtype != ours.dtype:
-                raise ValueError(f"{entry}'s {name} is {given.dtype}; it must be {ours.dtype}")
-    entries = payload["optimizer"]["state"]
-    numbers = [number for group in payload["optimizer"]["param_groups"] for number in group["params"]]
-    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    if not entries.keys() <= set(numbers):
-        raise ValueError("the optimizer has a state of parameters that it does not have")
-    for number, parameter in zip(numbers, parameters, strict=True):
-        for name, value in entries.get(number, {}).items():
-            fits = isinstance(value, Tensor) and value.shape in ((), parameter.shape)
-            if not fits and type(value) not in (int, float, bool, type(None)):
-                raise ValueError(f"the optimizer's {name} of parameter {number} does not fit it")
 
 
 def build_state(model: nn.Module, config: Config, device: torch.device) -> TrainState:

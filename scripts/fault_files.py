@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile_files
+import sklearn.datasets  # noqa: F401  (a fork has it then; it takes longer to import than all else here takes)
 import torch
 from fault_runs import RECIPE, ROOT, STATE, hash_value, read_whole
 
