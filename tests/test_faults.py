@@ -9,9 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, small_config
 
-from lip_resnet import checkpoint
+import train
+from lip_resnet import checkpoint, run, runlog
 from lip_resnet.config import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -197,6 +198,28 @@ def test_soak_sees_growth(tmp_path):
     assert all(judged(0.1, 0).values())
     assert not judged(3.0, 0)["memory, MB: early and late in one process"]
     assert not judged(0.0, 5)["open files: least and most at the end of a start"]
+
+
+def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, monkeypatch):
+    """Killed while it evaluates, after a step at which a checkpoint is due: the numbers of that evaluation come later."""
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(small_config(data__batch_size=480, train__checkpoint_steps=2).dump())  # 4 steps an epoch
+    arguments = ["train.py", "--config", str(recipe), "--output", str(folder), "--resume", "auto"]
+    monkeypatch.setattr(sys, "argv", arguments)
+
+    def killed(*_: object) -> None:
+        raise KeyError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(run, "evaluate", killed)
+        train.main()
+    runlog._locks.pop().close()  # which the end of the process does
+    assert fault_runs.logged_step(folder) == 4
+    train.main()
+    runlog._locks.pop().close()
+    lines = fault_runs.read_metrics(folder)[0]
+    assert [line["step"] for line in lines if "val/loss" in line] == [4, 8]
+    assert fault_runs.take_inventory(folder).steps["last.pt"] == 8
 
 
 @pytest.mark.slow
