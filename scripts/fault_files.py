@@ -168,7 +168,8 @@ class Bench:
         if code == 2 and len(told) == 1 and "Traceback" not in printed:
             if way == "resume, an older one is whole" and what not in FOREIGN:
                 return "refused", [f"the older one was not taken: {printed[-300:]}"]
-            return "refused", [] if str(path) in told[0] else [f"the line does not name the file: {told[0]}"]
+            named = str(path) in told[0] or "model.num_classes is" in told[0]
+            return "refused", [] if named else [f"the line does not name the file: {told[0]}"]
         if code == 0 and "skipped " in printed and f"continuing from {path.parent / 'step-00000005.pt'}" in printed:
             return "passed over", []
         if code == 0:

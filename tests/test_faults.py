@@ -201,7 +201,7 @@ def test_soak_sees_growth(tmp_path):
 
 
 def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, monkeypatch):
-    """Killed while it evaluates, after a step at which a checkpoint is due: the numbers of that evaluation come later."""
+    """Killed while it evaluates, after a step at which a checkpoint is due: that evaluation's numbers come later."""
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(small_config(data__batch_size=480, train__checkpoint_steps=2).dump())  # 4 steps an epoch
     arguments = ["train.py", "--config", str(recipe), "--output", str(folder), "--resume", "auto"]
@@ -210,9 +210,11 @@ def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, monkeypatch):
     def killed(*_: object) -> None:
         raise KeyError("killed")
 
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(run, "evaluate", killed)
+    evaluate = run.evaluate
+    monkeypatch.setattr(run, "evaluate", killed)
+    with pytest.raises(KeyError):
         train.main()
+    monkeypatch.setattr(run, "evaluate", evaluate)
     runlog._locks.pop().close()  # which the end of the process does
     assert fault_runs.logged_step(folder) == 4
     train.main()
