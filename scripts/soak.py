@@ -123,9 +123,9 @@ def judge(soak: Soak, left: int) -> list[tuple[str, str, str, bool]]:
     folder = soak.folder
     events = [path.stat().st_size for path in (folder / "tensorboard").rglob("events.*")]
     lines, _ = read_metrics(folder)
-    # A number is an event of some 60 bytes; those of steps that were taken again are there twice.
+    # A number is an event of some 40 bytes, a start writes its recipe; those of steps that were taken again are there twice.
     taken = max(1, soak.steps) / max(1, logged_step(folder))
-    budget = round(120 * sum(len(line) for line in lines) * max(1.0, taken)) + 20_000 * soak.starts
+    budget = round(60 * sum(len(line) for line in lines) * max(1.0, taken)) + 6_000 * soak.starts
     names = [path.name for path in (folder / "checkpoints").iterdir()]
     trained = [line["step"] for line in lines if "train/loss" in line]
     twice, litter = len(trained) - len(set(trained)), count_litter(folder)
