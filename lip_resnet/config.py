@@ -1,7 +1,7 @@
 """What a run is: the sections of a recipe, frozen and validated. Defaults exist here and nowhere else."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,6 +19,23 @@ NonNegative = Annotated[float, Field(ge=0)]
 Colour = Annotated[tuple[float, float, float], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
 SizeFrom = Annotated[tuple[Count, Positive], Field(strict=False)]
+TorchvisionSet = Literal[
+    "cifar10",
+    "cifar100",
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "svhn",
+    "stl10",
+    "gtsrb",
+    "imagenette",
+    "flowers102",
+    "food101",
+    "pets",
+    "dtd",
+    "aircraft",
+    "country211",
+]
 
 
 class Section(BaseModel):
@@ -47,11 +64,16 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Files to batches."""
 
-    name: Literal["folder", "shards", "digits", "synthetic"] = "folder"
-    """folder: class folders under root/train and root/val; shards: tar files there, in WebDataset layout; digits:
-    scikit-learn's, embedded; synthetic: noise."""
+    name: Literal["folder", "shards", "huggingface", "digits", "synthetic", TorchvisionSet] = "folder"
+    """folder: class folders under root/train and root/val; shards: tar files there, in WebDataset layout; huggingface:
+    a table; digits: scikit-learn's, embedded; synthetic: noise; the others: torchvision's sets."""
     root: str | None = None
-    """For `folder` and `shards`: the directory that holds train/ and val/."""
+    """For `folder` and `shards`: the directory that holds train/ and val/, for `shards` perhaps behind a URL. For
+    `huggingface`: a folder of Parquet files, or the hub's name. For torchvision's sets: where they are downloaded."""
+    download: bool = False
+    """Of torchvision's sets: fetch what is not there."""
+    label_column: str | None = None
+    """Of `huggingface`: the column of the labels, where there are several."""
     classes: str | None = None
     """A text file: a class folder's name a line keeps those classes alone (in sorted order); lines that are image
     files (folder/name or name) keep those training images alone. Validation keeps every image of the classes."""
@@ -102,8 +124,19 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":
-        if self.name in ("folder", "shards") and not self.root:
-            raise ValueError(f"root is missing; data.name: {self.name} needs the directory that holds train/ and val/")
+        if self.name not in ("digits", "synthetic") and not self.root:
+            needed = {
+                "folder": "the directory that holds train/ and val/",
+                "shards": "the directory or URL that holds train/ and val/",
+                "huggingface": "a folder of Parquet files, or the hub's name of the set",
+            }
+            raise ValueError(
+                f"root is missing; data.name: {self.name} needs {needed.get(self.name, 'the directory of the set')}"
+            )
+        if self.download and self.name not in get_args(TorchvisionSet):
+            raise ValueError(f"download belongs to torchvision's sets; the name is {self.name}")
+        if self.label_column and self.name != "huggingface":
+            raise ValueError(f"label_column belongs to name: huggingface; the name is {self.name}")
         if self.classes and self.name != "folder":
             raise ValueError(f"classes needs data.name: folder; the name is {self.name}")
         for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):

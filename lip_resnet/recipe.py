@@ -103,4 +103,7 @@ def _explain(error: ErrorDetails) -> str:
         return f"{key}: {message}" if key else message
     given = repr(error["input"])
     given = given if len(given) < 80 else given[:77] + "..."
+    if error["type"] == "literal_error":
+        near = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']*)'", message), n=1)
+        message += f"; did you mean {near[0]}?" if near else ""
     return f"{key}: given {given} ({type(error['input']).__name__}); {message[0].lower()}{message[1:]}"

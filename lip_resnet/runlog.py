@@ -29,7 +29,7 @@ from lip_resnet.recipe import load_config
 
 # What may change when a run goes on: where it runs and how it reports, not what it computes.
 _FREE = {
-    "data": {"root", "workers"},
+    "data": {"root", "workers", "download"},
     "train": {
         *("max_steps", "log_every", "profile"),
         *("checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"),

@@ -19,8 +19,10 @@ from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
 from lip_resnet.data import testsets
 from lip_resnet.data.decode import BadImage, check_scan, decode_exact
+from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.fingerprint import FILE, digest, names_of
-from lip_resnet.data.sources import Encoded, Folder, Shards
+from lip_resnet.data.shards import Shards
+from lip_resnet.data.sources import Folder
 
 _IMAGENET = {"train": 1_281_167, "val": 50_000}
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
+from lip_resnet.data.index import write_index
 
 _DATA = "ILSVRC2012_devkit_t12/data"
 _PER_SHARD = 1000
@@ -190,7 +191,7 @@ class ShardWriter(Writer):
         self.labels = {name: label for label, name in enumerate(classes)}
 
     def write_all(self, images: Iterator[tuple[str, str, BinaryIO, int]]) -> None:
-        """Every image to folder/NNNNNN.tar, _PER_SHARD in each."""
+        """Every image to folder/NNNNNN.tar, _PER_SHARD in each, and where each lies to the index beside them."""
         _make(self.folder)
         names = "".join(f"{name}\n" for name in self.labels).encode()
         checkpoint.write_atomically(self.folder / "classes.txt", lambda file: file.write(names))
@@ -206,6 +207,7 @@ class ShardWriter(Writer):
                     self._close(path, batch)
             if batch:
                 self._close(path, batch)
+        write_index(self.folder)
 
     def _shard(self, image: int) -> Path:
         return self.folder / f"{image // _PER_SHARD:06}.tar"

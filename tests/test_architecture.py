@@ -21,6 +21,7 @@ WITHIN = {
     "blocks": {"pooling"},
     "objective": {"data"},
     "engine": {"numerics"},
+    "data": {"checkpoint"},
 }
 
 

@@ -1,15 +1,19 @@
 """Tar shards in WebDataset layout are the folders they were made from, sample for sample."""
 
 import io
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import ROOT, small_config
 
 from lip_resnet.config import DataConfig, InputError
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source, index
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import index_shards
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -18,10 +22,8 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
-@pytest.fixture(scope="module")
-def shard_folder(image_folder, tmp_path_factory) -> Path:
+def add_shards(image_folder: Path, root: Path) -> None:
     """The shared folder in shards of five, labels before or after their image."""
-    root = tmp_path_factory.mktemp("shards")
     for split in ("train", "val"):
         (root / split).mkdir()
         (root / split / "classes.txt").write_text("ant\nbee\ncat\n")
@@ -34,6 +36,13 @@ def shard_folder(image_folder, tmp_path_factory) -> Path:
                     for name, data in members if number % 2 else members[::-1]:
                         add(archive, name, data)
                     add(archive, f"./{number:06}.json", b"{}")
+
+
+@pytest.fixture(scope="module")
+def shard_folder(image_folder, tmp_path_factory) -> Path:
+    """The shared folder in shards."""
+    root = tmp_path_factory.mktemp("shards")
+    add_shards(image_folder, root)
     return root
 
 
@@ -106,10 +115,75 @@ def test_bad_shards(tmp_path, members, words):
         build_sources(config(tmp_path, name="shards"), 2, ("train",))
 
 
+@pytest.fixture
+def scans(monkeypatch, tmp_path) -> list[str]:
+    """The shards whose headers have been read, and a cache of this test's own."""
+    seen, scan = [], index._scan
+    monkeypatch.setattr(index, "_scan", lambda path: (seen.append(Path(path).name), scan(path))[1])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return seen
+
+
+def test_shards_are_indexed_once(image_folder, tmp_path, scans):
+    root = tmp_path / "set"
+    root.mkdir()
+    add_shards(image_folder, root)
+    settings = config(root, name="shards")
+    first = build_sources(settings, 3)
+    assert len(scans) == 5 + 3
+    again = build_sources(settings, 3)
+    assert len(scans) == 5 + 3
+    for mine, other in zip(first, again, strict=True):
+        assert mine.samples == other.samples
+        assert torch.equal(mine._places, other._places)
+    assert not (tmp_path / "cache").exists()
+    (root / "train" / "0000.tar").touch()  # changed, for all that anyone knows
+    build_sources(settings, 3)
+    assert len(scans) == 5 + 3 + 5
+    (root / "train" / "0000.tar").unlink()
+    assert len(build_sources(settings, 3)[0]) == 18
+    for content in (b"", b"PK no index", first[1].root.joinpath("0000.tar").read_bytes()):
+        (root / "val" / index.FILE).write_bytes(content)
+        assert build_sources(settings, 3)[1].samples == first[1].samples
+
+
+def test_an_index_that_cannot_lie_beside_its_shards(image_folder, tmp_path, scans, monkeypatch):
+    """A read-only disk: the index goes to the cache; without a cache either, the shards are read each time."""
+    root = tmp_path / "set"
+    root.mkdir()
+    add_shards(image_folder, root)
+    write = index.write_atomically
+
+    def refuse(path: Path, content: object) -> None:
+        if path.is_relative_to(root):
+            raise InputError(f"{path}: cannot write: Read-only file system")
+        write(path, content)
+
+    monkeypatch.setattr(index, "write_atomically", refuse)
+    for _ in range(2):
+        source = build_sources(config(root, name="shards"), 3)[0]
+        assert len(scans) == 8
+    assert len(list((tmp_path / "cache" / "lip_resnet").iterdir())) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert build_sources(config(root, name="shards"), 3)[0].samples == source.samples
+    assert len(scans) > 8
+
+
+def test_indexing_by_hand(image_folder, tmp_path, monkeypatch, capsys):
+    add_shards(image_folder, tmp_path)
+    monkeypatch.setattr("sys.argv", ["index_shards.py", str(tmp_path / "train")])
+    index_shards.main()
+    assert capsys.readouterr().out == f"{tmp_path}/train/index.npz: 23 images\n"
+
+
 def test_keys_that_do_not_go_together():
     for changes, words in (
         ({"name": "shards"}, "root is missing"),
         ({"classes": "x"}, "classes needs data.name: folder"),
+        ({"name": "cifar10"}, "root is missing; data.name: cifar10 needs the directory of the set"),
+        ({"download": True}, "download belongs to torchvision's sets; the name is digits"),
+        ({"label_column": "x"}, "label_column belongs to name: huggingface"),
+        ({"name": "cifar11"}, "did you mean cifar10?"),
     ):
         with pytest.raises(InputError, match=words):
             small_config(**{f"data__{key}": value for key, value in changes.items()})

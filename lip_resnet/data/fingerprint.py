@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lip_resnet.data.sources import Digits, Encoded
+from lip_resnet.data.arrays import Arrays
+from lip_resnet.data.encoded import Encoded
 
 FILE = "fingerprint.json"
 """Written by scripts/check_dataset.py into the directory that holds train/ and val/."""
@@ -23,6 +24,8 @@ def digest(lines: Iterable[bytes]) -> str:
 
 def names_of(source: Encoded) -> list[bytes]:
     """Every image as class/file (or shard:key), in the order of the set."""
+    if not isinstance(source.root, Path):  # a URL, a table
+        return [os.fsencode(path.removeprefix(f"{source.root}/")) for path, _ in source.samples]
     return [os.fsencode(os.path.relpath(path, source.root)) for path, _ in source.samples]
 
 
@@ -30,15 +33,15 @@ def describe_source(source: Any) -> dict[str, Any]:
     """Images, classes, and a digest of what a set holds.
 
     ``names`` covers a folder's class and file names in order; ``content`` the files' bytes too, where check_dataset.py
-    has read them all and no name has changed since (else None). The embedded digits are digested themselves; synthetic
+    has read them all and no name has changed since (else None). Pictures in memory are digested themselves; synthetic
     noise has nothing to digest.
     """
     found: dict[str, Any] = {"images": len(source), "classes": len(source.classes)}
-    if isinstance(source, Digits):
-        found["content"] = digest([source.pixels.tobytes(), bytes(source.targets)])
+    if isinstance(source, Arrays):
+        found["content"] = digest([source.pixels.tobytes(), bytes(source.targets)])  # labels below 256
     elif isinstance(source, Encoded):
         found["names"] = digest(names_of(source))
-        found["content"] = _recorded(source.root).get(found["names"])
+        found["content"] = _recorded(source.root).get(found["names"]) if isinstance(source.root, Path) else None
     return found
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lip_resnet import distributed, seeding
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data.decode import BadImage
-from lip_resnet.data.sources import Encoded
+from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.transforms import TrainTransform, eval_transform
 from lip_resnet.data.workers import PREFETCH, Held, Orders, Ring, start_loader
 
@@ -68,13 +68,15 @@ class _TrainBatches(Dataset):
         else:
             images = self.memory[slot, : math.prod(shape)].view(shape)
         labels, skipped = [], []
+        if isinstance(self.source, Encoded):
+            self.source.ahead(index for _, index, _ in keys)
         for epoch, index, repeat in keys:
             self.held.note(index)
             seed = seeding.derive("augment", self.seed, epoch, index, repeat)
             try:
                 labels.append(self._load(index, seed, images[len(labels)]))
-            except BadImage as error:
-                if self.config.on_error == "stop":
+            except InputError as error:  # a server that fails is no bad image
+                if self.config.on_error == "stop" or not isinstance(error, BadImage):
                     return _Packet(error=str(error))
                 skipped.append(str(error))
         self.held.note(-1)
@@ -105,6 +107,8 @@ class _EvalBatches(Dataset):
 
     def __getitems__(self, order: tuple[None, range]) -> tuple[Tensor, Tensor] | str:
         images, labels = [], []
+        if isinstance(self.source, Encoded):
+            self.source.ahead(order[1])
         for index in order[1]:
             self.held.note(index)
             try:

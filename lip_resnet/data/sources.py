@@ -4,25 +4,26 @@ A *source* is a torchvision-style dataset: ``source[i]`` is (PIL image, label), 
 """
 
 import os
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from lip_resnet.config import DataConfig, InputError
-from lip_resnet.data.decode import BadImage, check_scan, decode_exact, read_file
+from lip_resnet.data.arrays import Arrays
+from lip_resnet.data.decode import read_file
+from lip_resnet.data.encoded import Encoded
+from lip_resnet.data.huggingface import table_sources
+from lip_resnet.data.named import NAMED, named_sources
+from lip_resnet.data.shards import shard_sources
 
 
-class Digits(Dataset):
-    """scikit-learn's 1,797 real handwritten digits as RGB images of 8x8; every fifth of a class validates."""
-
-    classes = tuple("0123456789")
+class Digits(Arrays):
+    """scikit-learn's 1,797 real handwritten digits as images of 8x8; every fifth of a class validates."""
 
     def __init__(self, train: bool) -> None:
         from sklearn.datasets import load_digits  # a second of imports that only this source needs
@@ -33,14 +34,10 @@ class Digits(Dataset):
             members = digits.target == label
             rank_in_class[members] = np.arange(members.sum())
         chosen = (rank_in_class % 5 != 4) if train else (rank_in_class % 5 == 4)
-        self.pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        self.targets = digits.target[chosen].tolist()
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]).convert("RGB"), self.targets[index]
+        pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        super().__init__(
+            f"digits/{'train' if train else 'val'}", pixels, digits.target[chosen].tolist(), list("0123456789")
+        )
 
 
 class Synthetic(Dataset):
@@ -87,71 +84,6 @@ def _read_selection(path: str, found: list[str]) -> tuple[list[str], set[str] | 
     return sorted(classes), images or None
 
 
-class Encoded(Dataset):
-    """Image files with labels, wherever their bytes lie.
-
-    Names lie in one shared block of bytes: a million Python strings would be copied, page by page, into every worker.
-
-    Args:
-        root: the split's directory.
-        classes: the names of the labels.
-        samples: every (name, label); a name is what errors and lists call the image.
-    """
-
-    def __init__(self, root: Path, classes: list[str], samples: list[tuple[str, int]]) -> None:
-        self.root, self.classes = root, classes
-        encoded = [os.fsencode(name) for name, _ in samples]
-        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        block = np.frombuffer(b"".join(encoded) or b"\0", np.uint8)
-        # Shared, so that a worker is sent a handle and not a copy.
-        self._names = torch.from_numpy(block.copy()).share_memory_()
-        self._ends = torch.from_numpy(ends).share_memory_()
-        self._labels = torch.tensor([label for _, label in samples], dtype=torch.int64).share_memory_()
-        self._checked = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, index: int) -> bytes:
-        """An image's bytes, still encoded.
-
-        Raises:
-            BadImage: they cannot be read.
-        """
-        raise NotImplementedError
-
-    def path(self, index: int) -> str:
-        """An image's name: its file, or its place in a shard."""
-        start, end = self._ends[index : index + 2].tolist()
-        return os.fsdecode(self._names[start:end].numpy().tobytes())
-
-    def label(self, index: int) -> int:
-        """An image's class."""
-        return int(self._labels[index])
-
-    @property
-    def targets(self) -> list[int]:
-        """Every label."""
-        return self._labels.tolist()
-
-    @property
-    def samples(self) -> list[tuple[str, int]]:
-        """Every (name, label), as ImageFolder has them."""
-        return [(self.path(index), label) for index, label in enumerate(self.targets)]
-
-    def check(self, index: int, data: bytes) -> None:
-        """Look for damage that PIL does not report, once an image: it costs as much as half of decoding."""
-        if not self._checked[index]:
-            check_scan(data, self.path(index))
-            self._checked[index] = 1
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        data = self.read(index)
-        image = decode_exact(data, self.path(index))
-        self.check(index, data)
-        return image, self.label(index)
-
-
 class Folder(Encoded):
     """Class folders, in torchvision's ImageFolder order, restricted to some classes.
 
@@ -174,76 +106,6 @@ class Folder(Encoded):
     def read(self, index: int) -> bytes:
         """An image file's bytes."""
         return read_file(self.path(index))
-
-
-class Shards(Encoded):
-    """Local tar files in WebDataset layout: KEY.jpg (or another image) and KEY.cls, its label as text, side by side.
-
-    The headers are read once for every image's place; then images are read in any order, as from folders. The set's
-    order is that of the shards' names, and within a shard its own.
-
-    Args:
-        root: holds the shards, NAME.tar; and perhaps classes.txt, the labels' names, a line each.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.shards = sorted(str(path) for path in root.glob("*.tar"))
-        if not self.shards:
-            raise InputError(f"data.root: {root} holds no .tar shards")
-        places, samples = [], []
-        for number, shard in enumerate(self.shards):
-            for key, label, offset, size in _index_shard(shard):
-                places.append((number, offset, size))
-                samples.append((f"{shard}:{key}", label))
-        self._places = torch.tensor(places, dtype=torch.int64).share_memory_()
-        names = root / "classes.txt"
-        count = 1 + max(label for _, label in samples)
-        classes = names.read_text(encoding="utf-8").split("\n") if names.is_file() else map(str, range(count))
-        classes = [name for name in classes if name]
-        if len(classes) < count:
-            raise InputError(f"{names}: {len(classes)} names, but the shards hold label {count - 1}")
-        super().__init__(root, classes, samples)
-
-    def read(self, index: int) -> bytes:
-        """An image's bytes, from the middle of its shard."""
-        shard, offset, size = self._places[index].tolist()
-        try:
-            with open(self.shards[shard], "rb") as file:
-                file.seek(offset)
-                data = file.read(size)
-        except OSError as error:
-            raise BadImage(f"{self.path(index)}: cannot read this image: {error.strerror}") from None
-        if len(data) != size or not size:
-            raise BadImage(f"{self.path(index)}: cannot read this image: {len(data)} bytes, the shard says {size}")
-        return data
-
-
-def _index_shard(path: str) -> list[tuple[str, int, int, int]]:
-    """(key, label, offset, size) of a shard's images in its order."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                folder, file = os.path.split(member.name)
-                key, _, suffix = file.partition(".")
-                key = os.path.join(folder, key)
-                if f".{suffix.lower()}" in IMG_EXTENSIONS:
-                    if key in images:
-                        raise InputError(f"{path}: two images have the key {key!r}")
-                    images[key] = (member.offset_data, member.size)
-                elif suffix == "cls":
-                    labels[key] = archive.extractfile(member).read().strip()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
-    except tarfile.TarError as error:
-        raise InputError(f"{path}: not a whole tar archive: {error}") from None
-    wrong = next((key for key in images if not labels.get(key, b"").isdigit()), None)
-    if wrong is not None or not images:
-        raise InputError(
-            f"{path}: " + ("it holds no image" if wrong is None else f"{wrong!r} has no label {wrong}.cls")
-        )
-    return [(key, int(labels[key]), *place) for key, place in images.items()]
 
 
 def _folder_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Folder]:
@@ -276,10 +138,10 @@ def _folder_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Folder]
 
 
 def build_sources(config: DataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Any]:
-    """The datasets of the splits asked for, ("train", "val") or ("val",).
+    """The datasets of the splits asked for, ("train", "val") or ("val",); every process must call it.
 
     Raises:
-        InputError: the folders are not there, differ between the splits, or hold another number of classes.
+        InputError: they are not there, not as they should be, or hold another number of classes.
     """
     if config.name == "digits":
         sources = [Digits(train=split == "train") for split in splits]
@@ -287,11 +149,11 @@ def build_sources(config: DataConfig, num_classes: int, splits: tuple[str, ...] 
         shapes = {"train": (config.images, config.sizes[-1]), "val": (max(1, config.images // 10), config.eval_size)}
         sources = [Synthetic(shapes[split][0], num_classes, shapes[split][1]) for split in splits]
     elif config.name == "shards":
-        sources = [Shards(Path(config.root).expanduser() / split) for split in splits]
-        if any(source.classes != sources[0].classes for source in sources):
-            raise InputError(
-                f"data.root: the shards of {' and '.join(splits)} in {config.root} differ in their classes"
-            )
+        sources = shard_sources(config, splits)
+    elif config.name == "huggingface":
+        sources = table_sources(config, splits)
+    elif config.name in NAMED:
+        sources = named_sources(config, splits)
     else:
         sources = _folder_sources(config, splits)
     found = len(sources[0].classes)

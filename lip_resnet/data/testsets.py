@@ -22,7 +22,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data.decode import read_file
-from lip_resnet.data.sources import Encoded, Folder, build_sources
+from lip_resnet.data.encoded import Encoded
+from lip_resnet.data.sources import Folder, build_sources
 from lip_resnet.data.transforms import eval_transform
 
 IMAGES = {

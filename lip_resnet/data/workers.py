@@ -4,7 +4,7 @@ Loader processes start when their loader is built, not when it is first read: a 
 TensorBoard and progress bars have started threads can inherit a lock that nobody will ever release.
 """
 
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
@@ -126,6 +126,17 @@ def _follow_the_parent(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     lifeline.end_with(multiprocessing.parent_process().pid)
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+# When Python leaves, multiprocessing sends SIGTERM to the workers of loaders that still live, and waits for them; they
+# ignore it.
+multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
 
 
 def _as_it_is(batch: Any) -> Any:

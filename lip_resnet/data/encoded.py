@@ -1,0 +1,80 @@
+"""Image files with labels, wherever their bytes lie: what folders, shards and tables have in common."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from lip_resnet.data.decode import check_scan, decode_exact
+
+
+class Encoded(Dataset):
+    """Image files with labels, wherever their bytes lie.
+
+    Names lie in one shared block of bytes: a million Python strings would be copied, page by page, into every worker.
+
+    Args:
+        root: the split's directory, or what stands for it in the name of an image (a URL, a table).
+        classes: the names of the labels.
+        samples: every (name, label); a name is what errors and lists call the image.
+    """
+
+    def __init__(self, root: Path | str, classes: list[str], samples: list[tuple[str, int]]) -> None:
+        self.root, self.classes = root, classes
+        encoded = [os.fsencode(name) for name, _ in samples]
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        block = np.frombuffer(b"".join(encoded) or b"\0", np.uint8)
+        # Shared, so that a worker is sent a handle and not a copy.
+        self._names = torch.from_numpy(block.copy()).share_memory_()
+        self._ends = torch.from_numpy(ends).share_memory_()
+        self._labels = torch.tensor([label for _, label in samples], dtype=torch.int64).share_memory_()
+        self._checked = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def ahead(self, indices: Iterable[int]) -> None:
+        """These are read next: a source that waits for each can ask for all of them now."""
+
+    def read(self, index: int) -> bytes:
+        """An image's bytes, still encoded.
+
+        Raises:
+            BadImage: they cannot be read.
+        """
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """An image's name: its file, or its place in a shard."""
+        start, end = self._ends[index : index + 2].tolist()
+        return os.fsdecode(self._names[start:end].numpy().tobytes())
+
+    def label(self, index: int) -> int:
+        """An image's class."""
+        return int(self._labels[index])
+
+    @property
+    def targets(self) -> list[int]:
+        """Every label."""
+        return self._labels.tolist()
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """Every (name, label), as ImageFolder has them."""
+        return [(self.path(index), label) for index, label in enumerate(self.targets)]
+
+    def check(self, index: int, data: bytes) -> None:
+        """Look for damage that PIL does not report, once an image: it costs as much as half of decoding."""
+        if not self._checked[index]:
+            check_scan(data, self.path(index))
+            self._checked[index] = 1
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        data = self.read(index)
+        image = decode_exact(data, self.path(index))
+        self.check(index, data)
+        return image, self.label(index)

@@ -1,0 +1,145 @@
+"""torchvision's image classification sets that come with a split, by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from torchvision import datasets
+
+from lip_resnet import distributed
+from lip_resnet.config import DataConfig, InputError
+from lip_resnet.data.arrays import Arrays
+from lip_resnet.data.decode import read_file
+from lip_resnet.data.encoded import Encoded
+
+
+class Files(Encoded):
+    """Image files anywhere on a disk."""
+
+    def read(self, index: int) -> bytes:
+        """An image file's bytes."""
+        return read_file(self.path(index))
+
+
+@dataclass(frozen=True)
+class _Named:
+    """How torchvision opens a set, and what the whole set holds."""
+
+    build: Callable[..., Any]
+    images: dict[str, int]
+    """Images of our train and val: a download that was killed while it unpacked leaves fewer."""
+    splits: dict[str, tuple[Any, ...]]
+    """Ours -> torchvision's."""
+    split: str = "split"
+    """The keyword that takes torchvision's."""
+    options: dict[str, Any] | None = None
+    """Further keywords."""
+
+
+def _count(train: int, val: int) -> dict[str, int]:
+    return {"train": train, "val": val}
+
+
+def _splits(val: Any, *train: Any) -> dict[str, tuple[Any, ...]]:
+    return {"train": train or ("train",), "val": (val,)}
+
+
+# torchvision's loaders read nothing when the loader of a file is `str`: they hand out its path.
+_PATHS: dict[str, Any] = {"loader": str}
+
+NAMED = {
+    "cifar10": _Named(datasets.CIFAR10, _count(50_000, 10_000), _splits(False, True), "train"),
+    "cifar100": _Named(datasets.CIFAR100, _count(50_000, 10_000), _splits(False, True), "train"),
+    "mnist": _Named(datasets.MNIST, _count(60_000, 10_000), _splits(False, True), "train"),
+    "fashion_mnist": _Named(datasets.FashionMNIST, _count(60_000, 10_000), _splits(False, True), "train"),
+    "kmnist": _Named(datasets.KMNIST, _count(60_000, 10_000), _splits(False, True), "train"),
+    "svhn": _Named(datasets.SVHN, _count(73_257, 26_032), _splits("test")),
+    "stl10": _Named(datasets.STL10, _count(5_000, 8_000), _splits("test")),
+    "gtsrb": _Named(datasets.GTSRB, _count(26_640, 12_630), _splits("test")),
+    "imagenette": _Named(datasets.Imagenette, _count(9_469, 3_925), _splits("val"), options=_PATHS),
+    "flowers102": _Named(datasets.Flowers102, _count(2_040, 6_149), _splits("test", "train", "val"), options=_PATHS),
+    "food101": _Named(datasets.Food101, _count(75_750, 25_250), _splits("test"), options=_PATHS),
+    "pets": _Named(datasets.OxfordIIITPet, _count(3_680, 3_669), _splits("test", "trainval")),
+    "dtd": _Named(datasets.DTD, _count(3_760, 1_880), _splits("test", "train", "val"), options=_PATHS),
+    "aircraft": _Named(datasets.FGVCAircraft, _count(6_667, 3_333), _splits("test", "trainval"), options=_PATHS),
+    "country211": _Named(
+        datasets.Country211, _count(42_200, 21_100), _splits("test", "train", "valid"), options=_PATHS
+    ),
+}
+"""A recipe's ``data.name`` -> the set."""
+
+
+def named_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Dataset]:
+    """The splits of a named set at ``data.root``, which rank 0 downloads first if ``data.download`` says so.
+
+    Raises:
+        InputError: the set is not there or not whole, or cannot be downloaded.
+    """
+
+    def download() -> None:
+        for split in splits:
+            _open(config, split, download=True)
+
+    if config.download:
+        distributed.on_main(download)
+    return [_source(config, split) for split in splits]
+
+
+def _open(config: DataConfig, split: str, download: bool) -> list[Any]:
+    """torchvision's datasets that make up one of our splits."""
+    named, root = NAMED[config.name], Path(config.root).expanduser()
+    options = {"root": str(root), "download": download, **(named.options or {})}
+    try:
+        if download:
+            root.mkdir(parents=True, exist_ok=True)
+        return [named.build(**options, **{named.split: theirs}) for theirs in named.splits[split]]
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if download:
+            raise InputError(f"data.download: cannot download {config.name} to {root}: {reason}") from None
+        raise InputError(
+            f"data.root: {root} does not hold {config.name}'s {split}; data.download: true fetches it ({reason})"
+        ) from None
+
+
+def _source(config: DataConfig, split: str) -> Dataset:
+    parts = _open(config, split, download=False)
+    if hasattr(parts[0], "data"):
+        source: Any = _arrays(f"{config.name}/{split}", parts[0])
+    else:
+        samples = [sample for part in parts for sample in _samples(part)]
+        classes = _classes(parts[0], [label for _, label in samples])
+        source = Files(Path(config.root).expanduser(), classes, samples)
+    expected = NAMED[config.name].images[split]
+    if len(source) != expected:
+        raise InputError(
+            f"data.root: {config.root} holds {len(source)} images of {config.name}'s {split}, the whole set "
+            f"{expected}: remove it and download it again"
+        )
+    return source
+
+
+def _arrays(name: str, part: Any) -> Arrays:
+    pixels = np.asarray(part.data)
+    if pixels.ndim == 4 and pixels.shape[1] == 3:  # channels first
+        pixels = pixels.transpose(0, 2, 3, 1)
+    targets = [int(label) for label in (part.targets if hasattr(part, "targets") else part.labels)]
+    return Arrays(name, pixels, targets, _classes(part, targets))
+
+
+def _classes(part: Any, labels: list[int]) -> list[str]:
+    """The classes' names (Imagenette has several for each), or their numbers where torchvision knows none."""
+    names = getattr(part, "classes", range(1 + max(labels)))
+    return [name[0] if isinstance(name, tuple) else str(name) for name in names]
+
+
+def _samples(part: Any) -> list[tuple[str, int]]:
+    """Every (path, label) of a set of files. Two of torchvision's take no loader."""
+    if isinstance(part, datasets.GTSRB):
+        return part._samples
+    if isinstance(part, datasets.OxfordIIITPet):
+        return [(str(path), label) for path, label in zip(part._images, part._labels, strict=True)]
+    return [(str(path), label) for path, label in (part[index] for index in range(len(part)))]

@@ -1,0 +1,20 @@
+"""Index tar shards, to be read behind a URL:  python scripts/index_shards.py DIR/train DIR/val
+
+Writes DIR/train/index.npz and so on, to be put beside the shards; `prepare_imagenet.py --format shards` does so itself.
+"""
+
+from pathlib import Path
+
+from lip_resnet import distributed
+from lip_resnet.data.index import FILE, write_index
+
+
+def main() -> None:
+    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="directories of .tar shards")
+    for folder in parser.parse_args().folders:
+        print(f"{folder / FILE}: {len(write_index(folder).keys)} images")
+
+
+if __name__ == "__main__":
+    distributed.launch(main)

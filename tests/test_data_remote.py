@@ -1,0 +1,198 @@
+"""Shards behind a URL are the folders they were made from; a server that fails ends the run and names itself."""
+
+import http.server
+import re
+import shutil
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import as_rank
+from test_data_shards import add, config
+
+from lip_resnet.config import InputError
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source, remote
+from lip_resnet.data.index import FILE, write_index
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a directory with range requests, as badly as it is told."""
+
+    daemon_threads = True
+    request_queue_size = 128  # connections that come at once; those beyond it would wait for a minute
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.ranges = root, True
+        self.asked: list[str] = []
+        self.failures: list[str] = []  # what becomes of the next requests for shards: "500", "cut"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.server.root / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, status = path.read_bytes(), 200
+        if path.suffix == ".tar":
+            self.server.asked.append(self.path)
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if found and self.server.ranges:
+            data, status = data[int(found[1]) : int(found[2]) + 1], 206 if int(found[1]) < len(data) else 416
+        failure = self.server.failures.pop(0) if path.suffix == ".tar" and self.server.failures else None
+        if failure == "500":
+            self.send_error(500)
+            return
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if failure == "cut" else data)
+        self.close_connection = failure == "cut"
+
+    def do_HEAD(self) -> None:
+        self.send_error(405)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(image_folder, tmp_path, monkeypatch):
+    """(server, URL) of the shared folder in shards of five, indexed."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "classes.txt").write_text("ant\nbee\ncat\n")
+        paths = sorted((image_folder / split).glob("*/*"))
+        for start in range(0, len(paths), 5):
+            with tarfile.open(tmp_path / split / f"{start:04}.tar", "w") as archive:
+                for path in paths[start : start + 5]:
+                    add(archive, f"{path.stem}.jpg", path.read_bytes())
+                    add(archive, f"{path.stem}.cls", str(("ant", "bee", "cat").index(path.parent.name)).encode())
+        write_index(tmp_path / split)
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    server = Server(tmp_path)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_url_is_its_folder(image_folder, served, workers):
+    server, url = served
+    ours, theirs = (
+        config(url, name="shards", decode="fast", workers=workers),
+        config(image_folder, decode="fast"),
+    )
+    far, near = build_sources(ours, 3), build_sources(theirs, 3)
+    assert [source.classes for source in far] == [["ant", "bee", "cat"]] * 2
+    loaders = TrainLoader(far[0], ours, 1, 0), TrainLoader(near[0], theirs, 1, 0)
+    for first in (0, 3):  # and in the middle of an epoch
+        for mine, other in zip(*(list(loader.epoch(2, first)) for loader in loaders), strict=True):
+            assert torch.equal(mine.parts[0][0], other.parts[0][0])
+            assert torch.equal(mine.parts[0][1], other.parts[0][1])
+    for mine, other in zip(EvalLoader(far[1], ours), EvalLoader(near[1], theirs), strict=True):
+        assert torch.equal(mine[0], other[0])
+        assert torch.equal(mine[1], other[1])
+    assert len(server.asked) == 23 + (23 - 3 * 4) + 11  # one request an image, none twice
+    assert far[0].path(7) == f"{url}/train/0005.tar:ant_9"
+    assert describe_source(far[0])["images"] == 23
+
+
+@pytest.mark.parametrize("failures", [["500"], ["cut", "500"], ["500", "cut", "cut"]])
+def test_a_server_may_fail_twice_in_a_row(served, failures, capfd):
+    server, url = served
+    settings = config(url, name="shards", batch_size=1)
+    loader = TrainLoader(build_sources(settings, 3, ("train",))[0], settings, 1, 0)
+    server.failures[:] = failures[:2]
+    whole = list(loader.epoch(0))
+    assert len(whole) == 23
+    assert capfd.readouterr().err.count("asking again from byte") == len(failures[:2])
+    server.failures[:] = ["500", *failures[:2], "500"][-3:]
+    with pytest.raises(
+        InputError, match=rf"{url}/train/\d+\.tar: cannot read from byte \d+ on, 3 times: \w+"
+    ) as caught:
+        list(loader.epoch(0))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_server_lacks_is_never_skipped(served, workers):
+    """A cut shard, one that was replaced, one that has gone, and a server that sends whole files."""
+    server, url = served
+    settings = config(url, name="shards", on_error="skip", workers=workers)
+    source = build_sources(settings, 3, ("train",))[0]
+    shard = server.root / "train" / "0010.tar"
+    whole = shard.read_bytes()
+
+    def refusal() -> str:
+        loader = TrainLoader(source, settings, 1, 0)
+        message = ""
+        try:
+            list(loader.epoch(0))
+        except InputError as error:  # pytest.raises would keep the loader and its workers
+            message = str(error)
+        assert "\n" not in message
+        return message
+
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert re.search(rf"{url}/train/0010\.tar: (the server gave \d+ bytes where|cannot read from byte)", refusal())
+    shard.write_bytes(whole[512:] + bytes(512))
+    assert re.search(r"train/0010\.tar:\w+: not at its place; the shard is not the one that was indexed", refusal())
+    shard.unlink()
+    assert f"there is no {url}/train/0010.tar" in refusal()
+    shard.write_bytes(whole)
+    server.ranges = False
+    assert "the server answers no range requests" in refusal()
+    server.ranges = True
+    assert len(list(TrainLoader(source, settings, 1, 0).epoch(0))) == 6
+
+
+def test_what_must_lie_beside_remote_shards(served, tmp_path):
+    server, url = served
+    settings = config(url, name="shards")
+    (server.root / "train" / "classes.txt").unlink()
+    assert build_sources(settings, 3, ("train",))[0].classes == ["0", "1", "2"]
+    (server.root / "train" / FILE).write_bytes(b"PK no index")
+    with pytest.raises(InputError, match=rf"{url}/train/index\.npz: not an index of shards"):
+        build_sources(settings, 3, ("train",))
+    (server.root / "train" / FILE).unlink()
+    with pytest.raises(InputError, match=rf"there is no {url}/train/index\.npz; make it .*scripts/index_shards\.py"):
+        build_sources(settings, 3, ("train",))
+    with pytest.raises(InputError, match="cannot open nonsense://x/train"):
+        build_sources(config("nonsense://x", name="shards"), 3)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (2, 1), (3, 0), (3, 1)])
+def test_every_image_once(served, monkeypatch, world, workers):
+    settings = config(served[1], name="shards", batch_size=12, workers=workers)
+    source = build_sources(settings, 3, ("train",))[0]
+    found = []
+    for rank in range(world):
+        as_rank(monkeypatch, rank, world)
+        for batch in TrainLoader(source, settings, 1, 0).epoch(1):
+            for images, labels in batch.parts:
+                found += [
+                    (label, image.numpy().tobytes()) for image, label in zip(images, labels.tolist(), strict=True)
+                ]
+    as_rank(monkeypatch, 0, 1)
+    alone = config(served[1], name="shards", batch_size=23)
+    ((images, labels),) = next(TrainLoader(source, alone, 1, 0).epoch(1)).parts
+    expected = [(label, image.numpy().tobytes()) for image, label in zip(images, labels.tolist(), strict=True)]
+    assert sorted(found) == sorted(expected)
+    assert len(set(found)) == 23
+
+
+def test_other_file_systems(served):
+    """fsspec's own: a directory, as file://."""
+    settings = config(f"file://{served[0].root}", name="shards")
+    source = build_sources(settings, 3, ("train",))[0]
+    assert len(list(TrainLoader(source, settings, 1, 0).epoch(0))) == 6
+    shutil.rmtree(served[0].root / "train")
+    with pytest.raises(InputError, match="there is no file://"):
+        list(TrainLoader(source, settings, 1, 0).epoch(0))
