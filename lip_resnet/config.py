@@ -252,6 +252,14 @@ class TrainConfig(Section):
     """Checkpoints kept beside the best: the last one, and those to fall back on if it is damaged."""
     on_write_error: Literal["stop", "continue"] = "stop"
     """What a checkpoint that cannot be written does to the run; the older checkpoints stay either way."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What a step with a loss or gradient that is not finite does to the run. It never changes weights, optimizer,
+    average or batch statistics. stop: end, with what was not finite and where; skip: go on with the next batch;
+    rollback: go back to the newest checkpoint and leave out that batch."""
+    nonfinite_limit: Positive = 10
+    """For `skip`, so many steps in a row, and for `rollback`, so many times in a run; one more ends the run."""
+    hang_minutes: NonNegative = 30.0
+    """End the run, with every process's stack in the run folder, when a step takes longer than this; 0 is off."""
     log_every: Positive = 50
     """Steps between log lines, which are the only host synchronisations."""
     profile: Count = 0

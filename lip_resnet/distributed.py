@@ -2,15 +2,21 @@
 
 import argparse
 import datetime
+import hashlib
 import os
 import signal
 import sys
+import threading
+import time
+import traceback
+import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from lip_resnet import lifeline
 from lip_resnet.config import InputError
 
 T = TypeVar("T")
@@ -75,6 +81,14 @@ def on_main(function: Callable[[], T]) -> T:
     if error is not None:
         raise InputError(error)
     return value
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every process's value, in the order of ranks, on every rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value, group=_control)
+    return values
 
 
 def gather_rows(row: torch.Tensor) -> torch.Tensor:
@@ -143,9 +157,14 @@ def launch(main: Callable[[], None]) -> None:
         code = _fail(str(error), 1)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
+    except Exception as error:
+        if world_size() > 1:
+            _leave_alone(error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call the end of loader processes an accident
     sys.exit(code)
 
 
@@ -157,13 +176,59 @@ def _init() -> None:
     if len(present) < len(_VARIABLES):
         missing = ", ".join(name for name in _VARIABLES if name not in present)
         raise InputError(f"the environment sets {', '.join(present)} but not {missing}; start with torchrun")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        lifeline.end_with(os.getppid())
     here = device()
+    store: dict[str, Any] = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = {"store": _fresh_store(number, count), "rank": number, "world_size": count}
     if here.type == "cuda":
         torch.cuda.set_device(here)
-        dist.init_process_group("nccl", device_id=here)
+        dist.init_process_group("nccl", device_id=here, **store)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **store)
     _control = dist.new_group(backend="gloo")
+
+
+def _fresh_store(number: int, count: int) -> dist.Store:
+    """torchrun's store, under a prefix of this start's own.
+
+    torchrun keeps one store for all its restarts, and a restarted process could read where the killed ones listened.
+    Nothing in the environment tells starts apart (the restart count is each node's own), so all processes agree on a
+    name: rank 0 lists everybody's token, everybody confirms the list that holds its own, and rank 0 confirms that.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, count, is_master=False)
+    token, end = uuid.uuid4().hex, time.monotonic() + 600
+    names = [f"lip_resnet/hello/{each}" for each in range(count)]
+    acks = [f"lip_resnet/agreed/{each}" for each in range(count)]
+    store.set(names[number], token)
+    while time.monotonic() < end:
+        if number == 0 and store.check(names):
+            store.set("lip_resnet/list", b" ".join(store.multi_get(names)))
+        listed = store.get("lip_resnet/list") if store.check(["lip_resnet/list"]) else b""
+        if token.encode() in listed.split():
+            store.set(acks[number], listed)
+            if number == 0 and store.check(acks) and set(store.multi_get(acks)) == {listed}:
+                store.set("lip_resnet/go", listed)
+            if store.check(["lip_resnet/go"]) and store.get("lip_resnet/go") == listed:
+                return dist.PrefixStore(hashlib.sha256(listed).hexdigest(), store)
+        time.sleep(0.05)
+    raise InputError(f"not all of {count} processes have come within 10 minutes")
+
+
+def _leave_alone(error: Exception) -> None:
+    """End a process whose error the others do not share, without waiting for them: torchrun then ends them."""
+    text = " ".join(str(error).split())
+    if isinstance(error, dist.DistError) or "closed by peer" in text or "reset by peer" in text:
+        print(f"rank {rank()}: another process is gone, or out of reach: {text[:200]}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+    for thread in threading.enumerate():  # a checkpoint may be on its way to the disk
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()
+    os._exit(1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -3,23 +3,23 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms import v2
 
-from lip_resnet import distributed, seeding
-from lip_resnet.config import Config, InputError, TrainConfig
-from lip_resnet.data import EvalLoader, TrainLoader, normalize, prefetch
+from lip_resnet import distributed
+from lip_resnet.config import Config, InputError
+from lip_resnet.data import Batch, EvalLoader, TrainLoader, normalize, prefetch
 from lip_resnet.metrics import Counts, cross_entropy
+from lip_resnet.numerics import Sentinel, step_optimizer, update_average
+from lip_resnet.objective import Objective, place
 from lip_resnet.optim import build_optimizer, lr_at
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,17 +39,22 @@ class TrainState:
     ema: ModelEmaV3 | None
     window: Counts
     """This process's counts since the last log step."""
+    sentinel: Sentinel
     step: int = 0
     """Completed optimizer steps."""
     best: float = -math.inf
     """Highest validation top-1 so far, percent, of the weights that ``train.rules`` names."""
+    left_out: set[int] = field(default_factory=set)
+    """Steps (from 1) whose batches change nothing: those that were not finite before a rollback."""
+    rollbacks: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers for a checkpoint; every process must call it.
 
         Raises:
-            FloatingPointError: a loss since the last log step, or a weight, is not finite.
+            FloatingPointError: a loss since the last log step, or a weight, is not finite; or what the sentinel raises.
         """
+        self.sentinel.settle()
         window = distributed.gather_rows(self.window.sums)
         weights = nn.utils.get_total_norm(self.model.parameters())
         if not window.isfinite().all() or not weights.isfinite():
@@ -62,6 +67,11 @@ class TrainState:
             "window": window,
             "step": self.step,
             "best": self.best,
+            "nonfinite": {
+                "counters": self.sentinel.counters,
+                "left_out": sorted(self.left_out),
+                "rollbacks": self.rollbacks,
+            },
         }
 
     def load_state_dict(self, payload: dict[str, Any], source: str) -> None:
@@ -73,6 +83,10 @@ class TrainState:
             self.optimizer.load_state_dict(payload["optimizer"])
             self.scaler.load_state_dict(payload["scaler"])
             self.step, self.best = payload["step"], payload["best"]
+            if "nonfinite" in payload:  # older checkpoints have none
+                self.sentinel.counters.copy_(payload["nonfinite"]["counters"])
+                self.left_out = set(payload["nonfinite"]["left_out"])
+                self.rollbacks = payload["nonfinite"]["rollbacks"]
             rows = payload["window"]
             if len(rows) != distributed.world_size():  # continued on another number of processes
                 rows = torch.zeros(distributed.world_size(), rows.shape[1], dtype=rows.dtype)
@@ -107,29 +121,35 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
         if train.gradient_compression != "none":
             wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
-    return TrainState(model, wrapped, optimizer, scaler, ema, Counts(device))
+    return TrainState(model, wrapped, optimizer, scaler, ema, Counts(device), Sentinel(model, train))
+
+
+def rehearse(state: TrainState, config: Config) -> None:
+    """A forward and backward of blank images that change nothing, for DDP: after its first backward it sorts gradients
+    into new buckets, and with three processes or more the buckets decide in which order their sums round. After a
+    rehearsal, a resumed run's first step has the buckets that the uninterrupted run's step had.
+    """
+    world = distributed.world_size()
+    if world == 1:
+        return
+    device = next(state.model.parameters()).device
+    buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+    size, side = config.data.batch_size // (world * config.optim.accumulate), config.data.sizes[0]
+    images = place(torch.zeros(size, 3, side, side), device, config.train.channels_last)
+    state.wrapped.train()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with autocast(device, config.train.precision):
+            logits = state.wrapped(images)
+        logits.float().sum().backward()
+    state.optimizer.zero_grad()
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The forward's context: autocast to ``precision``, or nothing at float32."""
     return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "float32")
-
-
-def _place(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(device, non_blocking=True).contiguous(memory_format=layout)
-
-
-def _build_mixing(config: TrainConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """mixup and cutmix on the device: torchvision's, which pair every image with its neighbour in the batch."""
-    choices = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if alpha]
-    return v2.RandomChoice(choices) if choices else None
-
-
-def _dense(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """Labels (B,) -> target probabilities (B, classes) float32 with label smoothing."""
-    targets = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
-    return targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
 
 
 def train_one_epoch(
@@ -140,6 +160,7 @@ def train_one_epoch(
     watched: Sequence[nn.Parameter] = (),
     on_step: Callable[[], bool | None],
     on_log: Callable[[dict[str, float]], None],
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> None:
     """Train from ``state.step`` to the end of its epoch, or to ``train.max_steps``.
 
@@ -150,20 +171,14 @@ def train_one_epoch(
         on_step: called after every optimizer step; True ends the call there.
         on_log: called every ``train.log_every`` steps, and at the epoch's end, with the ``train/`` numbers since the
             last call.
+        on_phase: called when a step comes to "forward", "backward", "update" and "log".
 
     Raises:
-        FloatingPointError: the loss since the last log step is not finite.
+        FloatingPointError, Rollback: as ``Sentinel.settle``.
     """
     train, optim = config.train, config.optim
     device = next(state.model.parameters()).device
-    mean, std = (torch.tensor(values, device=device) for values in (config.data.mean, config.data.std))
-    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-    without = {id(parameter) for parameter in watched}
-    calm = [parameter for parameter in parameters if id(parameter) not in without]
-    mixing = _build_mixing(train)
-    classes = config.model.num_classes
-    dense = mixing is not None or train.loss == "binary_cross_entropy"
-    rank, world = distributed.rank(), distributed.world_size()
+    step = _Step(state, config, Objective(config, device), watched, on_phase)
     epoch, first = divmod(state.step, len(loader))
     end = min((epoch + 1) * len(loader), train.max_steps or math.inf)
 
@@ -178,56 +193,23 @@ def train_one_epoch(
         for group in state.optimizer.param_groups:
             group["lr"] = lr
 
-        for part, (images, labels) in enumerate(batch.parts):
-            images = normalize(_place(images, device, train.channels_last), mean, std)
-            labels = labels.to(device, non_blocking=True)
-            targets = _dense(labels, classes, train.label_smoothing) if dense else labels
-            if mixing is not None:
-                seeding.reseed(seeding.derive("mix", train.seed, state.step))  # one draw for the whole global batch
-                images, targets = mixing(images, targets)
-            if train.target_threshold is not None:
-                targets = (targets > train.target_threshold).float()
-            seeding.reseed_device(device, seeding.derive("device", train.seed, state.step, rank, part))
-            last = part == len(batch.parts) - 1
-            with contextlib.nullcontext() if last or world == 1 else state.wrapped.no_sync():
-                with autocast(device, train.precision):
-                    logits = state.wrapped(images)
-                logits = logits.float()
-                if train.loss == "binary_cross_entropy":
-                    loss = F.binary_cross_entropy_with_logits(logits, targets)
-                else:
-                    loss = F.cross_entropy(logits, targets, label_smoothing=0.0 if dense else train.label_smoothing)
-                # DDP averages over processes; this weight makes it the mean over the batch's images, however dealt.
-                state.scaler.scale(loss * (len(labels) * world / batch.size)).backward()
-            counts.add(logits.detach(), labels, loss.detach())
-
-        if optim.clip_norm is not None:
-            state.scaler.unscale_(state.optimizer)
-            extra = {"train/grad_norm": _norm(parameters)}
-            if watched:
-                extra["train/grad_norm_without_logits"] = _norm(calm)
-            nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, extra["train/grad_norm"])
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad()
-        if state.ema is not None:
-            state.ema.update(state.model)
+        if state.step + 1 not in state.left_out:
+            extra = step(batch, lr)
         state.step += 1
 
         if state.step % train.log_every == 0 or state.step == end:
+            on_phase("log")
+            state.sentinel.settle()
             sums = counts.reduce()
-            if not math.isfinite(sums["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {sums['loss']} in the {train.log_every} steps up to step {state.step} "
-                    f"(epoch {epoch}, learning rate {lr:g}); no checkpoint holds it"
-                )
             elapsed = time.perf_counter() - began
             if config.data.on_error == "skip":
                 skipped = torch.tensor(sum(loader.skipped.values()), device=device)
                 extra["train/skipped"] = distributed.all_reduce_sum(skipped)
+            if train.on_nonfinite == "skip":
+                extra["train/nonfinite"] = state.sentinel.counters[0]
             on_log(
                 {
-                    "train/loss": sums["loss"],
+                    "train/loss": sums["loss"] if sums["images"] else math.nan,
                     "train/top1": sums["top1"],
                     "train/top5": sums["top5"],
                     "train/lr": lr,
@@ -241,6 +223,73 @@ def train_one_epoch(
         if on_step() or (state.step == end and state.step % len(loader)):
             break  # in the middle of an epoch
         waiting = time.perf_counter()
+
+
+class _Step:
+    """Forward, backward and update on one batch; nothing changes where the sentinel finds that it must not."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        objective: Objective,
+        watched: Sequence[nn.Parameter],
+        on_phase: Callable[[str], None],
+    ) -> None:
+        self.state, self.config, self.objective, self.on_phase = state, config, objective, on_phase
+        self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        without = {id(parameter) for parameter in watched}
+        self.calm = [parameter for parameter in self.parameters if id(parameter) not in without] if without else []
+
+    def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
+        """Returns further numbers for the log, on the device."""
+        state, clip, scaler = self.state, self.config.optim.clip_norm, self.state.scaler
+        sentinel, world, extra = state.sentinel, distributed.world_size(), {}
+        sentinel.begin(state.window.sums)
+        for part, (images, labels) in enumerate(batch.parts):
+            self.on_phase("forward")
+            last = part == len(batch.parts) - 1
+            with contextlib.nullcontext() if last or world == 1 else state.wrapped.no_sync():
+                logits, labels, loss = self._forward(state.wrapped, images, labels, state.step, part)
+                self.on_phase("backward")
+                # DDP averages over processes; this weight makes it the mean over the batch's images, however dealt.
+                scaler.scale(sentinel.weigh(loss, len(labels) * world / batch.size)).backward()
+            state.window.add(logits.detach(), labels, loss.detach())
+
+        self.on_phase("update")
+        norm = None
+        if clip is not None or not scaler.is_enabled():
+            scaler.unscale_(state.optimizer)
+            norm = _norm(self.parameters)
+        if clip is not None:
+            extra["train/grad_norm"] = norm
+            if self.calm:
+                extra["train/grad_norm_without_logits"] = _norm(self.calm)
+            nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
+        bad = sentinel.judge(norm)
+        step_optimizer(state.optimizer, scaler, bad)
+        state.optimizer.zero_grad()
+        sentinel.undo(bad)
+        if state.ema is not None:
+            update_average(state.ema, state.model, bad)
+        sentinel.watch(state.step + 1, lr, bad, batch.parts, self._again(batch, state.step))
+        return extra
+
+    def _forward(
+        self, network: nn.Module, images: Tensor, labels: Tensor, step: int, part: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels, targets = self.objective.prepare(images, labels, step, part)
+        with autocast(images.device, self.config.train.precision):
+            logits = network(images)
+        logits = logits.float()
+        return logits, labels, self.objective.loss(logits, targets)
+
+    def _again(self, batch: Batch, step: int) -> Callable[[], Iterator[Tensor]]:
+        """The batch's losses by the plain module, with the randomness of step ``step`` (from 0)."""
+        return lambda: (
+            self._forward(self.state.model, images, labels, step, part)[2]
+            for part, (images, labels) in enumerate(batch.parts)
+        )
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -262,7 +311,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, config: Config) -> dict[str, 
     model.eval()
     counts = Counts(device)
     for images, labels in loader:
-        images = normalize(_place(images, device, config.train.channels_last), mean, std)
+        images = normalize(place(images, device, config.train.channels_last), mean, std)
         labels = labels.to(device, non_blocking=True)
         with autocast(device, config.train.precision):
             logits = model(images).float()

@@ -32,7 +32,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         options["fused"] = True
     if config.nesterov:
         name = "nesterov"
-    return create_optimizer_v2(parameters, opt=name, lr=config.lr, weight_decay=config.weight_decay, **options)
+    optimizer = create_optimizer_v2(parameters, opt=name, lr=config.lr, weight_decay=config.weight_decay, **options)
+    if config.name == "sgd" and config.momentum:
+        # torch leaves a momentum that begins in a skipped step (float16's first, as a rule) uninitialised.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, epochs: int) -> float:

@@ -1,5 +1,6 @@
 """The run folder: who may write it, and numbers to TensorBoard, metrics.jsonl and the terminal (rank 0 only)."""
 
+import contextlib
 import datetime
 import fcntl
 import json
@@ -8,7 +9,9 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +19,7 @@ from typing import Any, TextIO
 import timm
 import torch
 import torchvision
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -29,6 +33,7 @@ _FREE = {
     "train": {
         *("max_steps", "log_every", "profile"),
         *("checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"),
+        *("on_nonfinite", "nonfinite_limit", "hang_minutes"),
     },
     "model": {"weights"},
 }
@@ -105,17 +110,23 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
     return Opened(source, notes)
 
 
+LOCK_SECONDS = 15  # longer than orphaned processes live
 _locks: list[TextIO] = []  # held until the process ends, however it ends
 
 
 def _lock(folder: Path) -> TextIO:
+    """Hold the folder until this process ends. torchrun may restart a run while its old processes still die."""
     file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"--output {folder} is being written by another process") from None
-    return file
+    patience = time.monotonic() + (LOCK_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= patience:
+                file.close()
+                raise InputError(f"--output {folder} is being written by another process") from None
+            time.sleep(0.2)
 
 
 def describe_environment(device: str | None = None) -> dict[str, Any]:
@@ -170,6 +181,7 @@ class RunLog:
         self.active = distributed.is_main()
         self.folder, self.total_steps, self.first_step = folder, total_steps, step
         self.started = time.monotonic()
+        self.config, self.environment, self.refused = config, environment, False
         distributed.on_main(lambda: self._open(config, environment))
 
     def _open(self, config: Config, environment: dict[str, Any]) -> None:
@@ -182,14 +194,26 @@ class RunLog:
             self._write("env.json", json.dumps(environment, indent=2) + "\n")
             kept = [line for line in _read_lines(self.folder / "metrics.jsonl") if line["step"] <= step]
             self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-            self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
             # What an earlier start wrote beyond its checkpoint is dropped here too.
+            threading.excepthook = self._quietly(threading.__excepthook__)
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else 0)
+            self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
+            self.writer.flush()
         except (OSError, ValueError) as error:
             raise InputError(f"{self.folder}: cannot write the run's files: {error}") from None
-        self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
         self.quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=self.quiet)
+
+    @staticmethod
+    def _quietly(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+        """TensorBoard's thread both keeps its error for the next call and dies of it with a traceback."""
+
+        def told(args: Any) -> None:
+            if not (issubclass(args.exc_type, OSError) and isinstance(args.thread, _AsyncWriterThread)):
+                hook(args)
+
+        return told
 
     def _write(self, name: str, text: str) -> None:
         checkpoint.write_atomically(self.folder / name, lambda file: file.write(text.encode()))
@@ -200,15 +224,24 @@ class RunLog:
             self.bar.update()
 
     def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Write numbers under their TensorBoard names; ``step`` counts completed optimizer steps."""
+        """Write numbers under their TensorBoard names; ``step`` counts completed optimizer steps.
+
+        Every process must call it.
+
+        Raises:
+            InputError: they cannot be written (full disk, no permission), and ``train.on_write_error`` is stop.
+        """
+
+        def write() -> None:
+            # Infinity and NaN are not JSON.
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._append(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+        self._try(write)
         if not self.active:
             return
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        # Infinity and NaN are not JSON.
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.metrics.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
-        self.metrics.flush()
         if "train/loss" in values:
             self.bar.set_postfix_str(
                 f"loss {values['train/loss']:.3f}, top-1 {values['train/top1']:.1f}%, "
@@ -218,6 +251,33 @@ class RunLog:
             self.say(f"epoch {epoch} step {step}/{self.total_steps}: {_brief(values)}{self._time_left(step)}")
         elif "val/top1" in values:
             self.say(f"epoch {epoch}: {_brief(values)}")
+
+    def _append(self, line: str) -> None:
+        """A whole line of metrics.jsonl, or nothing of it."""
+        rest, end = memoryview(line.encode()), os.fstat(self.metrics.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[self.metrics.write(rest) :]
+        except OSError:
+            os.ftruncate(self.metrics.fileno(), end)
+            raise
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Let rank 0 write; what a disk refuses ends the run, or is said once and left out, as the recipe says."""
+
+        def attempt() -> None:
+            try:
+                write()
+                self.writer.flush()  # the writer's thread tells its errors only now
+            except OSError as error:
+                message = f"{self.folder}: cannot write the run's numbers: {error.strerror or error}"
+                if self.config.train.on_write_error == "stop":
+                    raise InputError(message) from None
+                if not self.refused:
+                    self.say(f"warning: {message}; the run goes on, TensorBoard's file ends here")
+                self.refused = True
+
+        distributed.on_main(attempt)
 
     def _time_left(self, step: int) -> str:
         done = step - self.first_step
@@ -233,20 +293,28 @@ class RunLog:
 
     def finish(self, config: Config, final: dict[str, float]) -> None:
         """Write the hyper-parameters with the final metrics, for TensorBoard's comparison of runs."""
+        flat = {
+            f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
+            for section, values in config.model_dump(mode="json").items()
+            for key, value in values.items()
+        }
+        results = {f"final/{name}": value for name, value in final.items()}
+        self._try(lambda: self.writer.add_hparams(flat, results, run_name="."))
+
+    def rewind(self, step: int) -> None:
+        """Drop the numbers beyond ``step``: the run has gone back to it."""
         if self.active:
-            flat = {
-                f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
-                for section, values in config.model_dump(mode="json").items()
-                for key, value in values.items()
-            }
-            self.writer.add_hparams(flat, {f"final/{name}": value for name, value in final.items()}, run_name=".")
+            self.close()
+        self.first_step = step
+        distributed.on_main(lambda: self._open(self.config, self.environment))
 
     def close(self) -> None:
         """Flush and close everything; safe after a failure too."""
         if self.active:
             self.bar.close()
             self.metrics.close()
-            self.writer.close()
+            with contextlib.suppress(OSError):  # said already, when it was written
+                self.writer.close()
 
 
 def _brief(values: dict[str, float]) -> str:

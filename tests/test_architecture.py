@@ -7,18 +7,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lip_resnet"
 LIP_WING = {"lip", "kernels", "logits", "pooling", "released", "blocks", "resnet", "densenet", "replace"}
 FLOORS = [
-    {"config", "recipe", "lip", "kernels", "logits", "released", "distributed", "seeding"},
-    {"pooling", "blocks", "data", "optim", "metrics", "checkpoint", "interrupts"},
-    {"runlog", "resnet", "densenet", "replace", "models", "engine", "results"},
-    {"fidelity", "paper"},
+    {"config", "recipe", "lip", "kernels", "logits", "released", "distributed", "seeding", "lifeline"},
+    {"pooling", "blocks", "data", "optim", "metrics", "checkpoint", "interrupts", "objective"},
+    {"runlog", "resnet", "densenet", "replace", "models", "engine", "numerics", "watchdog", "results"},
+    {"fidelity", "paper", "run"},
 ]
 # Inside a floor, only these: each is the plainer of the two.
 WITHIN = {
-    "distributed": {"config"},
+    "distributed": {"config", "lifeline"},
     "recipe": {"config"},
     "lip": {"kernels"},
     "logits": {"kernels"},
     "blocks": {"pooling"},
+    "objective": {"data"},
+    "engine": {"numerics"},
     "data": {"checkpoint"},
 }
 

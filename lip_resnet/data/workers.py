@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from lip_resnet import lifeline
 from lip_resnet.config import InputError
 
 PREFETCH = 2  # orders that each worker has in hand
@@ -112,7 +113,7 @@ def start_loader(dataset: Dataset, orders: Orders, workers: int, pin: bool) -> D
         prefetch_factor=PREFETCH if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_follow_the_parent,
     )
     if workers:
         iter(loader)
@@ -120,10 +121,11 @@ def start_loader(dataset: Dataset, orders: Orders, workers: int, pin: bool) -> D
     return loader
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
+def _follow_the_parent(_: int) -> None:
     """A terminal or scheduler signals every process; only the training process must act, its workers follow it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    lifeline.end_with(multiprocessing.parent_process().pid)
 
 
 def _end_workers() -> None:

@@ -1,0 +1,184 @@
+"""A run: epochs, evaluations, checkpoints and logs in their order, and what to do when one of them cannot go on."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lip_resnet import checkpoint, distributed, runlog
+from lip_resnet.config import Config, InputError, TrainConfig
+from lip_resnet.data import EvalLoader, TrainLoader
+from lip_resnet.engine import TrainState, evaluate, rehearse, train_one_epoch
+from lip_resnet.interrupts import SAVE, STOP, Interrupts
+from lip_resnet.numerics import Rollback
+from lip_resnet.recipe import parse_config
+from lip_resnet.watchdog import Watchdog
+
+
+def restore(state: TrainState, config: Config, source: Path) -> list[int]:
+    """Continue from a training checkpoint of the same recipe; returns the numbers of processes, ours included."""
+    payload = checkpoint.load(source)
+    if "config" in payload:
+        runlog.check_same_recipe(config, parse_config(payload["config"], str(source)), str(source))
+    state.load_state_dict(payload, str(source))
+    before, now = payload["processes"], distributed.world_size()
+    return before if before[-1] == now else [*before, now]
+
+
+@dataclass
+class Run:
+    """The parts of a run, and the order in which they work."""
+
+    config: Config
+    state: TrainState
+    loader: TrainLoader
+    val_loader: EvalLoader
+    checkpoints: checkpoint.Checkpoints
+    log: runlog.RunLog
+    total: int
+    """Optimizer steps of the whole run."""
+    processes: list[int]
+    """The numbers of processes that have trained it so far, in order."""
+
+    watched: list[nn.Parameter]
+    """As for ``train_one_epoch``."""
+
+    def fit(self) -> None:
+        """Epoch by epoch: train, evaluate, log, save. Asked to stop, save and leave after the step under way."""
+        train, state = self.config.train, self.state
+        self.folder = self.checkpoints.folder.parent
+        state.sentinel.folder, state.sentinel.tell = self.folder / "nonfinite", self.log.say
+        with (
+            profiler(train, self.folder) as self.trace,
+            Watchdog(self.folder, train.hang_minutes) as self.watchdog,
+            Interrupts(train.checkpoint_steps, train.checkpoint_minutes) as interrupts,
+        ):
+            rehearse(state, self.config)
+            if train.on_nonfinite == "rollback" and state.step == 0:
+                self.save()  # the first steps need something to go back to
+            while state.step < self.total:
+                try:
+                    stop = self._epoch(interrupts)
+                except Rollback as found:
+                    self._roll_back(found)
+                    continue
+                if stop and state.step < self.total:
+                    self._leave(interrupts.received or "a signal to another process")
+        distributed.on_main(self.checkpoints.wait)
+
+    def _epoch(self, interrupts: Interrupts) -> bool:
+        """The rest of an epoch; True if it was cut short by a signal."""
+        train, state = self.config.train, self.state
+        epoch, stop = state.step // len(self.loader), False
+
+        def on_step() -> bool:
+            nonlocal stop
+            self.log.advance()
+            if self.trace is not None:
+                self.trace.step()
+            action = interrupts.after_step(state.step)
+            stop = action == STOP
+            if action == SAVE:
+                self.save()
+            self.watchdog.step(state.step + 1)
+            return stop
+
+        if not train.compile:  # an epoch's first step may compile, for its images' size
+            self.watchdog.step(state.step + 1)
+        train_one_epoch(
+            state,
+            self.loader,
+            self.config,
+            watched=self.watched,
+            on_step=on_step,
+            on_log=lambda values: self.log.log(state.step, epoch, values),
+            on_phase=self.watchdog.note,
+        )
+        self.watchdog.rest()
+        ended = state.step % len(self.loader) == 0 or state.step >= self.total
+        if ended and ((epoch + 1) % train.eval_every == 0 or state.step >= self.total):
+            values = self.validate()
+            self.log.log(state.step, epoch, values)
+            prefix = "val_ema" if train.rules == "ema" else "val"
+            top1 = values[f"{prefix}/top1"]
+            improved, state.best = top1 > state.best, max(state.best, top1)
+            if state.step >= self.total:
+                self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in ("top1", "top5")})
+            self.save(best=improved)
+        elif ended or stop:
+            self.save()
+        return stop
+
+    def _leave(self, reason: str) -> None:
+        """End for now: the last checkpoint is written, and ``requeue`` says that there is more to do."""
+        distributed.on_main(self._settle_write)
+        if distributed.is_main():
+            try:
+                (self.folder / "requeue").touch()
+            except OSError as error:
+                self.log.say(f"warning: {self.folder / 'requeue'}: cannot write: {error.strerror}")
+        raise distributed.Stopped(f"{reason} at step {self.state.step}; continue with --resume auto")
+
+    def _roll_back(self, found: Rollback) -> None:
+        """Load the newest whole checkpoint, and leave the step out when the run comes to it again."""
+        state, limit = self.state, self.config.train.nonfinite_limit
+        self.watchdog.rest()
+        state.sentinel.restart()
+        left_out, rollbacks = {*state.left_out, found.step}, state.rollbacks + 1
+        if rollbacks > limit:
+            raise FloatingPointError(f"{found}; rolled back {limit} times already (train.nonfinite_limit)")
+        distributed.on_main(self._settle_write)
+        source, _ = distributed.on_main(self.checkpoints.newest_whole)
+        if source is None:
+            raise FloatingPointError(f"{found}; there is no checkpoint to go back to")
+        restore(state, self.config, source)
+        state.left_out, state.rollbacks = left_out, rollbacks
+        self.log.rewind(state.step)
+        self.log.say(f"warning: {found}; back to step {state.step}, without the batch of step {found.step}")
+
+    def _settle_write(self) -> None:
+        """Wait for the write under way, if any; rank 0 alone."""
+        try:
+            self.checkpoints.wait()
+        except InputError as error:
+            if self.config.train.on_write_error == "stop":
+                raise
+            self.log.say(f"warning: {error}; the run goes on, the older checkpoints stay")
+
+    def save(self, best: bool = False) -> None:
+        """Start to write a checkpoint, from rank 0; a failed write is told at the next, and stops the run or not."""
+        self.watchdog.rest()
+        payload = {
+            **self.state.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "processes": self.processes,
+        }
+
+        def write() -> None:
+            self._settle_write()
+            self.checkpoints.save(payload, best)
+
+        distributed.on_main(write)
+
+    def validate(self) -> dict[str, float]:
+        """The val/ numbers, and the val_ema/ numbers where there is an average."""
+        networks = {"val": self.state.model}
+        if self.state.ema is not None:
+            networks["val_ema"] = self.state.ema.module
+        values = {}
+        for prefix, network in networks.items():
+            result = evaluate(network, self.val_loader, self.config)
+            values |= {f"{prefix}/{name}": result[name] for name in ("loss", "top1", "top5")}
+        return values
+
+
+def profiler(train: TrainConfig, folder: Path) -> contextlib.AbstractContextManager:
+    """torch.profiler over a few steps of rank 0, for TensorBoard; nothing where the recipe asks for none."""
+    if not train.profile or not distributed.is_main():
+        return contextlib.nullcontext()
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=train.profile, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder / "tensorboard")),
+    )
