@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import bad_images
-import benchmark_data
+import bench_data
 import performance
 
 from lip_resnet import LAYERS, checkpoint, distributed
@@ -24,7 +24,7 @@ def zoo() -> str:
 
 SECTIONS = {
     "zoo": zoo,
-    "data": benchmark_data.section,
+    "data": bench_data.section,
     "bad-images": bad_images.table,
     "performance": performance.section,
 }

@@ -1,7 +1,7 @@
 """Instance norm with the activation behind it in PyTorch's own calls, for CPUs without a compiler: channels-last.
 
-An instance norm of one image is a batch norm of a batch of one, and PyTorch's batch norm is fast in channels-last, there
-and back; its group norm's gradient takes seven times as long (2.14). An image at a time also stays in the cache.
+An instance norm of one image is a batch norm of a batch of one, and PyTorch's batch norm is fast in channels-last; its
+group norm's gradient takes seven times as long (2.14). One image at a time also stays in the cache.
 """
 
 import torch
