@@ -1,19 +1,20 @@
-"""Evaluate weights exactly:  python eval.py --checkpoint RUN_OR_FILE --data DIR
+"""Evaluate weights exactly:  python eval.py --checkpoint RUN_OR_FILE --data DIR [--dataset imagenet-v2 imagenet-a ...]
 
 Under torchrun it is faster and counts the same. A run folder and our own checkpoints know their
 model and protocol; for bare files add --model NAME or --config FILE.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
-from lip_resnet import checkpoint, distributed, models, replace_downsampling, results, runlog
+from lip_resnet import checkpoint, distributed, metrics, models, replace_downsampling, results, runlog
 from lip_resnet.config import Config, InputError
-from lip_resnet.data import EvalLoader, build_sources, describe_source
+from lip_resnet.data import EvalLoader, describe_source, testsets
 from lip_resnet.engine import evaluate
 from lip_resnet.recipe import load_config, parse_config
 
@@ -25,8 +26,24 @@ def parse() -> Any:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--config", help="the recipe of the checkpoint")
     which.add_argument("--model", help="the timm name of the checkpoint's model; its protocol is timm's for that model")
-    parser.add_argument("--data", help="the directory that holds val/, or that folder (default: the recipe's)")
-    parser.add_argument("--output", help="where to write the row (default for a run folder: RUN/eval.json)")
+    parser.add_argument(
+        "--data",
+        help="the directory that holds val/, or that folder: class folders or tar shards (default: the recipe's); for "
+        "a test set its folder; for several the directory that holds each by its name",
+    )
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        choices=(*testsets.IMAGES, "all"),
+        metavar="NAME",
+        help=f"test sets: {', '.join(testsets.IMAGES)}, or all of them (default: the recipe's validation set)",
+    )
+    parser.add_argument("--partial", action="store_true", help="take imagenet-c without some of its folders: no mCE")
+    parser.add_argument(
+        "--output",
+        help="where to write the row (default for a run folder: RUN/eval.json, or RUN/eval-NAME.json with --dataset); "
+        "for several sets a directory, for rows of those names",
+    )
     parser.add_argument("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
     parser.add_argument("--size", type=int, help="side of the centre crop, pixels")
     parser.add_argument("--resize", type=int, help="the shorter side before the crop, pixels")
@@ -43,55 +60,75 @@ def main() -> None:
         raise InputError("give --checkpoint PATH, or --pretrained with --model NAME; one of the two")
     if options.pretrained and not options.model:
         raise InputError("--pretrained needs --model NAME")
-    output = choose_output(options)
+    names = choose_sets(options)
+    outputs = [choose_output(options, name, len(names)) for name in names]
 
     payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
     trained = parse_config(payload["config"], options.checkpoint) if "config" in payload else None
-    config, split = with_flags(describe(options, payload, trained), options)
-    ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
-    source = build_sources(config.data, config.model.num_classes, (split,))[0]
-    loader = EvalLoader(source, config.data)  # first: its workers are forked before other threads start
-    model = build(config, options, payload, ema)
+    recipe = describe(options, payload, trained)
+    placed = [with_flags(recipe, options, name, len(names)) for name in names]
+    configs = [config for config, _ in placed]
+    sets = [
+        testsets.open_set(name, config.data, split, config.model.num_classes, options.partial)
+        for name, (config, split) in zip(names, placed, strict=True)
+    ]
+    # First: its workers are forked before other threads start.
+    loader = EvalLoader(testsets.Joined(sets), configs[0].data)
+    model = build(recipe, options, payload, wants_ema(options, trained))
 
-    device = distributed.device()
     # TF32 rounds to 10 bits: counts would not be the float32 counts.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    models.check_size(model, config.data.eval_size)
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    model.to(device, memory_format=layout)
-    result = evaluate(model, loader, config)
-
-    if distributed.is_main():
-        print(f"* Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}", flush=True)
-        row = {
-            "model": config.model.name,
-            "args": config.model.args,
-            "downsampling": config.model.downsampling,
-            "checkpoint": options.checkpoint or f"timm:{config.model.name}",
-            "weights": "ema" if ema else "model",
-            "selected_on_val": Path(options.checkpoint or "").name == "best.pt",
-            **result,
-            "params": models.count_parameters(model),
-            "macs": models.count_macs(model, config.data.eval_size),
-            "seed": trained.train.seed if trained else None,
-            "step": payload.get("step"),
-            "protocol": results.describe_protocol(
-                config, results.describe_training(trained, payload["processes"]) if trained else None
-            ),
-            "dataset": describe_source(source),
-            "environment": runlog.describe_environment(),
-        }
+    for config in configs:
+        models.check_size(model, config.data.eval_size)
+    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    model.to(distributed.device(), memory_format=layout)
+    start = 0
+    for data, config, output in zip(sets, configs, outputs, strict=True):
+        result = score(model, data, loader, config, start)
+        start += len(data.source)
+        if not distributed.is_main():
+            continue
+        report(data, result, bool(options.dataset))
         if output is not None:
+            row = {
+                **identify(options, recipe, trained),
+                **result,
+                "params": models.count_parameters(model),
+                "macs": models.count_macs(model, config.data.eval_size),
+                "seed": trained.train.seed if trained else None,
+                "step": payload.get("step"),
+                "protocol": results.describe_protocol(
+                    config,
+                    results.describe_training(trained, payload["processes"]) if trained else None,
+                    data.protocol,
+                ),
+                "dataset": {"name": data.name, "whole": data.whole, **describe_source(data.source)},
+                "environment": runlog.describe_environment(),
+            }
             text = json.dumps(row, indent=2) + "\n"
-            checkpoint.write_atomically(output, lambda file: file.write(text.encode()))
+            checkpoint.write_atomically(output, lambda file, text=text: file.write(text.encode()))
 
 
-def choose_output(options: Any) -> Path | None:
-    """Where the row goes; an existing file is never overwritten."""
-    run = Path(options.checkpoint or "")
-    path = Path(options.output) if options.output else None
-    if path is None and options.checkpoint and run.is_dir():
-        path = run / "eval.json"
+def choose_sets(options: Any) -> list[str | None]:
+    """The test sets asked for, each once; None is the recipe's validation set."""
+    if not options.dataset:
+        return [None]
+    names = list(testsets.IMAGES) if "all" in options.dataset else list(dict.fromkeys(options.dataset))
+    if options.partial and "imagenet-c" not in names:
+        raise InputError("--partial belongs to --dataset imagenet-c")
+    return names
+
+
+def choose_output(options: Any, name: str | None, count: int) -> Path | None:
+    """Where a set's row goes; an existing file is never overwritten."""
+    run, path = Path(options.checkpoint or ""), Path(options.output) if options.output else None
+    file = "eval.json" if name in (None, "imagenet") else f"eval-{name}.json"
+    if path is not None and count > 1:
+        if not path.is_dir():
+            raise InputError(f"--output {path} is not a directory; for several sets it must be one")
+        path = path / file
+    elif path is None and options.checkpoint and run.is_dir():
+        path = run / file
     if path is not None and distributed.on_main(path.exists):
         raise InputError(f"{path} exists; choose another --output or remove it")
     if path is not None and not path.resolve().parent.is_dir():
@@ -139,18 +176,17 @@ def timm_protocol(name: str, root: str) -> Config:
     return parse_config(tree, f"--model {name}")
 
 
-def with_flags(config: Config, options: Any) -> tuple[Config, str]:
-    """The recipe with the command line's data and protocol, and the name of the folder to evaluate."""
+def with_flags(config: Config, options: Any, name: str | None, count: int) -> tuple[Config, str]:
+    """The recipe with a set's data, the command line's protocol, and the folder to evaluate below the data's root."""
     tree, split = config.model_dump(), "val"
     if options.data:
-        root = Path(options.data).expanduser()
-        if not root.is_dir():
-            raise InputError(f"--data {root} is not a directory; it must hold val/, or be that folder")
-        if not (root / "val").is_dir():
-            root, split = root.resolve().parent, root.resolve().name
-        tree["data"] |= {"name": "folder", "root": str(root)}
-    elif options.model:
-        raise InputError("--data is missing: the directory that holds val/")
+        place, split = testsets.locate(options.data, name, alone=count == 1)
+        tree["data"] |= place
+    elif options.model or (name is not None and not (config.data.root and name in ("imagenet", "imagenet-real"))):
+        raise InputError(f"--data is missing: the directory that holds {name or 'val/'}")
+    if name == "imagenet-c":
+        side = options.size or testsets.SIDE_OF_C
+        tree["data"] |= {"eval_size": side, "eval_resize": side}
     for key, value in (
         ("eval_size", options.size),
         ("eval_resize", options.resize),
@@ -164,6 +200,11 @@ def with_flags(config: Config, options: Any) -> tuple[Config, str]:
     return parse_config(tree, "eval.py"), split
 
 
+def wants_ema(options: Any, trained: Config | None) -> bool:
+    """Whether the averaged weights are evaluated."""
+    return (options.weights or (trained.train.rules if trained else "model")) == "ema"
+
+
 def build(config: Config, options: Any, payload: dict[str, Any], ema: bool) -> torch.nn.Module:
     """The network with the weights to evaluate."""
     if options.pretrained:
@@ -171,6 +212,49 @@ def build(config: Config, options: Any, payload: dict[str, Any], ema: bool) -> t
     model = models.build_model(config.model.model_copy(update={"weights": None}), replace_downsampling)
     checkpoint.put_weights(model, payload, options.checkpoint, ema=ema)
     return model
+
+
+def score(
+    model: torch.nn.Module, data: testsets.EvalSet, loader: EvalLoader, config: Config, start: int
+) -> dict[str, Any]:
+    """A set's figures; its images begin at ``start`` of the loader's."""
+    if data.classes is not None:
+        model = metrics.ClassLogits(model, data.classes)
+    found = {}
+    for part, images in data.parts.items():
+        loader.choose(range(start + images.start, start + images.stop))
+        found[part] = evaluate(model, loader, config)
+        if len(data.parts) > 1 and distributed.is_main():
+            print(f"{data.name} {part}: Acc@1 {found[part]['top1']:.3f} Acc@5 {found[part]['top5']:.3f}", flush=True)
+    return found[""] if "" in found else metrics.corruption_errors(found, testsets.corruptions()[0])
+
+
+def report(data: testsets.EvalSet, result: dict[str, Any], named: bool) -> None:
+    """Print a set's line."""
+    line = f"* Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}" + (f" {data.name}" if named else "")
+    if "mean_error" in result:
+        line += f", mean error {result['mean_error']:.3f}"
+        line += (
+            f", mCE {result['mce']:.3f}" if "mce" in result else f", no mCE: {len(data.protocol['lacks'])} parts lack"
+        )
+    print(line, flush=True)
+    if named and not data.whole:
+        each = " each" if len(data.parts) > 1 else ""
+        images = len(next(iter(data.parts.values())))
+        released = f"{testsets.IMAGES[data.name]:,}"
+        print(f"note: {images:,} images{each}; the released {data.name} has {released}{each}", file=sys.stderr)
+
+
+def identify(options: Any, recipe: Config, trained: Config | None) -> dict[str, Any]:
+    """Which weights of which network they are, for a row."""
+    return {
+        "model": recipe.model.name,
+        "args": recipe.model.args,
+        "downsampling": recipe.model.downsampling,
+        "checkpoint": options.checkpoint or f"timm:{recipe.model.name}",
+        "weights": "ema" if wants_ema(options, trained) else "model",
+        "selected_on_val": Path(options.checkpoint or "").name == "best.pt",
+    }
 
 
 if __name__ == "__main__":

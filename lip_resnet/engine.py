@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from lip_resnet import distributed, seeding
 from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, normalize, prefetch
-from lip_resnet.metrics import Counts
+from lip_resnet.metrics import Counts, cross_entropy
 from lip_resnet.optim import build_optimizer, lr_at
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -266,7 +266,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, config: Config) -> dict[str, 
         labels = labels.to(device, non_blocking=True)
         with autocast(device, config.train.precision):
             logits = model(images).float()
-        counts.add(logits, labels, F.cross_entropy(logits, labels))
+        counts.add(logits, labels, cross_entropy(logits, labels))
     model.train(was_training)
     result = counts.reduce()
     if result["images"] != loader.samples:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lip_resnet import checkpoint, distributed, models, results
 from lip_resnet.config import Config, InputError
-from lip_resnet.data import EvalLoader, build_sources
+from lip_resnet.data import EvalLoader, build_sources, locate
 from lip_resnet.engine import evaluate
 from lip_resnet.recipe import load_config, parse_config
 
@@ -99,16 +99,12 @@ def reference_config(network: Network, data: str, workers: int) -> tuple[Config,
     PIL bilinear resize to 256, centre crop of 224, float32, contiguous tensors.
 
     Args:
-        data: the directory that holds val/, or that folder.
+        data: the directory that holds val/, or that folder; class folders or shards.
     """
-    root, split = Path(data).expanduser(), "val"
-    if not root.is_dir():
-        raise InputError(f"--data {root} is not a directory; it must hold val/, or be that folder")
-    if not (root / "val").is_dir():
-        root, split = root.resolve().parent, root.resolve().name
+    place, split = locate(data)
     tree = {
         "model": {"name": network.model, "args": network.args, "num_classes": network.num_classes},
-        "data": {"root": str(root), "batch_size": 256, "workers": workers},
+        "data": {**place, "batch_size": 256, "workers": workers},
         "optim": {"lr": 0.1},
         "train": {"epochs": 1, "channels_last": False},
     }

@@ -1,7 +1,11 @@
-"""Exact counts, added on the device and divided once."""
+"""Exact counts, added on the device and divided once; and what test sets with metrics of their own need."""
+
+import statistics
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lip_resnet import distributed
 
@@ -21,24 +25,95 @@ class Counts:
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        """Add a batch: logits (B, classes) of any float dtype, labels (B,) int64, loss () the batch's mean."""
+        """Add a batch.
+
+        Args:
+            logits: (B, classes), any float dtype.
+            labels: (B,) int64; or (B, K), of which any is right, padded with -1.
+            loss: (), the batch's mean.
+        """
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = top == labels[:, None]
         size = len(labels)
+        hits = (top[:, :, None] == labels.reshape(size, 1, -1)).any(dim=2)
         self.sums[0] += hits[:, 0].sum()
-        self.sums[1] += hits.sum()
+        self.sums[1] += hits.any(dim=1).sum()
         self.sums[2] += loss.double() * size
         self.sums[3] += size
 
     def reduce(self) -> dict[str, float]:
         """Over all processes: ``top1`` and ``top5`` in percent, mean ``loss``, and the counts. Synchronises."""
         correct1, correct5, loss, images = distributed.all_reduce_sum(self.sums.clone()).tolist()
-        divisor = images or 1.0
-        return {
-            "loss": loss / divisor,
-            "top1": 100 * correct1 / divisor,
-            "top5": 100 * correct5 / divisor,
-            "correct1": int(correct1),
-            "correct5": int(correct5),
-            "images": int(images),
-        }
+        return _rates(int(correct1), int(correct5), loss, int(images))
+
+
+def _rates(correct1: int, correct5: int, loss: float, images: int) -> dict[str, float]:
+    divisor = images or 1.0
+    return {
+        "loss": loss / divisor,
+        "top1": 100 * correct1 / divisor,
+        "top5": 100 * correct5 / divisor,
+        "correct1": correct1,
+        "correct5": correct5,
+        "images": images,
+    }
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (B, classes) float32 and labels -> (): the mean of -log P(right).
+
+    Args:
+        labels: (B,) int64; or (B, K), any of which is right, padded with -1: P is then the sum of theirs.
+    """
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels)
+    right = F.log_softmax(logits, dim=1).gather(1, labels.clamp(min=0))
+    return -right.masked_fill(labels < 0, -torch.inf).logsumexp(dim=1).mean()
+
+
+class ClassLogits(nn.Module):
+    """A network that is asked about some of its classes alone: images -> logits (B, len(classes)), in that order."""
+
+    def __init__(self, model: nn.Module, classes: list[int]) -> None:
+        super().__init__()
+        self.model, self.classes = model, classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> logits of the classes."""
+        return self.model(images)[:, self.classes]
+
+
+def corruption_errors(parts: dict[str, dict[str, float]], alexnet: dict[str, float]) -> dict[str, Any]:
+    """ImageNet-C's figures from those of its parts.
+
+    A corruption's error is the mean of its severities', its corruption error (CE) that error over AlexNet's; the mCE is
+    the mean of the CEs. All in percent.
+
+    Args:
+        parts: corruption/severity -> what ``Counts.reduce`` gave; each of the same number of images.
+        alexnet: corruption -> AlexNet's error, a fraction: those that count.
+
+    Returns:
+        What ``Counts.reduce`` gives, over all images of the corruptions that count; ``mean_error``, 100 - top1;
+        ``mce``, where every severity of each is there; and ``corruptions``, each with its ``errors`` by severity, and
+        ``error`` and ``ce`` where it has all five.
+
+    Source: Hendrycks and Dietterich, ICLR 2019, section 4.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for part, result in parts.items():
+        name, severity = part.split("/")
+        found.setdefault(name, {"errors": {}})["errors"][severity] = 100 - result["top1"]
+    for name, entry in found.items():
+        if len(entry["errors"]) == 5:
+            entry["error"] = statistics.fmean(entry["errors"].values())
+            if name in alexnet:
+                entry["ce"] = entry["error"] / alexnet[name]
+    counted = [result for part, result in parts.items() if part.split("/")[0] in alexnet]
+    sums = [sum(result[key] for result in counted) for key in ("correct1", "correct5")]
+    loss = sum(result["loss"] * result["images"] for result in counted)
+    total = _rates(*sums, loss, sum(result["images"] for result in counted))
+    total["mean_error"] = 100 - total["top1"]
+    errors = [found[name]["ce"] for name in alexnet if "ce" in found.get(name, {})]
+    if len(errors) == len(alexnet):
+        total["mce"] = statistics.fmean(errors)
+    return total | {"corruptions": found}

@@ -1,4 +1,4 @@
-"""Rows of eval.py to tables: seeds grouped, deltas computed, and refused where the protocols differ."""
+"""Rows of eval.py to tables: seeds grouped, deltas computed, and refused where protocols or test sets differ."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lip_resnet.config import Config, InputError
+from lip_resnet.data.testsets import IMAGES
 
 PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
 """Keywords of the published networks; a recipe may spell them out."""
@@ -40,33 +41,38 @@ def describe_training(config: Config, processes: list[int]) -> dict[str, Any]:
     return training
 
 
-def describe_protocol(config: Config, training: dict[str, Any] | None) -> dict[str, Any]:
+def describe_protocol(
+    config: Config, training: dict[str, Any] | None, test_set: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """All that must be equal before two accuracies may be subtracted: data, evaluation and training.
 
     Args:
         config: what was evaluated, and how.
         training: ``describe_training`` of the weights; None where it is unknown.
+        test_set: ``EvalSet.protocol``: its name and scoring, where it is not a recipe's validation set.
     """
     tree = config.model_dump(mode="json")
     data = tree["data"]
     evaluation = {key: data[key] for key in ("eval_size", "eval_resize", "interpolation", "mean", "std")}
     evaluation |= {"precision": tree["train"]["precision"], "decode": "exact", "views": "one centre crop"}
-    return {"data": data["name"], "classes": config.model.num_classes, **evaluation, "training": training}
+    about = {"data": data["name"], "classes": config.model.num_classes, **(test_set or {})}
+    return {**about, **evaluation, "training": training}
 
 
 def read_rows(paths: list[str]) -> list[dict[str, Any]]:
-    """Rows from JSON files, or from run folders that hold an eval.json.
+    """Rows from JSON files, or from run folders: eval.json, and eval-NAME.json of other test sets.
 
     Raises:
         InputError: no such file, or it is no row of eval.py.
     """
-    rows = []
+    rows, files = [], []
     for name in paths:
         path = Path(name)
-        if path.is_dir():
-            path = path / "eval.json"
-            if not path.is_file():
-                raise InputError(f"{name} holds no eval.json; make it with: python eval.py --checkpoint {name}")
+        found = sorted(path.glob("eval.json")) + sorted(path.glob("eval-*.json")) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{name} holds no eval.json; make it with: python eval.py --checkpoint {name}")
+        files += found
+    for path in files:
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -92,6 +98,12 @@ class Entry:
     def network(self) -> str:
         """The model and its keywords where they are not the published ones, without what the weights are."""
         return label(self.model, unpublished(keywords_of(self.rows[0])))
+
+    @property
+    def test_set(self) -> str:
+        """What the images are, in tables."""
+        row = self.rows[0]
+        return self.protocol.get("test_set") or (row.get("dataset") or {}).get("name") or self.protocol["data"]
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -145,6 +157,7 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
             row.get("weights"),
             row.get("selected_on_val"),
             row["images"],
+            [_digest(row, key) for key in ("names", "content")],
             row["protocol"],
         ]
         if row.get("seed") is None:
@@ -163,6 +176,10 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
     return entries
 
 
+def _digest(row: dict[str, Any], key: str) -> str | None:
+    return (row.get("dataset") or {}).get(key)
+
+
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """The first thing in which two protocols differ, or None."""
     for part, other in ((ours, theirs), (ours.get("training") or {}, theirs.get("training") or {})):
@@ -179,44 +196,56 @@ def _no_delta(ours: Entry, theirs: Entry) -> str | None:
     for key in ("images", "weights", "selected_on_val"):
         if ours.rows[0].get(key) != theirs.rows[0].get(key):
             return f"{key}: {ours.rows[0].get(key)} against {theirs.rows[0].get(key)}"
+    for key in ("names", "content"):
+        digests = {_digest(ours.rows[0], key), _digest(theirs.rows[0], key)} - {None}
+        if len(digests) > 1:
+            return f"other images (dataset.{key})"
     return difference(ours.protocol, theirs.protocol)
+
+
+def _delta(entry: Entry, entries: list[Entry], key: str) -> tuple[str | None, str | None]:
+    """An entry's distance to its baseline on the same test set, or why there is none; neither where nothing is near."""
+    if entry.baseline is None:
+        return None, None
+    partners = [
+        other
+        for other in entries
+        if other.model == entry.baseline and not other.rows[0].get("downsampling") and other.test_set == entry.test_set
+    ]
+    differences = [_no_delta(entry, other) for other in partners]
+    if None in differences:
+        return f"{entry.mean(key) - partners[differences.index(None)].mean(key):+.2f}", None
+    if not partners:
+        return None, None
+    where = f" on {entry.test_set}" if "test_set" in entry.protocol else ""
+    return None, f"no delta for {entry.label}{where}, its protocol is not {partners[0].label}'s: {differences[0]}"
 
 
 def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
     """Rows and the paper's figures -> (header, lines, notes).
 
-    A network's delta is to its baseline (``Entry.baseline``) under the same protocol. Where only other protocols are
-    at hand there is no delta, and a note says what differs.
+    A network's delta is to its baseline (``Entry.baseline``) on the same test set under the same protocol. Where only
+    other protocols are at hand there is no delta, and a note says what differs.
 
     Args:
         paper: ``label`` of a network -> published ``top1`` and ``top5``, shown beside runs on ImageNet's 50,000.
     """
     entries, notes = group(rows), []
     with_paper = any(_is_imagenet(entry) and entry.network in paper for entry in entries)
-    header = ["model", "params (M)", "MACs (G)", "top-1 (%)", "top-5 (%)", "delta top-1", "seeds", "images"]
-    header += ["paper top-1", "paper top-5"] if with_paper else []
+    with_sets = len({entry.test_set for entry in entries}) > 1
+    with_mce = any("mce" in entry.rows[0] for entry in entries)
+    header = ["model"] + ["test set"] * with_sets + ["params (M)", "MACs (G)", "top-1 (%)", "top-5 (%)", "delta top-1"]
+    header += ["mCE (%)"] * with_mce + ["seeds", "images"] + ["paper top-1", "paper top-5"] * with_paper
     lines = []
     for entry in entries:
-        delta = "-"
-        if entry.baseline is not None:
-            plain = [other for other in entries if not other.rows[0].get("downsampling")]
-            partners = [other for other in plain if other.model == entry.baseline]
-            differences = [_no_delta(entry, other) for other in partners]
-            if None in differences:
-                partner = partners[differences.index(None)]
-                delta = f"{entry.mean('top1') - partner.mean('top1'):+.2f}"
-            elif partners:
-                notes.append(f"no delta for {entry.label}, its protocol is not {partners[0].label}'s: {differences[0]}")
-        line = [
-            entry.label,
-            f"{entry.mean('params') / 1e6:.2f}",
-            f"{entry.mean('macs') / 1e9:.3f}",
-            _with_deviation(entry, "top1"),
-            _with_deviation(entry, "top5"),
-            delta,
-            str(len(entry.rows)),
-            str(entry.rows[0]["images"]),
-        ]
+        delta, note = _delta(entry, entries, "top1")
+        notes += [note] if note else []
+        line = [entry.label] + [entry.test_set] * with_sets
+        line += [f"{entry.mean('params') / 1e6:.2f}", f"{entry.mean('macs') / 1e9:.3f}"]
+        line += [_with_deviation(entry, "top1"), _with_deviation(entry, "top5"), delta or "-"]
+        if with_mce:
+            line.append(_with_deviation(entry, "mce") if "mce" in entry.rows[0] else "-")
+        line += [str(len(entry.rows)), str(entry.rows[0]["images"])]
         if with_paper:
             published = paper.get(entry.network, {}) if _is_imagenet(entry) else {}
             line += [f"{published[key]:.2f}" if key in published else "-" for key in ("top1", "top5")]
@@ -224,8 +253,52 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
     return header, lines, notes
 
 
+def build_wide(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Rows -> (header, lines, notes): a line a network, a column a test set.
+
+    Cells are top-1, ImageNet-C's the mCE, with the delta to the baseline on the same set in brackets.
+
+    Raises:
+        InputError: a network has two figures for one set.
+    """
+    entries, notes = group(rows), []
+    order = [*IMAGES, *(entry.test_set for entry in entries)]
+    sets = sorted({entry.test_set for entry in entries}, key=order.index)
+    networks: dict[str, dict[str, Entry]] = {}
+    of_a_set = {"data", "classes", "test_set", "scoring", "lacks", "eval_size", "eval_resize"}
+    for entry in entries:
+        protocol = {key: value for key, value in entry.protocol.items() if key not in of_a_set}
+        found = networks.setdefault(json.dumps([entry.label, protocol], sort_keys=True), {})
+        if entry.test_set in found:
+            why = (
+                difference(entry.protocol, found[entry.test_set].protocol) or "they are of other checkpoints or images"
+            )
+            raise InputError(f"{entry.label} has two figures on {entry.test_set}, give one of them: {why}")
+        found[entry.test_set] = entry
+    lines = []
+    for found in networks.values():
+        first = next(iter(found.values()))
+        cells = []
+        for name in sets:
+            entry = found.get(name)
+            key = "mce" if name == "imagenet-c" else "top1"
+            if entry is None or key not in entry.rows[0]:
+                cells.append("-")
+                continue
+            delta, note = _delta(entry, [other for other in entries if key in other.rows[0]], key)
+            cells.append(_with_deviation(entry, key) + (f" ({delta})" if delta else ""))
+            notes += [note] if note else []
+            if (entry.rows[0].get("dataset") or {}).get("whole") is False:
+                notes.append(f"{name}: {entry.rows[0]['images']:,} images, which is not all of it")
+        seeds = sorted({len(entry.rows) for entry in found.values()})
+        lines.append([first.label, f"{first.mean('params') / 1e6:.2f}", *cells, " or ".join(map(str, seeds))])
+    columns = [f"{name} {'mCE' if name == 'imagenet-c' else 'top-1'} (%)" for name in sets]
+    return ["model", "params (M)", *columns, "seeds"], lines, list(dict.fromkeys(notes))
+
+
 def _is_imagenet(entry: Entry) -> bool:
-    return entry.protocol["classes"] == 1000 and entry.rows[0]["images"] == 50000
+    protocol = entry.protocol
+    return protocol["classes"] == 1000 and entry.rows[0]["images"] == 50000 and "test_set" not in protocol
 
 
 def _with_deviation(entry: Entry, key: str) -> str:

@@ -7,8 +7,9 @@ gets DIR/fingerprint.json, which runs and rows then carry.
 import hashlib
 import json
 import os
-import re
+import signal
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -16,17 +17,28 @@ from tqdm import tqdm
 
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
-from lip_resnet.data.decode import BadImage, check_scan, decode_exact, read_file
+from lip_resnet.data import testsets
+from lip_resnet.data.decode import BadImage, check_scan, decode_exact
 from lip_resnet.data.fingerprint import FILE, digest, names_of
-from lip_resnet.data.sources import Folder
+from lip_resnet.data.sources import Encoded, Folder, Shards
 
 _IMAGENET = {"train": 1_281_167, "val": 50_000}
 
 
-def look(path: str) -> tuple[int, str, str | None]:
-    """(bytes, sha256, what is wrong) of one file."""
+_source: Encoded | None = None  # of each process
+
+
+def _begin(source: Encoded) -> None:
+    global _source
+    _source = source
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+
+
+def look(index: int) -> tuple[int, str, str | None]:
+    """(bytes, sha256, what is wrong) of one image."""
+    path = _source.path(index)
     try:
-        data = read_file(path)
+        data = _source.read(index)
         decode_exact(data, path)
         check_scan(data, path)
     except BadImage as error:
@@ -34,24 +46,44 @@ def look(path: str) -> tuple[int, str, str | None]:
     return len(data), hashlib.sha256(data).hexdigest(), None
 
 
-def check_split(root: Path, workers: int) -> tuple[dict[str, object], list[str], list[str]]:
-    """One split -> (its entry of the fingerprint, bad files, files that no reader will take for images)."""
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    if not classes:
-        raise InputError(f"{root} holds no class folders")
-    source = Folder(root, classes)
-    paths, names = [path for path, _ in source.samples], names_of(source)
-    with ProcessPoolExecutor(workers) as pool:
-        found = pool.map(look, paths, chunksize=32)
-        seen = list(tqdm(found, total=len(paths), unit="image", desc=root.name, disable=None))
+def open_split(root: Path) -> Encoded:
+    """Class folders or shards, whichever a directory holds."""
+    if testsets.layout(root) == "shards":
+        return Shards(root)
+    return Folder(root, sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+
+
+def look_at_all(source: Encoded, workers: int) -> list[tuple[int, str, str | None]]:
+    """``look`` at every image, in processes.
+
+    Raises:
+        InputError: a process was killed.
+    """
+    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(source,)) as pool:
+        try:
+            found = pool.map(look, range(len(source)), chunksize=32)
+            return list(tqdm(found, total=len(source), unit="image", desc=source.root.name, disable=None))
+        except BrokenProcessPool:
+            raise InputError(
+                f"{source.root}: a process was killed, perhaps for want of memory; try fewer --workers than {workers}"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def check_split(root: Path, workers: int) -> tuple[Encoded, dict[str, object], list[str], list[str]]:
+    """One split -> (its images, its entry of the fingerprint, bad files, files that no reader will take for images)."""
+    source = open_split(root)
+    names, seen = names_of(source), look_at_all(source, workers)
     bad = [problem for _, _, problem in seen if problem]
     lines = (
         b"%s %d %s" % (name, size, checksum.encode()) for name, (size, checksum, _) in zip(names, seen, strict=True)
     )
     entry = {
-        "images": len(paths),
-        "classes": len(classes),
-        "class_order": digest(map(os.fsencode, classes)),
+        "images": len(source),
+        "classes": len(source.classes),
+        "class_order": digest(map(os.fsencode, source.classes)),
         "bytes": sum(size for size, _, _ in seen),
         "names": digest(names),
         "content": digest(lines),
@@ -61,21 +93,29 @@ def check_split(root: Path, workers: int) -> tuple[dict[str, object], list[str],
         for path in sorted(root.glob("*/**/*"))
         if path.is_file() and path.suffix.lower() not in IMG_EXTENSIONS
     ]
-    return entry, bad, ignored
+    return source, entry, bad, ignored
 
 
 def main() -> None:
     parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("root", type=Path, help="the directory that holds train/ and val/, or one of them")
+    parser.add_argument(
+        "root", type=Path, help="the directory that holds train/, val/ or both: class folders or shards"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--output", type=Path, help=f"where the fingerprint goes (default: DIR/{FILE})")
     options = parser.parse_args()
+    output = options.output or options.root / FILE
+    if options.workers < 1:
+        raise InputError(f"--workers is {options.workers}; it must be at least 1")
+    if not output.resolve().parent.is_dir():
+        raise InputError(f"--output {output}: {output.parent} is not a directory")
     splits = [split for split in ("train", "val") if (options.root / split).is_dir()]
     if not splits:
-        raise InputError(f"{options.root} holds neither train/ nor val/")
+        above = "; give the directory above it" if options.root.resolve().name in ("train", "val") else ""
+        raise InputError(f"{options.root} holds neither train/ nor val/{above}")
     entries, problems = {}, []
     for split in splits:
-        entry, bad, ignored = check_split(options.root / split, options.workers)
+        source, entry, bad, ignored = check_split(options.root / split, options.workers)
         entries[split] = entry
         print(f"{split}: {entry['images']} images, {entry['classes']} classes, {entry['bytes']} bytes, {len(bad)} bad")
         for line in bad:
@@ -83,15 +123,13 @@ def main() -> None:
         for path in ignored:
             print(f"ignored, its name is no image's: {path}")
         problems += bad
-        folders = [path.name for path in (options.root / split).iterdir() if path.is_dir()]
-        if len(folders) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        if list(source.classes) == testsets.wnids():
             whole = entry["images"] == _IMAGENET[split]
             print(f"{split}: ImageNet has {_IMAGENET[split]} images" + ("" if whole else ": this set is another"))
     if len({entry["class_order"] for entry in entries.values()}) > 1:
-        raise InputError(f"{options.root}: the class folders of train/ and val/ differ, so labels would not agree")
+        raise InputError(f"{options.root}: the classes of train/ and val/ differ, so labels would not agree")
     if problems:
         raise InputError(f"{options.root}: {len(problems)} bad files, listed above; the first is {problems[0]}")
-    output = options.output or options.root / FILE
     text = json.dumps(entries, indent=2) + "\n"
     checkpoint.write_atomically(output, lambda file: file.write(text.encode()))
     print(f"every image decodes; {output} written")

@@ -2,8 +2,10 @@
 
 Reads ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as they were downloaded, each
 once from front to back, and writes every image straight to its place. A killed run goes on with the same command.
+With --effect FOLDER instead, it measures on the images there what --longest and --quality would do.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,17 +18,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
+import reencoding
 from scipy.io import loadmat
 from torchvision.datasets.imagenet import ARCHIVE_META
 from tqdm import tqdm
 
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
-from lip_resnet.data.decode import decode_exact
 
 _DATA = "ILSVRC2012_devkit_t12/data"
 _PER_SHARD = 1000
+_BYTES = {"train": 147_897_477_120, "val": 6_744_924_160}  # of the official archives
 _CLASS, _TRAIN, _VAL = r"n\d{8}\.tar", r"n\d{8}_\d+\.JPEG", r"ILSVRC2012_val_(\d{8})\.JPEG"
 
 
@@ -116,13 +118,31 @@ def val_images(archive: tarfile.TarFile, path: Path, truth: list[str]) -> Iterat
         yield truth[int(found[1]) - 1], member.name, archive.extractfile(member), member.size
 
 
-def shrink(data: bytes, name: str, longest: int, quality: int) -> bytes:
-    """An image with its longest side at most ``longest`` as JPEG; the file itself where that would not be smaller."""
-    image = decode_exact(data, name)
-    image.thumbnail((longest, longest), Image.Resampling.BICUBIC, reducing_gap=None)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return min(data, buffer.getvalue(), key=len)
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A place to write a file, which gets its name when it is whole.
+
+    Raises:
+        InputError: it cannot be written; nothing of it stays.
+    """
+    part = path.with_suffix(".part")
+    try:
+        try:
+            yield part
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        again = "; what is written stays, and the same command goes on from there"
+        raise InputError(f"--output: cannot write {path}: {error.strerror or error}{again}") from None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output: cannot make {folder}: {error.strerror or error}") from None
 
 
 class Writer:
@@ -139,7 +159,7 @@ class Writer:
             for label, name, file, size in images:
                 path = self.folder / label / name
                 if label not in self.classes:
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _make(path.parent)
                     self.classes.add(label)
                 self.images += 1
                 # A re-encoded file's size is not known, but only whole files ever get their name.
@@ -153,10 +173,9 @@ class Writer:
 
     def _write(self, path: Path, data: bytes) -> None:
         if self.longest:
-            data = shrink(data, path.name, self.longest, self.quality)
-        part = path.with_suffix(".part")
-        part.write_bytes(data)
-        os.replace(part, path)
+            data = reencoding.shrink(data, path.name, self.longest, self.quality)
+        with _written(path) as part:
+            part.write_bytes(data)
 
 
 class ShardWriter(Writer):
@@ -172,9 +191,9 @@ class ShardWriter(Writer):
 
     def write_all(self, images: Iterator[tuple[str, str, BinaryIO, int]]) -> None:
         """Every image to folder/NNNNNN.tar, _PER_SHARD in each."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        names = "".join(f"{name}\n" for name in self.labels)
-        (self.folder / "classes.txt").write_text(names, encoding="utf-8")
+        _make(self.folder)
+        names = "".join(f"{name}\n" for name in self.labels).encode()
+        checkpoint.write_atomically(self.folder / "classes.txt", lambda file: file.write(names))
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             batch: list[tuple[str, str, Future]] = []
             for label, name, file, _ in images:
@@ -192,18 +211,16 @@ class ShardWriter(Writer):
         return self.folder / f"{image // _PER_SHARD:06}.tar"
 
     def _encode(self, data: bytes, name: str) -> bytes:
-        return shrink(data, name, self.longest, self.quality) if self.longest else data
+        return reencoding.shrink(data, name, self.longest, self.quality) if self.longest else data
 
     def _close(self, path: Path, batch: list[tuple[str, str, Future]]) -> None:
-        part = path.with_suffix(".part")
-        with tarfile.open(part, "w") as archive:
+        with _written(path) as part, tarfile.open(part, "w") as archive:
             for label, name, encoded in batch:
                 key = name.removesuffix(".JPEG")
                 for suffix, data in (("jpg", encoded.result()), ("cls", str(self.labels[label]).encode())):
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
-        os.replace(part, path)
         batch.clear()
 
 
@@ -215,32 +232,71 @@ def check(path: Path, md5: str, any_archive: bool) -> None:
     """
     official = dict(ARCHIVE_META.values())[path.name]
     if md5 != official and not any_archive:
-        raise InputError(f"{path}: its md5 is {md5}, the official archive's {official}; --any-archive accepts it")
+        raise InputError(
+            f"{path}: its md5 is {md5}, the official archive's {official}: it is damaged, or another; what was written "
+            "of it cannot be trusted (--any-archive accepts it)"
+        )
 
 
-def main() -> None:
+def check_there(paths: dict[str, Path], any_archive: bool) -> None:
+    """All archives are there, and as long as the official ones: that takes no reading.
+
+    Raises:
+        InputError: one is not.
+    """
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise InputError(f"--archives: there is no {', no '.join(missing)}")
+    for key, official in _BYTES.items():
+        size = paths[key].stat().st_size
+        if size != official and not any_archive:
+            raise InputError(
+                f"{paths[key]} has {size:,} bytes, the official archive {official:,}: is its download complete? "
+                "(--any-archive accepts it)"
+            )
+
+
+def parse() -> Any:
     parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archives", required=True, type=Path, help="the directory of the three archives")
-    parser.add_argument("--output", required=True, type=Path, help="where train/ and val/ are written")
+    parser.add_argument("--archives", type=Path, help="the directory of the three archives")
+    parser.add_argument("--output", type=Path, help="where train/ and val/ are written")
     parser.add_argument("--format", choices=("folder", "shards"), default="folder", help="class folders or tar shards")
     parser.add_argument("--longest", type=int, help="re-encode: the longest side is at most this, pixels, such as 500")
     parser.add_argument("--quality", type=int, default=90, help="of re-encoded JPEG files (default: 90)")
     parser.add_argument("--any-archive", action="store_true", help="accept archives with other checksums")
+    parser.add_argument(
+        "--effect", type=Path, metavar="FOLDER", help="write nothing: measure re-encoding (of 500) on the images there"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="of --effect's timing (default: 9)")
     options = parser.parse_args()
+    for key, low, high in (("longest", 1, None), ("quality", 1, 95), ("rounds", 2, None)):
+        value = getattr(options, key)
+        if value is not None and (value < low or (high and value > high)):
+            raise InputError(f"--{key} is {value}; it must be {f'{low} to {high}' if high else f'at least {low}'}")
+    if bool(options.archives and options.output) == bool(options.effect):
+        raise InputError("give --archives DIR and --output DIR, or --effect FOLDER")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    if options.effect:
+        longest = options.longest or 500
+        found = reencoding.measure(options.effect, longest, options.quality, options.rounds)
+        print(reencoding.render(found, longest, options.quality))
+        return
     paths = {key: options.archives / name for key, (name, _) in ARCHIVE_META.items()}
-    for path in paths.values():
-        if not path.is_file():
-            raise InputError(f"--archives: there is no {path}")
+    check_there(paths, options.any_archive)
     encoding = {
         "format": options.format,
         "longest": options.longest,
         "quality": options.quality if options.longest else None,
     }
     record = options.output / "prepared.json"
-    done: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {"encoding": encoding}
+    done = _begun(record) or {"encoding": encoding}
     if done["encoding"] != encoding:
         raise InputError(f"--output {options.output} was begun with {done['encoding']}; choose another")
-    options.output.mkdir(parents=True, exist_ok=True)
+    _make(options.output)
     _save(record, done)
 
     md5, classes, truth = read_devkit(paths["devkit"])
@@ -261,6 +317,19 @@ def main() -> None:
         done[split] = {"images": writer.images, "classes": len(writer.classes), "md5": md5}
         _save(record, done)
         print(f"{split}: {writer.images} images of {len(writer.classes)} classes")
+
+
+def _begun(record: Path) -> dict[str, Any] | None:
+    """What an earlier call has done, None for nothing."""
+    try:
+        done = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+        if done is None or isinstance(done["encoding"], dict):
+            return done
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(
+        f"{record}: damaged; remove it, and the same command reads the archives again, leaving whole files"
+    )
 
 
 def _save(path: Path, value: dict[str, Any]) -> None:

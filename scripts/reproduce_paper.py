@@ -116,7 +116,8 @@ def accuracy(row: Row, found: dict[str, Any], images: int, retrained: bool, **fa
 def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
     """Rows of eval.py; those of another protocol, or of other images, are shown and not compared."""
     measured = []
-    for path, found in zip(paths, results.read_rows(paths), strict=True):
+    found_rows = [(path, found) for path in paths for found in results.read_rows([path])]
+    for path, found in found_rows:
         keywords = results.keywords_of(found)
         row = paper.find(found["model"], keywords)
         if row is None:

@@ -1,19 +1,21 @@
-"""Refresh the generated parts of README.md:  python scripts/update_readme.py
+"""Refresh the generated parts of README.md and docs/:  python scripts/update_readme.py
 
 A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 """
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import bad_images
 import bench_data
 import performance
+import scaling
 
 from lip_resnet import LAYERS, checkpoint, distributed
 from lip_resnet.config import InputError
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def zoo() -> str:
@@ -30,16 +32,19 @@ SECTIONS = {
 }
 
 
-def refresh(text: str) -> str:
+PAGES = {"README.md": SECTIONS, "docs/scaling.md": scaling.sections()}
+
+
+def refresh(text: str, sections: Mapping[str, Callable[[], str]] = SECTIONS) -> str:
     """``text`` with every generated part made anew.
 
     Raises:
         InputError: a part's markers are missing.
     """
-    for name, generate in SECTIONS.items():
+    for name, generate in sections.items():
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise InputError(f"README.md lacks the markers <!-- {name}:begin --> and <!-- {name}:end -->")
+            raise InputError(f"the page lacks the markers <!-- {name}:begin --> and <!-- {name}:end -->")
         body = generate()
         text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
     return text
@@ -47,8 +52,10 @@ def refresh(text: str) -> str:
 
 def main() -> None:
     distributed.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    text = refresh(README.read_text(encoding="utf-8"))
-    checkpoint.write_atomically(README, lambda file: file.write(text.encode()))
+    for name, sections in PAGES.items():
+        path = ROOT / name
+        text = refresh(path.read_text(encoding="utf-8"), sections)
+        checkpoint.write_atomically(path, lambda file, text=text: file.write(text.encode()))
 
 
 if __name__ == "__main__":

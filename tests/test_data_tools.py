@@ -1,9 +1,11 @@
 """prepare_imagenet.py on archives of the official layout, check_dataset.py, and the fingerprint of a set."""
 
+import errno
 import hashlib
 import io
 import json
 import multiprocessing
+import re
 import shutil
 import sys
 import tarfile
@@ -173,8 +175,6 @@ def test_wrong_archives_are_refused(monkeypatch, archives, tmp_path, capsys):
     folder = tmp_path / "copies"
     shutil.copytree(archives[0], folder)
     arguments = ("--archives", folder, "--output", tmp_path / "out")
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 2
-    assert "the official archive's fa75699e90414af021442c21a62c3abf" in capsys.readouterr().err
     val = folder / ARCHIVE_META["val"][0]
     whole = val.read_bytes()
     for content, words in ((whole[: len(whole) // 2], "not a whole tar archive"), (b"no tar" * 200, "not a whole tar")):
@@ -188,6 +188,123 @@ def test_wrong_archives_are_refused(monkeypatch, archives, tmp_path, capsys):
     val.unlink()
     assert run(monkeypatch, prepare_imagenet, *arguments) == 2
     assert "there is no" in capsys.readouterr().err
+
+
+def test_wrong_sizes_and_checksums_are_refused_before_and_after_reading(monkeypatch, archives, tmp_path, capsys):
+    """The official archives' sizes are looked at first: a download that was cut short costs no hours."""
+    folder = archives[0]
+    paths = {key: folder / name for key, (name, _) in ARCHIVE_META.items()}
+    arguments = ("--archives", folder, "--output", tmp_path / "out")
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 2
+    assert "the official archive 147,897,477,120: is its download complete?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(prepare_imagenet, "_BYTES", {key: paths[key].stat().st_size for key in ("train", "val")})
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 2
+    assert "the official archive's fa75699e90414af021442c21a62c3abf" in capsys.readouterr().err
+    assert run(monkeypatch, prepare_imagenet, "--archives", tmp_path / "none", "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err.count("ILSVRC2012_") == 3  # all that is missing, not the first
+
+
+@pytest.mark.parametrize("layout", ["folder", "shards"])
+def test_a_full_disk(monkeypatch, archives, tmp_path, capsys, layout):
+    """The line names the file that could not be written, what is written stays, and the same command goes on."""
+    folder, expected = archives
+    arguments = ("--archives", folder, "--output", tmp_path, "--any-archive", "--format", layout)
+    monkeypatch.setattr(prepare_imagenet, "_PER_SHARD", 5)
+    replace, left = prepare_imagenet.os.replace, [3 if layout == "folder" else 1]
+
+    def full(source, target):
+        if Path(source).suffix == ".part":
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_imagenet.os, "replace", full)
+        assert run(monkeypatch, prepare_imagenet, *arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--output: cannot write {tmp_path}/" in line
+    assert "No space left on device; what is written stays" in line
+    assert not list(tmp_path.rglob("*.part"))
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+    assert layout == "shards" or written(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--longest", -5), "--longest is -5; it must be at least 1"),
+        (("--quality", 900), "--quality is 900; it must be 1 to 95"),
+        (("--effect", "somewhere"), "or --effect FOLDER"),
+    ],
+)
+def test_wrong_flags(monkeypatch, archives, tmp_path, capsys, flags, words):
+    assert run(monkeypatch, prepare_imagenet, "--archives", archives[0], "--output", tmp_path, *flags) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_damaged_record_and_a_place_that_cannot_be_made(monkeypatch, archives, tmp_path, capsys):
+    (tmp_path / "prepared.json").write_text("{")
+    arguments = ("--archives", archives[0], "--any-archive", "--output")
+    assert run(monkeypatch, prepare_imagenet, *arguments, tmp_path) == 2
+    assert "prepared.json: damaged; remove it" in capsys.readouterr().err
+    assert run(monkeypatch, prepare_imagenet, *arguments, tmp_path / "prepared.json" / "below") == 2
+    assert "cannot make" in capsys.readouterr().err
+
+
+def test_the_effect_of_re_encoding(monkeypatch, tmp_path, capsys):
+    """Sizes and pixels by hand; the times are there, whatever they are."""
+    paths, small, apart = [tmp_path / f"{number}.JPEG" for number in range(3)], [], []
+    for number, path in enumerate(paths):
+        path.write_bytes(image_bytes(number, side=300))
+        image = Image.open(path).convert("RGB")
+        image = image.resize((280, round(280 * 300 / (300 + number))), Image.Resampling.BICUBIC)
+        small.append(bad_images.encode(image, quality=90))
+        views = []
+        for data in (path.read_bytes(), small[-1]):
+            view = Image.open(io.BytesIO(data))
+            scale = 256 / min(view.size)
+            view = view.resize((int(view.width * scale), int(view.height * scale)), Image.Resampling.BILINEAR)
+            top, left = (round((side - 224) / 2) for side in (view.height, view.width))
+            views.append(np.asarray(view.crop((left, top, left + 224, top + 224)), dtype=float))
+        apart.append(np.abs(views[0] - views[1]).mean())
+    assert run(monkeypatch, prepare_imagenet, "--effect", tmp_path, "--longest", 280, "--rounds", 3) == 0
+    printed = capsys.readouterr().out
+    before = np.mean([path.stat().st_size for path in paths]) / 1000
+    after = np.mean([len(data) for data in small]) / 1000
+    assert f"| file | {before:.1f} KB | {after:.1f} KB | {after / before:.2f} |" in printed
+    assert "| width x height | 301 x 300 | 280 x 279 | |" in printed
+    assert f"differ by {np.mean(apart):.2f} of 255 on average, {np.max(apart):.2f} in the worst" in printed
+    assert len(re.findall(r"time, .*\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", printed)) == 3
+    assert run(monkeypatch, prepare_imagenet, "--effect", tmp_path / "none") == 2
+    assert "holds no images" in capsys.readouterr().err
+
+
+def test_shards_are_checked_too(monkeypatch, archives, tmp_path, capsys):
+    folder, _ = archives
+    arguments = ("--archives", folder, "--output", tmp_path, "--any-archive", "--format", "shards")
+    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+    assert run(monkeypatch, check_dataset, tmp_path, "--workers", 1) == 0
+    assert "train: 12 images, 3 classes" in capsys.readouterr().out
+    source = build_sources(DataConfig(name="shards", root=str(tmp_path), batch_size=1), 3)[1]
+    assert describe_source(source)["content"].startswith("sha256:")
+    shard = tmp_path / "val" / "000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[512:1024] = bytes(512)  # the first image's first block
+    shard.write_bytes(data)
+    assert run(monkeypatch, check_dataset, tmp_path, "--workers", 1) == 2
+    assert f"bad: {shard}:ILSVRC2012_val_00000001: cannot decode" in capsys.readouterr().out
+
+
+def test_checks_refuse_in_a_line(monkeypatch, image_folder, tmp_path, capsys):
+    for arguments, words in (
+        ((image_folder, "--workers", 0), "--workers is 0"),
+        ((image_folder / "val",), "give the directory above it"),
+        ((image_folder, "--output", tmp_path / "none" / "x.json"), "is not a directory"),
+    ):
+        assert run(monkeypatch, check_dataset, *arguments) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_good_set_gets_a_fingerprint(monkeypatch, image_folder, tmp_path, capsys):

@@ -162,3 +162,75 @@ def test_batch_norm_sees_what_its_process_sees():
     assert results.describe_training(config, [2, 1])["images_per_batch_norm"] == "8, then 16"
     synced = small_config(optim__accumulate=4, train__sync_bn=True)
     assert results.describe_training(synced, [2])["images_per_batch_norm"] == "16"
+
+
+def on(name: str, model: str, top1: float, **facts) -> dict:
+    """A row of a test set."""
+    found = row(model, top1)
+    found["protocol"] |= {"test_set": name}
+    return {**found, "dataset": {"name": name, "whole": True, "names": name, "content": None}, **facts}
+
+
+ROWS = [
+    *(row("lip_resnet50", 98.0), row("resnet50", 97.0)),
+    *(on("imagenet-v2", "lip_resnet50", 66.0), on("imagenet-v2", "resnet50", 63.0)),
+    on("imagenet-a", "lip_resnet50", 9.0),
+    *(on("imagenet-c", "lip_resnet50", 40.0, mce=75.0), on("imagenet-c", "resnet50", 39.0, mce=76.7)),
+]
+
+
+def test_test_sets_stand_apart():
+    """A delta is to the baseline on the same set; where the baseline is missing there is none."""
+    header, lines, notes = results.build_table(ROWS, PAPER)
+    found = {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
+    assert [found["lip_resnet50", name]["delta top-1"] for name in ("digits", "imagenet-v2", "imagenet-c")] == [
+        "+1.00",
+        "+3.00",
+        "+1.00",
+    ]
+    assert found["lip_resnet50", "imagenet-a"]["delta top-1"] == "-"
+    assert found["lip_resnet50", "imagenet-c"]["mCE (%)"] == "75.00"
+    assert found["lip_resnet50", "digits"]["mCE (%)"] == "-"
+    assert notes == []
+
+
+def test_a_column_a_test_set():
+    header, lines, notes = results.build_wide(ROWS)
+    assert header == [
+        *("model", "params (M)", "imagenet-v2 top-1 (%)", "imagenet-a top-1 (%)", "imagenet-c mCE (%)"),
+        *("digits top-1 (%)", "seeds"),
+    ]
+    assert lines == [
+        ["lip_resnet50", "23.86", "66.00 (+3.00)", "9.00", "75.00 (-1.70)", "98.00 (+1.00)", "1"],
+        ["resnet50", "23.86", "63.00", "-", "76.70", "97.00", "1"],
+    ]
+    assert notes == []
+    part = on("imagenet-a", "resnet50", 1.0, dataset={"name": "imagenet-a", "whole": False, "names": "imagenet-a"})
+    _, _, notes = results.build_wide([*ROWS, part])
+    assert notes == ["imagenet-a: 355 images, which is not all of it"]
+    twice = on("imagenet-a", "lip_resnet50", 9.5)
+    twice["protocol"]["eval_size"] = 288
+    with pytest.raises(InputError, match=r"lip_resnet50 has two figures on imagenet-a.*eval_size: 288 against 32"):
+        results.build_wide([*ROWS, twice])
+
+
+def test_no_delta_between_other_images_of_one_name():
+    """ImageNet-V2 has three variants of 10,000 images in the same layout."""
+    other = on("imagenet-v2", "resnet50", 70.0)
+    other["dataset"]["names"] = "top images"
+    lines, notes = table([on("imagenet-v2", "lip_resnet50", 66.0), other])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert "other images (dataset.names)" in notes[0]
+
+
+def test_the_papers_figures_are_not_those_of_sketch():
+    ours = on("imagenet-sketch", "lip_resnet50", 25.0, images=50000)
+    ours["protocol"]["classes"] = 1000
+    header, _, _ = results.build_table([ours], PAPER)
+    assert "paper top-1" not in header
+
+
+def test_a_run_folder_holds_a_row_for_each_set(tmp_path):
+    for name, one in (("eval", ROWS[0]), ("eval-imagenet-v2", ROWS[2])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(one))
+    assert results.read_rows([str(tmp_path)]) == [ROWS[0], ROWS[2]]

@@ -4,6 +4,16 @@ from lip_resnet.data.fingerprint import describe_source
 from lip_resnet.data.loaders import Batch, EvalLoader, TrainLoader
 from lip_resnet.data.prefetch import prefetch
 from lip_resnet.data.sources import build_sources
+from lip_resnet.data.testsets import locate
 from lip_resnet.data.transforms import normalize
 
-__all__ = ["Batch", "EvalLoader", "TrainLoader", "build_sources", "describe_source", "normalize", "prefetch"]
+__all__ = [
+    "Batch",
+    "EvalLoader",
+    "TrainLoader",
+    "build_sources",
+    "describe_source",
+    "locate",
+    "normalize",
+    "prefetch",
+]

@@ -249,13 +249,17 @@ class EvalLoader:
     """
 
     def __init__(self, source: Any, config: DataConfig) -> None:
-        self.source, self.samples = source, len(source)
-        starts = range(0, self.samples, config.eval_batch_size)
-        batches = [range(start, min(start + config.eval_batch_size, self.samples)) for start in starts]
-        self.batches = batches[distributed.rank() :: distributed.world_size()]
+        self.source, self.batch_size, self.batches = source, config.eval_batch_size, []
+        self.choose(range(len(source)))
         self.held = Held(config.workers)
         dataset = _EvalBatches(source, config, self.held)
         self.loader = start_loader(dataset, Orders(self.batches), config.workers, pin=torch.cuda.is_available())
+
+    def choose(self, images: range) -> None:
+        """Read these images of the source alone from now on, as if they were the whole set."""
+        self.samples = len(images)
+        starts = range(0, self.samples, self.batch_size)[distributed.rank() :: distributed.world_size()]
+        self.batches[:] = [images[start : start + self.batch_size] for start in starts]
 
     def __len__(self) -> int:
         """Batches of this process."""

@@ -1,0 +1,333 @@
+"""What eval.py evaluates on: a recipe's validation set, or one of ImageNet's other test sets.
+
+Layouts, class subsets and resizing are the authors' own: hendrycks/natural-adv-examples and imagenet-r (eval.py),
+hendrycks/robustness (ImageNet-C/test.py), modestyachts/ImageNetV2, HaohanWang/ImageNet-Sketch,
+google-research/reassessed-imagenet (README).
+"""
+
+import importlib.resources
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.data import ImageNetInfo, RealLabelsImagenet
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lip_resnet.config import DataConfig, InputError
+from lip_resnet.data.decode import read_file
+from lip_resnet.data.sources import Encoded, Folder, build_sources
+from lip_resnet.data.transforms import eval_transform
+
+IMAGES = {
+    "imagenet": 50_000,
+    "imagenet-v2": 10_000,
+    "imagenet-a": 7_500,
+    "imagenet-r": 30_000,
+    "imagenet-sketch": 50_889,
+    "imagenet-real": 46_837,
+    "imagenet-c": 50_000,
+}
+"""Every test set and its size; ImageNet-C's is that of each severity of each corruption."""
+
+_PLACES = {
+    "imagenet": ("imagenet", "val"),
+    "imagenet-v2": ("imagenet-v2", "imagenetv2-matched-frequency-format-val"),
+    "imagenet-real": ("imagenet-real", "imagenet", "val"),
+}
+_SCORING = {
+    "imagenet-a": "among the set's 200 classes",
+    "imagenet-r": "among the set's 200 classes",
+    "imagenet-real": "any of an image's ReaL labels; images without any left out",
+    "imagenet-c": "mean over corruptions and severities",
+}
+SIDE_OF_C = 224
+"""ImageNet-C's images are 224x224 crops, which its authors do not resize again, pixels."""
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Images, their labels, and how a network is scored on them."""
+
+    name: str
+    """One of ``IMAGES``, or the recipe's ``data.name``."""
+    source: Any
+    config: DataConfig
+    """Resizing and crop."""
+    parts: dict[str, range]
+    """Name -> its images in the source; each is evaluated by itself. ImageNet-C's are corruption/severity."""
+    classes: list[int] | None = None
+    """The labels' places among ImageNet's 1,000 classes: only these logits count. None: all do."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """What a row's protocol says beyond that of a validation set."""
+
+    @property
+    def whole(self) -> bool | None:
+        """Whether it has as many images as the released set; None where there is none."""
+        return all(len(part) == IMAGES[self.name] for part in self.parts.values()) if self.name in IMAGES else None
+
+
+class Joined(Dataset):
+    """Several sets behind each other, each with its own transform, so that one loader serves them all."""
+
+    def __init__(self, sets: Iterable[EvalSet]) -> None:
+        self.sets = [(each.source, eval_transform(each.config)) for each in sets]
+        self.starts = [0, *itertools.accumulate(len(source) for source, _ in self.sets)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def _find(self, index: int) -> tuple[int, int]:
+        number = next(number for number, end in enumerate(self.starts[1:]) if index < end)
+        return number, index - self.starts[number]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | list[int]]:
+        number, index = self._find(index)
+        source, transform = self.sets[number]
+        image, label = source[index]
+        return (image if isinstance(image, Tensor) else transform(image)), label
+
+    def path(self, index: int) -> str:
+        """An image's name."""
+        number, index = self._find(index)
+        source = self.sets[number][0]
+        return source.path(index) if hasattr(source, "path") else f"sample {index}"
+
+
+class _Files(Encoded):
+    """Image files with given labels."""
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.path(index))
+
+
+class RealLabels(Encoded):
+    """ImageNet's validation images that have ReaL labels; a label is a list of the right classes, padded with -1.
+
+    Raises:
+        InputError: a name is not that of a validation image.
+    """
+
+    def __init__(self, source: Encoded) -> None:
+        labels = RealLabelsImagenet(range(IMAGES["imagenet"])).real_labels
+        samples, right, self.kept = [], [], []
+        for index, (name, label) in enumerate(source.samples):
+            found = re.search(r"(?:^|[/:])(ILSVRC2012_val_\d{8})(?:\.\w+)?$", name)
+            if found is None or f"{found[1]}.JPEG" not in labels:
+                raise InputError(f"imagenet-real: {name} is not named ILSVRC2012_val_00000001 to _00050000")
+            if labels[f"{found[1]}.JPEG"]:
+                samples.append((name, label))
+                right.append(labels[f"{found[1]}.JPEG"])
+                self.kept.append(index)
+        super().__init__(source.root, source.classes, samples)
+        self.source, width = source, max(map(len, right), default=1)
+        self._right = torch.tensor([[*each, *[-1] * (width - len(each))] for each in right]).share_memory_()
+
+    def read(self, index: int) -> bytes:
+        """An image's bytes."""
+        return self.source.read(self.kept[index])
+
+    def label(self, index: int) -> list[int]:
+        """An image's classes."""
+        return self._right[index].tolist()
+
+
+def wnids() -> list[str]:
+    """ImageNet's 1,000 classes in the order of every network's logits."""
+    return ImageNetInfo().label_names()
+
+
+def _subset(name: str) -> list[str]:
+    """The classes of a set, sorted as their folders are."""
+    if name == "imagenet-v2":  # numbers, without leading zeros
+        return [str(label) for label in range(len(wnids()))]
+    if name in ("imagenet-a", "imagenet-r"):
+        file = f"_info/imagenet_{name[-1]}_synsets.txt"
+        return importlib.resources.files("timm.data").joinpath(file).read_text(encoding="utf-8").split()
+    return wnids()
+
+
+def corruptions() -> tuple[dict[str, float], list[str]]:
+    """ImageNet-C's 15 corruptions with AlexNet's error on each, a fraction; and the extra ones, which do not count."""
+    content = yaml.safe_load(importlib.resources.files(__package__).joinpath("imagenet_c.yaml").read_text("utf-8"))
+    return content["alexnet_error"], content["extra"]
+
+
+def locate(data: str, name: str | None = None, alone: bool = True) -> tuple[dict[str, str], str]:
+    """Where a set lies: the keys ``name`` and ``root`` of a DataConfig, and the folder below that root.
+
+    Args:
+        data: what a user gave as --data. For a validation set the directory that holds val/, or that folder, with class
+            folders or tar shards. For a test set its folder, or one that holds it under its name.
+        name: one of ``IMAGES``; None for the recipe's validation set.
+        alone: whether ``data`` may be the set itself.
+
+    Raises:
+        InputError: it is not there, or holds neither class folders nor shards.
+    """
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        what = "it must hold val/, or be that folder" if name is None else f"it must be {name}, or hold it"
+        raise InputError(f"--data {root} is not a directory; {what}")
+    if name is not None:
+        places = [root / place for place in _PLACES.get(name, (name,))]
+        found = next((place for place in places if place.is_dir()), root if alone else None)
+        if found is None:
+            raise InputError(f"--data {root} has no {places[0].name}/; for several sets it must hold each by its name")
+        root = found
+    if name not in (None, "imagenet", "imagenet-real"):
+        return {"name": "folder", "root": str(root)}, ""
+    split = "val"
+    if not (root / "val").is_dir():
+        root, split = root.resolve().parent, root.resolve().name
+    return {"name": layout(root / split), "root": str(root)}, split
+
+
+def layout(folder: Path) -> str:
+    """What a directory holds: class folders ("folder") or tar files ("shards").
+
+    Raises:
+        InputError: neither, or it cannot be read.
+    """
+    try:
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from None
+    if any(entry.is_dir() for entry in entries):
+        return "folder"
+    suffixes = {entry.suffix.lower() for entry in entries}
+    if ".tar" in suffixes:
+        return "shards"
+    loose = "; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
+    hint = loose if suffixes & set(IMG_EXTENSIONS) else ""
+    raise InputError(f"{folder} holds neither class folders nor .tar shards{hint}")
+
+
+def open_set(name: str | None, config: DataConfig, split: str, num_classes: int, partial: bool = False) -> EvalSet:
+    """The set to evaluate on.
+
+    Args:
+        name: one of ``IMAGES``; None for the recipe's validation set, whatever it is.
+        config: with ``locate``'s keys.
+        split: ``locate``'s folder.
+        num_classes: the network's.
+        partial: take ImageNet-C without some of its folders.
+
+    Raises:
+        InputError: the set is not there or not whole in its classes, or the network is not for ImageNet's 1,000.
+    """
+    known = wnids()
+    if name is None:
+        source = build_sources(config, num_classes, (split,))[0]
+        imagenet = list(source.classes) == known
+        return EvalSet("imagenet" if imagenet else config.name, source, config, _whole(source))
+    if num_classes != len(known):
+        raise InputError(f"--dataset {name} needs a network of ImageNet's 1,000 classes; this one has {num_classes}")
+    root = Path(config.root).expanduser() / split
+    protocol = {} if name == "imagenet" else {"test_set": name}
+    if name in _SCORING:
+        protocol["scoring"] = _SCORING[name]
+    if name == "imagenet-c":
+        source, parts = _open_corruptions(root, config, partial)
+        if partial and (lacking := _lacking(parts)):
+            protocol["lacks"] = lacking
+        return EvalSet(name, source, config, parts, protocol=protocol)
+    if name in ("imagenet", "imagenet-real"):
+        if config.name == "folder":
+            _check_classes(name, root, known)
+        source = build_sources(config, num_classes, (split,))[0]
+        if list(source.classes) != known:
+            raise InputError(f"--dataset {name}: the classes of {root} are not ImageNet's")
+        source = RealLabels(source) if name == "imagenet-real" else source
+        return EvalSet(name, source, config, _whole(source), protocol=protocol)
+    subset = _subset(name)
+    _check_classes(name, root, subset)
+    source = Folder(root, subset)
+    classes = None if len(subset) == len(known) else [known.index(wnid) for wnid in subset]
+    return EvalSet(name, source, config, _whole(source), classes, protocol)
+
+
+def _whole(source: Any) -> dict[str, range]:
+    return {"": range(len(source))}
+
+
+def _check_classes(name: str, root: Path, classes: list[str]) -> None:
+    """A directory holds these class folders and no others.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        found = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    except OSError as error:
+        raise InputError(f"--dataset {name}: cannot read {root}: {error.strerror}") from None
+    missing = [label for label in classes if label not in found]
+    extra = sorted(found - set(classes))
+    problems = [
+        f"{len(folders)} {what}, the first is {folders[0]!r}"
+        for folders, what in ((missing, "are missing"), (extra, "are none of them"))
+        if folders
+    ]
+    if problems:
+        raise InputError(
+            f"--dataset {name}: {root} must hold {len(classes):,} class folders such as {classes[0]}; "
+            + "; ".join(problems)
+        )
+
+
+def _lacking(parts: Iterable[str]) -> list[str]:
+    """What of ImageNet-C is not there; of an extra corruption only what its folder lacks."""
+    counted, extra = corruptions()
+    there = set(parts)
+    asked = [*counted, *(name for name in extra if any(part.startswith(f"{name}/") for part in there))]
+    return [part for name in asked for severity in range(1, 6) if (part := f"{name}/{severity}") not in there]
+
+
+def _open_corruptions(root: Path, config: DataConfig, partial: bool) -> tuple[Encoded, dict[str, range]]:
+    """root/corruption/severity/wnid/, also with a folder above the corruptions, as the archives are named."""
+    counted, extra = corruptions()
+    folders = {
+        path.name: path
+        for pattern in ("*/*", "*")
+        for path in root.glob(pattern)
+        if path.name in (*counted, *extra) and path.is_dir()
+    }
+    places = {
+        f"{name}/{severity}": folders[name] / str(severity)
+        for name in (*counted, *extra)
+        for severity in range(1, 6)
+        if name in folders and (folders[name] / str(severity)).is_dir()
+    }
+    if not folders.keys() & counted.keys():
+        raise InputError(f"--dataset imagenet-c: {root} holds none of the corruptions {', '.join(counted)}")
+    if (lacking := _lacking(places)) and not partial:
+        raise InputError(
+            f"--dataset imagenet-c: {root} lacks {len(lacking)} folders (corruption/severity), the first is "
+            f"{lacking[0]}; --partial evaluates what is there, without an mCE"
+        )
+    known, samples, parts = wnids(), [], {}
+    for part, folder in places.items():
+        _check_classes("imagenet-c", folder, known)
+        found = Folder(folder, known).samples
+        parts[part] = range(len(samples), len(samples) + len(found))
+        samples += found
+    sizes = {part: len(images) for part, images in parts.items()}
+    fewest, most = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    if sizes[fewest] != sizes[most]:
+        raise InputError(
+            f"--dataset imagenet-c: {fewest} holds {sizes[fewest]:,} images and {most} {sizes[most]:,}; they must agree"
+        )
+    source = _Files(root, known, samples)
+    width, height = source[0][0].size
+    if config.eval_resize == SIDE_OF_C and (width, height) != (SIDE_OF_C, SIDE_OF_C):
+        raise InputError(
+            f"--dataset imagenet-c: {source.path(0)} is {width}x{height}; the released images are "
+            f"{SIDE_OF_C}x{SIDE_OF_C} crops (--resize and --size resize others)"
+        )
+    return source, parts
