@@ -11,8 +11,6 @@
 // Both layouts and all storage types run the same inner loops, over the rows of rows.h. Plain C interface: it builds in
 // seconds, without PyTorch's headers.
 
-#include <initializer_list>
-
 #include "rows.h"
 
 namespace {

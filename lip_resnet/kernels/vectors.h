@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -81,6 +82,23 @@ template <class A> inline Vec<A> splat(A a) { return Vec<A>{} + a; }
 #if defined(__AVX512F__)
 inline VecF larger(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
 inline VecD larger(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif defined(__AVX__)  // GCC would choose between vectors longer than the CPU's a number at a time
+inline VecF larger(VecF a, VecF b) {
+  __m256 x[2], y[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  for (int half : {0, 1}) x[half] = _mm256_max_ps(x[half], y[half]);
+  std::memcpy(&a, x, sizeof a);
+  return a;
+}
+inline VecD larger(VecD a, VecD b) {
+  __m256d x[2], y[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  for (int half : {0, 1}) x[half] = _mm256_max_pd(x[half], y[half]);
+  std::memcpy(&a, x, sizeof a);
+  return a;
+}
 #else
 template <class V> inline V larger(V a, V b) { return a > b ? a : b; }  // b where one is NaN
 #endif
