@@ -8,7 +8,7 @@ PROCESSES ?= 2
 THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(PROCESSES)))')
 TORCHRUN = OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo test test-slow lint bench faults soak clean
 
 install: $(READY)
 
@@ -41,6 +41,13 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/benchmark.py op
+
+# Both go on where they were stopped, and leave nothing running.
+faults: $(READY)
+	$(BIN)/python scripts/faults.py
+
+soak: $(READY)
+	$(BIN)/python scripts/soak.py
 
 clean:
 	rm -rf .venv runs/demo

@@ -160,12 +160,13 @@ def load(path: str | Path) -> dict[str, Any]:
         InputError: there is no such file, or it is no checkpoint, or it would execute code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
     try:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
         if path.suffix == ".safetensors":
             payload = safetensors.torch.load_file(path)
         else:
+            _check_archive(path)
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), None)
@@ -174,11 +175,31 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: refused, it holds more than tensors and numbers: {code[:200]}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
+    except InputError:
+        raise
     except _DAMAGE as error:
         raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from None
     if not isinstance(payload, dict) or not all(isinstance(key, str) for key in payload):
         raise InputError(f"{path}: holds a {type(payload).__name__}; a checkpoint is a dictionary of names")
     return payload
+
+
+def _check_archive(path: Path) -> None:
+    """Of a zip file, which torch.save writes: refuse a wrong checksum and what unpacks to more than the file is.
+
+    torch.load looks at neither: it takes a flipped bit for a weight, and a megabyte can unpack to a terabyte.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch.load tells them from its older format
+            return
+        size = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > size or any(entry.compress_type for entry in entries):
+                raise InputError(f"{path}: not a checkpoint: it would unpack to more than its {size:,} bytes")
+            damaged = archive.testzip()
+    if damaged is not None:
+        raise InputError(f"{path}: damaged: the checksum of {damaged} in it is wrong")
 
 
 def _first_line(error: BaseException) -> str:
@@ -260,6 +281,47 @@ def put_weights(
             hint = "; for another number of classes set model.new_head: true"
         raise InputError(f"{path}: not the weights of this {type(model).__name__}: {'; '.join(problems)}{hint}")
     model.load_state_dict(state)
+
+
+def check_entries(
+    payload: dict[str, Any], networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, counts: Tensor
+) -> None:
+    """Refuse of a training checkpoint what ``load_state_dict`` would take without a look, and fail on in the next step.
+
+    Args:
+        networks: by the entry that holds their weights.
+        counts: one process's; ``window`` has a row like it for each.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: an entry cannot be right.
+    """
+    window, processes = payload["window"], payload["processes"]
+    numbers = isinstance(processes, list) and processes and all(type(n) is int and n > 0 for n in processes)
+    rows = isinstance(window, Tensor) and len(window) and window.shape[1:] == counts.shape
+    for entry, right, wanted in (
+        ("step", type(payload["step"]) is int and payload["step"] >= 0, "number of steps"),
+        ("best", type(payload["best"]) in (int, float), "percentage"),
+        ("processes", numbers, "list of numbers of processes"),
+        ("window", rows, "table of counts"),
+    ):
+        if not right:
+            raise ValueError(f"{entry} is no {wanted} but a {type(payload[entry]).__name__}")
+    for entry, network in networks.items():
+        for name, ours in network.state_dict().items():
+            given = payload[entry].get(name)
+            if isinstance(given, Tensor) and given.dtype != ours.dtype:
+                raise ValueError(f"{entry}: {name} is {given.dtype}; it must be {ours.dtype}")
+    states = payload["optimizer"]["state"]
+    keys = [key for group in payload["optimizer"]["param_groups"] for key in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(keys) != len(parameters) or not states.keys() <= set(keys):
+        raise ValueError("optimizer: it is of other parameters")
+    for key, parameter in zip(keys, parameters, strict=True):
+        for name, value in states.get(key, {}).items():
+            fits = isinstance(value, Tensor) and value.shape in ((), parameter.shape)
+            if not fits and type(value) not in (int, float, bool, type(None)):
+                raise ValueError(f"optimizer: {name} does not fit the parameter that it is of")
 
 
 def _sample(keys: Any) -> str:

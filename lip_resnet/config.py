@@ -1,10 +1,10 @@
 """What a run is: the sections of a recipe, frozen and validated. Defaults exist here and nowhere else."""
 
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 
 class InputError(ValueError):
@@ -50,7 +50,7 @@ class ModelConfig(Section):
     name: str
     """A name registered with timm: lip_resnet50, lip_resnet101, or any of timm's own."""
     num_classes: Positive = 1000
-    args: dict[str, Any] = {}
+    args: dict[str, JsonValue] = {}
     """Further keywords of the model, such as bottleneck_width: 64."""
     downsampling: dict[str, str] = {}
     """Site (stem, main, shortcut, transition, image) -> layer of the zoo that replaces what stands there, in any

@@ -164,7 +164,7 @@ def launch(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call the end of loader processes an accident
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call the end of loader processes an accident
     sys.exit(code)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from lip_resnet import distributed
+from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, EvalLoader, TrainLoader, normalize, prefetch
 from lip_resnet.metrics import Counts, cross_entropy
@@ -77,6 +77,8 @@ class TrainState:
     def load_state_dict(self, payload: dict[str, Any], source: str) -> None:
         """Take over what ``state_dict`` gave; ``source`` names the file in errors."""
         try:
+            networks = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
+            checkpoint.check_entries(payload, networks, self.optimizer, self.window.sums)
             self.model.load_state_dict(payload["model"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(payload["ema"])
@@ -92,8 +94,11 @@ class TrainState:
                 rows = torch.zeros(distributed.world_size(), rows.shape[1], dtype=rows.dtype)
                 rows[0] = payload["window"].sum(dim=0)
             self.window.sums.copy_(rows[distributed.rank()])
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{source}: not a training checkpoint of this recipe: {error}") from None
+        except KeyError as error:
+            raise InputError(f"{source}: not a training checkpoint: it has no {error}") from None
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from None
 
 
 def build_state(model: nn.Module, config: Config, device: torch.device) -> TrainState:

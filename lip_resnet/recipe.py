@@ -26,6 +26,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Plain values alone: no dates, bytes or sets, which no key takes and which a written config could not give back.
+_PLAIN = {None, *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))}
+_Loader.yaml_constructors = {tag: make for tag, make in _Loader.yaml_constructors.items() if tag in _PLAIN}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -38,9 +45,38 @@ def _parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{source}:{where} {problem}") from None
-    except (ValueError, RecursionError) as error:  # such as a date that is none, or nesting without end
-        raise InputError(f"{source}: not a YAML recipe: {error}") from None
+        raise _refusal(f"{source}:{where} {problem}") from None
+    # PyYAML's own, for values that are not what their tag says (!!bool maybe), and for nesting without end.
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise _refusal(f"{source}: not a YAML recipe: a value that cannot be read: {error}") from None
+
+
+def _refusal(message: str) -> InputError:
+    """The message in one line of printable characters, whatever was in the file."""
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message[:900])
+    return InputError(text if len(message) <= 900 else f"{text}...")
+
+
+def _check_plain(tree: Any) -> None:
+    """Refuse what no recipe holds, and what a few lines (``&a [*b, *b]``) or a checkpoint can make endless.
+
+    Raises:
+        ValueError: with what was found.
+    """
+    todo: list[tuple[Any, tuple[Any, ...]]] = [(tree, ())]
+    seen = 0
+    while todo:
+        value, place = todo.pop()
+        seen += 1
+        where = ".".join(str(part)[:100] for part in place[:3])
+        if seen > 10_000 or len(place) > 20:
+            raise ValueError(f"{where}: more than 10,000 values, or nested more than 20 deep; a recipe has some dozens")
+        if isinstance(value, dict):
+            todo += [(item, (*place, key)) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            todo += [(item, (*place, index)) for index, item in enumerate(value)]
+        elif isinstance(value, int) and value.bit_length() > 64:
+            raise ValueError(f"{where}: a whole number of {value.bit_length()} bits; 64 are allowed")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -53,11 +89,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"{path}: cannot read the recipe: {reason}") from None
+        raise _refusal(f"{path}: cannot read the recipe: {reason}") from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         given = "an empty file" if tree is None else f"a {type(tree).__name__}"
-        raise InputError(f"{path}: {given}; a recipe is a mapping of {', '.join(Config.model_fields)}")
+        raise _refusal(f"{path}: {given}; a recipe is a mapping of {', '.join(Config.model_fields)}")
     for override in overrides:
         _apply(tree, override)
     return parse_config(tree, str(path))
@@ -66,26 +102,29 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def parse_config(tree: dict[str, Any], source: str) -> Config:
     """Validate a mapping, such as the config stored in a checkpoint; ``source`` names it in errors."""
     try:
+        _check_plain(tree)
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{source}: {_explain(error.errors()[0])}") from None
+        raise _refusal(f"{source}: {_explain(error.errors()[0])}") from None
+    except ValueError as error:
+        raise _refusal(f"{source}: {error}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     dotted, equals, value = override.partition("=")
     keys = dotted.split(".")
     if not equals or len(keys) < 2 or not all(keys):
-        raise InputError(f"override {override!r}: it must be section.key=value, such as optim.lr=0.05")
+        raise _refusal(f"override {override[:200]!r}: it must be section.key=value, such as optim.lr=0.05")
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise InputError(f"override {override!r}: {key} is not a section")
-    tree[keys[-1]] = _parse_yaml(value, f"override {override!r}")
+            raise _refusal(f"override {override[:200]!r}: {key} is not a section")
+    tree[keys[-1]] = _parse_yaml(value, f"override {override[:200]!r}")
 
 
 def _explain(error: ErrorDetails) -> str:
     """pydantic's account of one error as half a line: key, what was given, what is allowed."""
-    location = [str(part) for part in error["loc"]]
+    location = [str(part)[:100] for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         section = Config

@@ -66,7 +66,7 @@ class Run:
                     continue
                 if stop and state.step < self.total:
                     self._leave(interrupts.received or "a signal to another process")
-        distributed.on_main(self.checkpoints.wait)
+            distributed.on_main(self.checkpoints.wait)  # still deaf to signals: the end must be on the disk
 
     def _epoch(self, interrupts: Interrupts) -> bool:
         """The rest of an epoch; True if it was cut short by a signal."""
@@ -80,7 +80,8 @@ class Run:
                 self.trace.step()
             action = interrupts.after_step(state.step)
             stop = action == STOP
-            if action == SAVE:
+            # At an epoch's end the evaluation comes first: a run that is continued from there would never do it.
+            if action == SAVE and state.step % len(self.loader) and state.step < self.total:
                 self.save()
             self.watchdog.step(state.step + 1)
             return stop

@@ -98,6 +98,8 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
+        for left in folder.rglob(".*.tmp"):  # half-written, by a process that was killed; nobody else writes here
+            left.unlink()
         (folder / "requeue").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from None
@@ -182,6 +184,7 @@ class RunLog:
         self.folder, self.total_steps, self.first_step = folder, total_steps, step
         self.started = time.monotonic()
         self.config, self.environment, self.refused = config, environment, False
+        self.unwritten = b""
         distributed.on_main(lambda: self._open(config, environment))
 
     def _open(self, config: Config, environment: dict[str, Any]) -> None:
@@ -235,7 +238,8 @@ class RunLog:
         def write() -> None:
             # Infinity and NaN are not JSON.
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._append(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+            self.unwritten += json.dumps({"step": step, "epoch": epoch, **finite}).encode() + b"\n"
+            self._append()
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
@@ -252,18 +256,19 @@ class RunLog:
         elif "val/top1" in values:
             self.say(f"epoch {epoch}: {_brief(values)}")
 
-    def _append(self, line: str) -> None:
-        """A whole line of metrics.jsonl, or nothing of it."""
-        rest, end = memoryview(line.encode()), os.fstat(self.metrics.fileno()).st_size
+    def _append(self) -> None:
+        """To metrics.jsonl: all that is not written yet, or nothing of it, to be tried again with the next line."""
+        rest, end = memoryview(self.unwritten), os.fstat(self.metrics.fileno()).st_size
         try:
             while rest:
                 rest = rest[self.metrics.write(rest) :]
         except OSError:
             os.ftruncate(self.metrics.fileno(), end)
             raise
+        self.unwritten = b""
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Let rank 0 write; what a disk refuses ends the run, or is said once and left out, as the recipe says."""
+        """Let rank 0 write; what a disk refuses ends the run, or is said once and waits for room: the recipe says."""
 
         def attempt() -> None:
             try:
@@ -312,8 +317,10 @@ class RunLog:
         """Flush and close everything; safe after a failure too."""
         if self.active:
             self.bar.close()
-            self.metrics.close()
             with contextlib.suppress(OSError):  # said already, when it was written
+                self._append()
+            self.metrics.close()
+            with contextlib.suppress(OSError):
                 self.writer.close()
 
 
