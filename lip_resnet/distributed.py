@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import hashlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -165,9 +164,7 @@ def launch(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call what follows an accident
-        for child in multiprocessing.active_children():
-            child.kill()  # loader processes ignore the SIGTERM with which Python would end them, and then wait for them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call the end of loader processes an accident
     sys.exit(code)
 
 

@@ -6,6 +6,7 @@ many trainers do, and shows what the harness finds there. POINT `none` leaves th
 
 import builtins
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -14,8 +15,7 @@ from typing import Any
 
 import torch
 
-import train
-from lip_resnet import checkpoint, distributed
+from lip_resnet import checkpoint
 
 POINTS = {
     "safe": ("open", "half written", "fsync", "rename", "fsync of the folder", "link", "unlink"),
@@ -113,4 +113,4 @@ if __name__ == "__main__":
         checkpoint.Checkpoints.save = save_in_place
     if point != "none":
         patch(Killer(point, int(number)))
-    distributed.launch(train.main)
+    runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")

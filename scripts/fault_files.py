@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -22,11 +23,10 @@ import sklearn.datasets  # noqa: F401  (a fork has it then; it takes longer to i
 import torch
 from fault_runs import RECIPE, ROOT, STATE, hash_value, read_whole
 
-import eval as eval_command
-import train
 from lip_resnet import checkpoint, distributed
 from lip_resnet.recipe import load_config
 
+MAINS = {script: runpy.run_path(str(ROOT / script))["main"] for script in ("train.py", "eval.py")}
 SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8", "data.workers=0"]
 """A network whose checkpoint has 250 kilobytes."""
 WAYS = ("resume", "resume, an older one is whole", "starting weights", "eval")
@@ -48,7 +48,7 @@ class Outcome:
     """Peak resident memory."""
 
 
-def launch(module: Any, arguments: list[str], log: Path, typed: bool) -> Outcome:
+def launch(script: str, arguments: list[str], log: Path, typed: bool) -> Outcome:
     """Run train.py or eval.py to its end, as a process of its own or as a fork of this one."""
     sys.stdout.flush()
     pid = os.fork()
@@ -61,11 +61,10 @@ def launch(module: Any, arguments: list[str], log: Path, typed: bool) -> Outcome
             os.dup2(descriptor, 2)
             os.chdir(ROOT)
             signal.alarm(SECONDS)
-            script = f"{module.__name__}.py"
             if typed:
                 os.execv(sys.executable, [sys.executable, script, *arguments])
             sys.argv = [script, *arguments]
-            distributed.launch(module.main)
+            distributed.launch(MAINS[script])
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else 1
         except BaseException:
@@ -94,7 +93,7 @@ class Bench:
         self.recipe.write_text(load_config(RECIPE, SMALL).dump(), encoding="utf-8")
         if not (self.whole / "done").exists():
             shutil.rmtree(self.whole, ignore_errors=True)
-            outcome = launch(train, self._train(self.whole, "train.max_steps=10"), self.log, typed=False)
+            outcome = launch("train.py", self._train(self.whole, "train.max_steps=10"), self.log, typed=False)
             if outcome.code:
                 raise RuntimeError(outcome.printed)
             (self.whole / "done").touch()
@@ -118,17 +117,17 @@ class Bench:
             path.write_bytes(data)
         if way == "eval":
             arguments = ["--checkpoint", str(path), "--weights", "model", "--config", str(self.recipe)]
-            return launch(eval_command, arguments, self.log, typed), path
+            return launch("eval.py", arguments, self.log, typed), path
         if way == "starting weights":
             arguments = self._train(self.work / "fresh", f"model.weights={path}", "train.max_steps=1")
-            outcome = launch(train, arguments, self.log, typed)
+            outcome = launch("train.py", arguments, self.log, typed)
             shutil.rmtree(self.work / "fresh", ignore_errors=True)
             return outcome, path
         shutil.copy(self.whole / "config.yaml", self.run)
         if way == "resume, an older one is whole":
             os.link(path, folder / "step-00000010.pt") if data is not None else None
             shutil.copy(self.whole / "checkpoints" / "step-00000005.pt", folder)
-        return launch(train, self._train(self.run, "train.max_steps=5"), self.log, typed), path
+        return launch("train.py", self._train(self.run, "train.max_steps=5"), self.log, typed), path
 
     def judge(self, what: str, number: int, way: str, typed: bool) -> dict[str, Any]:
         """A line about one bad file: refused, passed over for the older one, or harmless as nothing of it differs."""

@@ -85,6 +85,10 @@ _NETWORK = (("model", "network"), ("batch", "batch"), ("images_per_second", "ima
 _RATIOS = (("time / resnet50", "time / resnet50's"), ("time / floor", "time / convolution floor's"))
 _INFERENCE = _columns(*_NETWORK, ("ms_p90", "90% (ms)"), ("ms_p99", "99% (ms)"), *_RATIOS)
 _TRAINING = _columns(*_NETWORK, ("ms_q1", "quartile 1"), ("ms_q3", "quartile 3"), *_RATIOS)
+_STEP = _columns(
+    *(("step", "a step"), ("images_per_second", "images/s"), ("ms", "median (ms)"), ("ms_q1", "quartile 1")),
+    *(("ms_q3", "quartile 3"), ("time / as train.py", "time / as train.py's")),
+)
 _MEMORY = _columns(
     *(("model", "network"), ("batch", "batch"), ("kept_mib", "kept for backward (MiB)")),
     *(("kept / resnet50", "/ resnet50's"), ("peak_mib", "peak (MiB)"), ("peak / resnet50", "peak / resnet50's")),
@@ -109,6 +113,7 @@ PARTS = (
          f"train --device cpu --contestants {_PAIR}"),
     Part("model_plain", "Inference on a CPU, no compiler at hand", _INFERENCE,
          f"model --device cpu --batch 8 --contestants {_PAIR}"),
+    Part("step_cpu", "What pays in a training step, on a CPU", _STEP, "step --device cpu"),
     Part("memory_cpu", "Memory of a training step", _MEMORY, "memory --device cpu"),
     Part("op_gpu_bfloat16", "The operator on a GPU, bfloat16", _operator,
          "op --device cuda --layout contiguous channels_last --precision bfloat16"),
@@ -117,6 +122,7 @@ PARTS = (
     Part("train_gpu", "Training steps on a GPU", _TRAINING, "train --device cuda --precision bfloat16"),
     Part("train_gpu_compiled", "Training steps on a GPU, torch.compile", _TRAINING,
          "train --device cuda --precision bfloat16 --compile"),
+    Part("step_gpu", "What pays in a training step, on a GPU", _STEP, "step --device cuda --precision bfloat16"),
     Part("model_gpu", "Inference on a GPU", _INFERENCE, "model --device cuda --precision bfloat16"),
     Part("memory_gpu", "Peak memory on a GPU", _MEMORY, "memory --device cuda --precision bfloat16"),
 )  # fmt: skip
@@ -139,11 +145,15 @@ def section(folder: Path = FOLDER) -> str:
             continue
         kept = json.loads(path.read_text(encoding="utf-8"))
         facts, rows = kept["environment"], kept["rows"]
-        keys = ("batch", "size", "precision", "layout", "compile")
+        keys = ("network", "batch", "size", "precision", "layout", "compile")
         shared = [key for key in keys if len({row.get(key) for row in rows}) == 1]
         told = [f"{key} {rows[0][key]}" for key in shared if rows[0].get(key) is not None]
-        told += [f"torch {facts['torch']}", f"{facts['threads']} threads", f"load {facts['load']} before the run"]
-        told.append(facts["date"][:10])
-        command = ("" if facts["lip_kernels"] == "auto" else "LIP_KERNELS=plain ") + shlex.join(facts["command"])
-        lines += [*part.table(rows), "", f"{facts['hardware']}; {', '.join(told)}; `{command}`"]
+        lines += [*part.table(rows), "", ", ".join([*told, made_by(facts)])]
     return "\n".join(lines[1:])
+
+
+def made_by(facts: Row) -> str:
+    """Where and how rows were measured."""
+    command = ("" if facts["lip_kernels"] == "auto" else "LIP_KERNELS=plain ") + shlex.join(facts["command"])
+    machine = f"{facts['hardware']}, torch {facts['torch']}, {facts['threads']} threads"
+    return f"{machine}, load {facts['load']} before the run, {facts['date'][:10]}; `{command}`"

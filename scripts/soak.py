@@ -123,7 +123,7 @@ def judge(soak: Soak, left: int) -> list[tuple[str, str, str, bool]]:
     folder = soak.folder
     events = [path.stat().st_size for path in (folder / "tensorboard").rglob("events.*")]
     lines, _ = read_metrics(folder)
-    # A number is an event of some 40 bytes, and a start writes its recipe; steps that were taken again are there twice.
+    # A number is an event of some 40 bytes, twice there if its step was taken again; a start writes its recipe.
     taken = max(1, soak.steps) / max(1, logged_step(folder))
     budget = round(60 * sum(len(line) for line in lines) * max(1.0, taken)) + 6_000 * soak.starts
     names = [path.name for path in (folder / "checkpoints").iterdir()]

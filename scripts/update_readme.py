@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import bad_images
-import benchmark_data
+import bench_data
 import performance
 import scaling
 
@@ -26,7 +26,7 @@ def zoo() -> str:
 
 SECTIONS = {
     "zoo": zoo,
-    "data": benchmark_data.section,
+    "data": bench_data.section,
     "bad-images": bad_images.table,
     "performance": performance.section,
 }

@@ -11,6 +11,7 @@ from conftest import ROOT
 from test_refusals import refuse
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import bench_step
 import benchmark
 import contestants
 import performance
@@ -19,14 +20,17 @@ TINY = {
     "op": ["--sites", "1024x14", "--batch", "1", "--contestants", "textbook", "lip2d", "plain form", "avg_pool2d"],
     "model": ["--size", "64", "--batch", "1", "2", "--contestants", "resnet50", "lip_resnet50"],
     "train": ["--size", "64", "--batch", "2", "--contestants", "lip_resnet50", contestants.FLOOR],
+    "step": ["--size", "64", "--batch", "2", "--contestants", bench_step.AS_TRAINED, "contiguous", bench_step.PARALLEL],
     "memory": ["--size", "64", "--batch", "2", "--contestants", "resnet50", "lip_resnet50", contestants.REFERENCE],
 }
 TIMES = {"ms", "ms_q1", "ms_q3"}
+NETWORK = TIMES | {"model", "layout", "compile", "images_per_second", "time / resnet50", "time / floor"}
 COLUMNS = {
-    "op": TIMES | {"site", "form", "direction", "speedup", "share_of_copy_bound", "relative_error"},
-    "model": TIMES | {"model", "compile", "images_per_second", "ms_p90", "ms_p99", "time / resnet50", "time / floor"},
-    "train": TIMES | {"model", "compile", "images_per_second", "time / resnet50", "time / floor"},
-    "memory": {"model", "kept_mib", "kept / resnet50"},
+    "op": TIMES | {"layout", "site", "form", "direction", "speedup", "share_of_copy_bound", "relative_error"},
+    "model": NETWORK | {"ms_p90", "ms_p99"},
+    "train": NETWORK,
+    "step": TIMES | {"step", "network", "images_per_second", "time / as train.py"},
+    "memory": {"model", "layout", "kept_mib", "kept / resnet50"},
 }
 
 
@@ -44,10 +48,10 @@ def run(monkeypatch, tmp_path, *arguments: str) -> list[dict]:
 def test_rows(monkeypatch, tmp_path, capsys, what):
     rounds = [] if what == "memory" else ["--rounds", "2"]
     rows = run(monkeypatch, tmp_path, what, *TINY[what], *rounds)
-    count = {"op": 2 * 4, "model": 2 * 2, "train": 2, "memory": 3}[what]
+    count = {"op": 2 * 4, "model": 2 * 2, "train": 2, "step": 3, "memory": 3}[what]
     assert len(rows) == count
     for row in rows:
-        assert set(row) == COLUMNS[what] | {"layout", "precision", "batch"} | (set() if what == "op" else {"size"})
+        assert set(row) == COLUMNS[what] | {"precision", "batch"} | (set() if what == "op" else {"size"})
         assert all(value > 0 for key, value in row.items() if key.startswith(("ms", "kept", "images")))
     assert capsys.readouterr().out.count("\n| ") == count + 1
     if what == "memory":  # whatever is measured: the fused network keeps less than the textbook's
@@ -64,6 +68,20 @@ def test_wrong_results_and_errors_are_rows(monkeypatch, tmp_path):
     failed = {row["form"]: row["failed"] for row in rows if "failed" in row}
     assert failed == {"lip2d": "wrong: relative error 1.0e-03", "plain form": "RuntimeError: out of memory"}
     assert {row["form"] for row in rows if "ms" in row} == {"textbook", "avg_pool2d"}
+
+
+def test_a_step_that_trains_otherwise_is_found(monkeypatch, tmp_path):
+    """A variant whose update differs: its second loss tells."""
+    make_step = bench_step.make_step
+
+    def forgetful(model, images, labels, variant, options):
+        if variant.layout == "contiguous":
+            labels = labels.roll(1)
+        return make_step(model, images, labels, variant, options)
+
+    monkeypatch.setattr(bench_step, "make_step", forgetful)
+    rows = run(monkeypatch, tmp_path, "step", *TINY["step"], "--rounds", "2")
+    assert [row["step"] for row in rows if "failed" in row] == ["contiguous"]
 
 
 def test_wrong_networks_are_found(monkeypatch):
@@ -88,12 +106,15 @@ def test_refusals(monkeypatch, capsys, tmp_path):
     def line(*arguments: object) -> str:
         return refuse(capsys, monkeypatch, benchmark, *arguments)
 
-    assert "op|model|train|memory" in line()
+    assert "op|model|train|step|memory|data" in line()
     assert "invalid choice: 'speed'" in line("speed")
     assert "invalid choice: '3x3'" in line("op", "--sites", "3x3")
     assert "--rounds 1; it must be at least 2" in line("op", "--rounds", 1)
     assert "--batch 0; it must be at least 1" in line("train", "--batch", 0)
     assert "--size 32; it must be at least 33" in line("model", "--size", 32)
+    assert "--images 8; it must be at least the batch, 64" in line("data", "--images", 8)
+    assert "--workers 0; it must be at least 1" in line("data", "--workers", 0)
+    assert f"no images below {tmp_path / 'none'}" in line("data", "--data", tmp_path / "none")
     assert "end in .json or .md" in line("memory", "--output", tmp_path / "rows.txt")
     assert "no folder" in line("memory", "--output", tmp_path / "none" / "rows.md")
     assert "mine.json exists" in line("op", "--output", mine)
@@ -117,7 +138,7 @@ def test_readme_section(tmp_path):
     section = performance.section(tmp_path)
     assert section.count("not measured yet: `") == len(performance.PARTS) - 1
     assert "| 64x112 | channels_last | 35 | failed | failed | - |" in section
-    assert "batch 8, precision float32, layout channels_last, torch x" in section
+    assert "batch 8, precision float32, layout channels_last, x, torch x" in section
     assert "`LIP_KERNELS=plain python 'a b'`" in section
 
 

@@ -68,6 +68,44 @@ def test_many_channels_and_rows(dtype, layouts):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [40, 48])
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 1, 0), (5, 3, 2)])
+def test_logits_of_every_size_in_one_tensor(window, channels, layout):
+    """Rows whose exponentials fit float32 beside rows where they do not, and a tensor too large for the caches."""
+    x, logits = (t.detach() for t in make((1, channels, 83, 79), torch.float32, layout, low=0, high=12))
+    logits[:, :, 20:24] += 70
+    logits[:, :, 24:27] -= 90
+    logits[:, 3, 40, 5] = -2e4
+    logits[:, 7, 60, 9] = 100
+    x.requires_grad_(), logits.requires_grad_()
+    y = lip2d(x, logits, *window)
+    dy = torch.randn_like(y)
+    inputs = [t.detach().double().requires_grad_() for t in (x, logits)]
+    truths = gradients(lambda a, b: plain.stable(a, b, window), *inputs, dy.double())
+    for value, truth in zip((y, *torch.autograd.grad(y, (x, logits), dy)), truths, strict=True):
+        for rows, expected in zip(value.chunk(9, 2), truth.chunk(9, 2), strict=True):
+            assert relative_error(rows, expected) < TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_beside_a_nan(layout):
+    """A logit that is NaN spoils what its windows hold and nothing else, large logits in its row or not."""
+    for large in (1, 200):
+        x, logits = make((1, 16, 21, 23), torch.float32, layout)
+        dy = torch.randn(1, 16, 11, 12)
+        with torch.no_grad():
+            logits[0, 5, 10, 3] = large
+        expected = gradients(lip2d, x, logits, dy)
+        with torch.no_grad():
+            logits[0, 5, 10, 11] = torch.nan
+        spoiled = torch.zeros(1, 16, 21, 23, dtype=torch.bool)
+        spoiled[0, 5, 9:12, 9:14] = True  # the windows around rows 10 and columns 10 and 12
+        for value, clean in zip(gradients(lip2d, x, logits, dy)[1:], expected[1:], strict=True):
+            assert value[spoiled].isnan().all()
+            torch.testing.assert_close(value[~spoiled], clean[~spoiled])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("kernel_size", "stride", "padding", "height", "width"), WINDOWS)
 def test_slow_loops(kernel_size, stride, padding, height, width, layout):
     """The kernel in float64, which ``lip2d`` itself computes by the reference's arithmetic."""
@@ -312,10 +350,12 @@ def test_triton_compiles_for_a_gpu(name, channels_last, capability):
     compile_ahead(getattr(gpu, name), constants, types, "i32", capability)
 
 
+@pytest.mark.parametrize("backend", ["built", "plain"])
 @pytest.mark.parametrize("activation", norm.ACTIVATIONS)
 @pytest.mark.parametrize(("channels", "height", "width"), [(16, 2, 1), (48, 9, 11), (160, 13, 7)])
-def test_instance_norm(activation, channels, height, width):
+def test_instance_norm_plain_and_built(monkeypatch, backend, activation, channels, height, width):
     """Against PyTorch's instance norm and activation, with a mean far from zero, in float64 and float32."""
+    monkeypatch.setattr(norm, "_is_built_for", lambda z: backend == "built")
     plain_activation = {"none": lambda t: t, "relu": torch.relu, "gate": lambda t: 12 * torch.sigmoid(t)}[activation]
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64) + 5]
@@ -459,7 +499,7 @@ def test_instance_norm_in_pytorch():
 
 
 def test_instance_norm_plain_elsewhere():
-    """Contiguous features, channels that fill no vector, autocast: PyTorch's calls, the same function."""
+    """Contiguous features, autocast: PyTorch's calls, the same function."""
     weight, bias = torch.rand(20), torch.rand(20)
     z = torch.randn(2, 20, 5, 6).to(memory_format=torch.channels_last)
     expected = torch.nn.functional.instance_norm(z, None, None, weight, bias).relu()

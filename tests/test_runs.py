@@ -212,13 +212,19 @@ def test_any_number_of_processes_takes_the_same_steps(tmp_path):
     """Without batch statistics: the same weights from 1, 2 and 3 processes, over a short last batch dealt unevenly."""
     recipe = tmp_path / "layer_norm.yaml"
     recipe.write_text(RECIPE.replace("test_resnet", "test_efficientnet_ln"))
-    states = []
+    states, losses = [], []
     for processes in (1, 2, 3):
         folder = tmp_path / str(processes)
         # 1442 images in batches of 474: three whole ones and one of 20.
         overrides = ["data.batch_size=474", "train.epochs=1", "train.drop_path=0", "optim.warmup_epochs=0"]
+        overrides.append("train.log_every=1")
         done("train.py", "--config", recipe, "--output", folder, *overrides, processes=processes)
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["train/loss"] for line in lines if "train/loss" in line])
         states.append(torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["model"])
     for name, one in states[0].items():
         for other in states[1:]:
             torch.testing.assert_close(other[name], one, rtol=1e-3, atol=1e-5, msg=name)
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)

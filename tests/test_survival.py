@@ -228,7 +228,7 @@ class Hosts:
             return subprocess.Popen(
                 line,
                 cwd=ROOT,
-                env={**environment, "GLOO_SOCKET_IFNAME": "cable", "TP_SOCKET_IFNAME": "cable"},
+                env={**environment, "GLOO_SOCKET_IFNAME": "cable", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
                 stderr=file,
                 stdout=file,
             )

@@ -5,175 +5,15 @@
 //
 // m_p is recomputed in the backward pass, so that r alone is kept: the usual log-sum-exp loses log(1 / r) to rounding
 // where m_p is large. The backward pass gathers (each input position collects from its windows), so every result
-// is written once, by one thread, in one order.
+// is written once, by one thread, in one order. Where the logits allow it, e_pq = exp(l_q) exp(-m_p) there: one
+// exponential an input position and one a window, in place of one for every pair of them.
 //
-// Both layouts run the same inner loops, over rows of positions whose channels lie side by side. Channels-last rows are
-// used where they are; for contiguous tensors 16 planes at a time are transposed, a row at a time, into a buffer that
-// stays in the cache. The same buffer converts bfloat16 and float16. Plain C interface: it
-// builds in seconds, without PyTorch's headers.
+// Both layouts and all storage types run the same inner loops, over the rows of rows.h. Plain C interface: it builds in
+// seconds, without PyTorch's headers.
 
-#include <memory>
-#include <new>
-
-#include "vectors.h"
+#include "rows.h"
 
 namespace {
-
-// ---- rows ----------------------------------------------------------------------------------------------------------
-
-// One tensor seen as groups of rows: an image (channels-last) or 16 planes (contiguous; 8 in double precision).
-struct Grid {
-  char* data;
-  int dtype;
-  bool channels_last;
-  int64_t planes;   // batch * channels
-  int64_t channels, height, width;
-
-  int64_t groups(int64_t lane_count) const {
-    return channels_last ? planes / channels : (planes + lane_count - 1) / lane_count;
-  }
-  // values side by side at one position of a row, rounded up to whole vectors
-  int64_t depth(int64_t lane_count) const {
-    return channels_last ? (channels + lane_count - 1) / lane_count * lane_count : lane_count;
-  }
-  char* at(int64_t position) const { return data + position * width_of(dtype); }
-};
-
-template <class A> bool in_place(const Grid& grid) {
-  return grid.channels_last && grid.channels % lanes<A>() == 0 &&
-         grid.dtype == (sizeof(A) == 8 ? kFloat64 : kFloat32);
-}
-template <class A> A* row_in_place(const Grid& grid, int64_t group, int64_t row) {
-  return reinterpret_cast<A*>(grid.at((group * grid.height + row) * grid.width * grid.channels));
-}
-
-// Rows [begin, end) of a group, as depth values of A a position. The rows of a plane lie behind one another in memory.
-template <class A> void load_rows(const Grid& grid, int64_t group, int64_t begin, int64_t end, A* out) {
-  constexpr int64_t n = lanes<A>();
-  const int64_t first = begin * grid.width, count = (end - begin) * grid.width;
-  if (grid.channels_last) {
-    const int64_t depth = grid.depth(n), start = group * grid.height * grid.width + first;
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t c = 0; c < depth; c += n)
-        store<A>(out + j * depth + c,
-                 read<A>(grid.at((start + j) * grid.channels + c), grid.dtype, lowest(grid.channels - c, n)));
-    return;
-  }
-  const int64_t area = grid.height * grid.width;
-  for (int64_t j = 0; j < count; j += n) {
-    const int64_t some = lowest(count - j, n);
-    Vec<A> block[n];
-    for (int64_t lane = 0; lane < n; ++lane) {
-      const int64_t plane = lowest(group * n + lane, grid.planes - 1);  // past the end: the last one again
-      const char* from = grid.at(plane * area + first + j);
-      // what this lane needs next: the plane's next rows, or behind its end the next group's plane
-      __builtin_prefetch(from + (end == grid.height ? n * area : count) * width_of(grid.dtype));
-      block[lane] = read<A>(from, grid.dtype, some);
-    }
-    transpose(block);
-    for (int64_t lane = 0; lane < some; ++lane) store<A>(out + (j + lane) * n, block[lane]);
-  }
-}
-
-template <class A> void store_rows(const Grid& grid, int64_t group, int64_t begin, int64_t end, const A* in) {
-  constexpr int64_t n = lanes<A>();
-  const int64_t first = begin * grid.width, count = (end - begin) * grid.width;
-  if (grid.channels_last) {
-    const int64_t depth = grid.depth(n), start = group * grid.height * grid.width + first;
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t c = 0; c < depth; c += n)
-        write<A>(grid.at((start + j) * grid.channels + c), load<A>(in + j * depth + c), grid.dtype,
-                 lowest(grid.channels - c, n));
-    return;
-  }
-  const int64_t area = grid.height * grid.width, planes = lowest(grid.planes - group * n, n);
-  for (int64_t j = 0; j < count; j += n) {
-    const int64_t some = lowest(count - j, n);
-    Vec<A> block[n];
-    for (int64_t lane = 0; lane < n; ++lane) block[lane] = lane < some ? load<A>(in + (j + lane) * n) : Vec<A>{};
-    transpose(block);
-    for (int64_t lane = 0; lane < planes; ++lane)
-      write<A>(grid.at((group * n + lane) * area + first + j), block[lane], grid.dtype, some);
-  }
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class A> using Buffer = std::unique_ptr<A, Free>;
-template <class A> Buffer<A> buffer(int64_t count) {
-  void* p = nullptr;
-  if (posix_memalign(&p, 64, (count > 0 ? count : 1) * sizeof(A))) throw std::bad_alloc();
-  return Buffer<A>(static_cast<A*>(p));
-}
-
-// How many rows are converted at once: long runs of every plane, for the sake of the memory.
-template <class A> int64_t batch_of(const Grid& grid) {
-  return grid.channels_last ? 1 : lowest(highest(256 / highest(grid.width, 1), 1), highest(grid.height, 1));
-}
-
-// The rows of a tensor as rows of A: the last `kept` that were asked for stay valid.
-template <class A> class Rows {
- public:
-  Rows(const Grid& grid, int64_t kept)
-      : grid_(grid), batch_(batch_of<A>(grid)), slots_((kept + batch_ - 2) / batch_ + 1),
-        row_size_(grid.width * grid.depth(lanes<A>())), direct_(in_place<A>(grid)) {
-    if (direct_) return;
-    values_ = buffer<A>(slots_ * batch_ * row_size_);
-    held_ = buffer<int64_t>(slots_);
-  }
-  void start(int64_t group) {
-    group_ = group;
-    if (!direct_)
-      for (int64_t slot = 0; slot < slots_; ++slot) held_.get()[slot] = -1;
-  }
-  const A* row(int64_t i) {
-    if (direct_) return row_in_place<A>(grid_, group_, i);
-    const int64_t batch = i / batch_, slot = batch % slots_;
-    A* values = values_.get() + slot * batch_ * row_size_;
-    if (held_.get()[slot] != batch) {
-      load_rows<A>(grid_, group_, batch * batch_, lowest((batch + 1) * batch_, grid_.height), values);
-      held_.get()[slot] = batch;
-    }
-    return values + i % batch_ * row_size_;
-  }
-
- private:
-  Grid grid_;
-  int64_t batch_, slots_, row_size_, group_ = 0;
-  bool direct_;
-  Buffer<A> values_;
-  Buffer<int64_t> held_;
-};
-
-// Rows that are written, one after another: in place, or through a buffer that is converted when full.
-template <class A> class OutRows {
- public:
-  explicit OutRows(const Grid& grid)
-      : grid_(grid), batch_(batch_of<A>(grid)), row_size_(grid.width * grid.depth(lanes<A>())),
-        direct_(in_place<A>(grid)) {
-    if (!direct_) values_ = buffer<A>(batch_ * row_size_);
-  }
-  void start(int64_t group, int64_t row) {
-    group_ = group;
-    begin_ = end_ = row;
-  }
-  A* next() {
-    if (direct_) return row_in_place<A>(grid_, group_, end_++);
-    if (end_ - begin_ == batch_) finish();
-    return values_.get() + (end_++ - begin_) * row_size_;
-  }
-  void finish() {
-    if (!direct_ && end_ > begin_) store_rows<A>(grid_, group_, begin_, end_, values_.get());
-    begin_ = end_;
-  }
-
- private:
-  Grid grid_;
-  int64_t batch_, row_size_, group_ = 0, begin_ = 0, end_ = 0;
-  bool direct_;
-  Buffer<A> values_;
-};
 
 // ---- the sums ------------------------------------------------------------------------------------------------------
 
@@ -184,12 +24,18 @@ struct Window {
 };
 inline int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
 
-// One output position: kTaps pointers to logits and features (0: `taps` of them), all channels.
+// One output position: kTaps pointers to logits and features (0: `taps` of them), all channels. Of 3x3 positions the
+// last 2x2 are met for the first time.
 template <class A, int kTaps>
 inline void pool(const A* const* l, const A* const* x, int taps, int64_t depth, A* y, A* r) {
   constexpr int64_t n = lanes<A>();
   const int count = kTaps ? kTaps : taps;
   for (int64_t c = 0; c < depth; c += n) {
+    if (kTaps == 9)
+      for (const int t : {4, 5, 7, 8}) {
+        look_ahead(l[t] + c);
+        look_ahead(x[t] + c);
+      }
     Vec<A> top = load<A>(l[0] + c);
 #pragma GCC unroll 9
     for (int t = 1; t < count; ++t) {
@@ -228,10 +74,28 @@ void forward_row(const A* const* l, const A* const* x, int rows, const Window& w
   }
 }
 
-// What the backward pass needs of one output row: m, u = r dy and v = u y, side by side.
+// Whether exp(l) and exp(-l), and what they are multiplied with, stay far inside float32 for all logits of a row. A NaN
+// is no obstacle: whatever its windows hold is NaN by way of r.
+constexpr int kBound = 30;
+template <class A> bool is_bounded(const A* l, int64_t count) {
+  constexpr int64_t n = lanes<A>();
+  Vec<A> most = splat<A>(0), least = splat<A>(0);
+  for (int64_t c = 0; c < count; c += n) {
+    look_ahead(l + c);
+    const Vec<A> value = load<A>(l + c);
+    most = larger(value, most);
+    least = larger(-value, least);
+  }
+  bool bounded = true;
+  for (int64_t lane = 0; lane < n; ++lane) bounded = bounded && most[lane] <= kBound && least[lane] <= kBound;
+  return bounded;
+}
+
+// What the backward pass needs of one output row: m, u = r dy and v = u y, side by side. Where the logits are bounded,
+// 0 stands for m, and exp(-m) in u and v makes up for it: exp(l - 0) then serves all windows that hold a position.
 template <class A>
 void prepare_row(const A* const* l, int rows, const Window& window, int64_t width, int64_t out_width, int64_t depth,
-                 const A* r, const A* y, const A* dy, A* out) {
+                 const A* r, const A* y, const A* dy, bool bounded, A* out) {
   constexpr int64_t n = lanes<A>();
   const A* lt[kMaxWindow];
   for (int64_t o = 0; o < out_width; ++o) {
@@ -243,7 +107,12 @@ void prepare_row(const A* const* l, int rows, const Window& window, int64_t widt
     for (int64_t c = 0; c < depth; c += n) {
       Vec<A> top = load<A>(lt[0] + c);
       for (int t = 1; t < taps; ++t) top = larger(load<A>(lt[t] + c), top);
-      const Vec<A> u = load<A>(r + o * depth + c) * load<A>(dy + o * depth + c);
+      for (const A* row : {r, y, dy}) look_ahead(row + o * depth + c);
+      Vec<A> u = load<A>(r + o * depth + c) * load<A>(dy + o * depth + c);
+      if (bounded) {
+        u *= exp_within<A>(-top);
+        top = splat<A>(0);
+      }
       A* p = out + o * 3 * depth + 3 * c;
       store<A>(p, top);
       store<A>(p + n, u);
@@ -252,41 +121,56 @@ void prepare_row(const A* const* l, int rows, const Window& window, int64_t widt
   }
 }
 
-// One input position: gathers from the `taps` windows that hold it.
-template <class A, int kTaps>
-inline void gather(const A* const* prepared, int taps, int64_t depth, const A* l, const A* x, A* dx, A* dl) {
+// Where the gradients of one input row go, and what they are made of.
+template <class A> struct InputRow {
+  const A *l, *x;
+  A *dx, *dl;
+  bool streams;
+};
+
+// One input position, `at` values into its row: gathers from the `taps` windows that hold it.
+template <class A, int kTaps, bool kBounded>
+inline void gather(const A* const* prepared, int taps, int64_t depth, const InputRow<A>& row, int64_t at) {
   constexpr int64_t n = lanes<A>();
   const int count = kTaps ? kTaps : taps;
   for (int64_t c = 0; c < depth; c += n) {
-    const Vec<A> logit = load<A>(l + c);
+    const int64_t here = at + c;
+    look_ahead(row.x + here);
+    const Vec<A> logit = load<A>(row.l + here);
     Vec<A> a{}, b{};
 #pragma GCC unroll 4
     for (int t = 0; t < count; ++t) {
       const A* p = prepared[t] + 3 * c;
-      const Vec<A> e = exp_nonpositive<A>(logit - load<A>(p));
+      const Vec<A> e = kBounded ? splat<A>(1) : exp_nonpositive<A>(logit - load<A>(p));
       a += e * load<A>(p + n);
       b += e * load<A>(p + 2 * n);
     }
-    store<A>(dx + c, a);
-    store<A>(dl + c, load<A>(x + c) * a - b);
+    const Vec<A> e = kBounded ? exp_within<A>(logit) : splat<A>(1);
+    const Vec<A> dx = e * a, dl = e * (load<A>(row.x + here) * a - b);
+    if (row.streams) {
+      stream<A>(row.dx + here, dx);
+      stream<A>(row.dl + here, dl);
+    } else {
+      store<A>(row.dx + here, dx);
+      store<A>(row.dl + here, dl);
+    }
   }
 }
 
-template <class A>
+template <class A, bool kBounded>
 void backward_row(const A* const* prepared, int rows, const Window& window, int64_t width, int64_t out_width,
-                  int64_t depth, const A* l, const A* x, A* dx, A* dl) {
+                  int64_t depth, const InputRow<A>& row) {
   const A* pt[kMaxWindow];
   for (int64_t j = 0; j < width; ++j) {
     const int64_t begin = ceil_div(j + window.padding - window.kernel + 1, window.stride);
     const int64_t end = lowest((j + window.padding) / window.stride, out_width - 1);
     int taps = 0;
-    for (int row = 0; row < rows; ++row)
-      for (int64_t o = begin; o <= end; ++o) pt[taps++] = prepared[row] + o * 3 * depth;
-    const int64_t at = j * depth;
-    if (taps == 4) gather<A, 4>(pt, taps, depth, l + at, x + at, dx + at, dl + at);
-    else if (taps == 2) gather<A, 2>(pt, taps, depth, l + at, x + at, dx + at, dl + at);
-    else if (taps == 1) gather<A, 1>(pt, taps, depth, l + at, x + at, dx + at, dl + at);
-    else gather<A, 0>(pt, taps, depth, l + at, x + at, dx + at, dl + at);
+    for (int r = 0; r < rows; ++r)
+      for (int64_t o = begin; o <= end; ++o) pt[taps++] = prepared[r] + o * 3 * depth;
+    if (taps == 4) gather<A, 4, kBounded>(pt, taps, depth, row, j * depth);
+    else if (taps == 2) gather<A, 2, kBounded>(pt, taps, depth, row, j * depth);
+    else if (taps == 1) gather<A, 1, kBounded>(pt, taps, depth, row, j * depth);
+    else gather<A, 0, kBounded>(pt, taps, depth, row, j * depth);
   }
 }
 
@@ -342,6 +226,8 @@ void backward(const Grid& dy, const Grid& x, const Grid& l, const Grid& y, const
     OutRows<A> dxs(dx), dls(dl);
     Buffer<A> prepared = buffer<A>(alive * prepared_size);
     Buffer<int64_t> held = buffer<int64_t>(alive);
+    Buffer<bool> bounded = buffer<bool>(alive);                // of the output rows that are held
+    Buffer<bool> row_bounded = buffer<bool>(window.kernel);  // of the last input rows
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < groups * chunks; ++task) {
       const int64_t group = task / chunks, chunk = task % chunks;
@@ -354,28 +240,44 @@ void backward(const Grid& dy, const Grid& x, const Grid& l, const Grid& y, const
       const int64_t start = x.height * chunk / chunks;
       dxs.start(group, start);
       dls.start(group, start);
+      int64_t looked_at = 0;
       for (int64_t i = start; i < x.height * (chunk + 1) / chunks; ++i) {
         const int64_t begin = ceil_div(i + window.padding - window.kernel + 1, window.stride);
         const int64_t end = lowest((i + window.padding) / window.stride, y.height - 1);
         const A* pr[kMaxWindow];
         int rows = 0;
+        bool all_bounded = true;
         for (int64_t o = begin; o <= end; ++o) {
           A* out = prepared.get() + o % alive * prepared_size;
           if (held.get()[o % alive] != o) {
             const int64_t first = o * window.stride - window.padding;
             const A* lr[kMaxWindow];
             int count = 0;
-            for (int64_t q = highest(first, 0); q < lowest(first + window.kernel, x.height); ++q) lr[count++] = ls.row(q);
-            prepare_row<A>(lr, count, window, x.width, y.width, depth, rs.row(o), ys.row(o), dys.row(o), out);
+            bool together = true;
+            for (int64_t q = highest(first, 0); q < lowest(first + window.kernel, x.height); ++q) {
+              lr[count] = ls.row(q);
+              if (q >= looked_at) {
+                row_bounded.get()[q % window.kernel] = is_bounded<A>(lr[count], x.width * depth);
+                looked_at = q + 1;
+              }
+              together = together && row_bounded.get()[q % window.kernel];
+              ++count;
+            }
+            prepare_row<A>(lr, count, window, x.width, y.width, depth, rs.row(o), ys.row(o), dys.row(o), together, out);
             held.get()[o % alive] = o;
+            bounded.get()[o % alive] = together;
           }
+          all_bounded = all_bounded && bounded.get()[o % alive];
           pr[rows++] = out;
         }
-        backward_row<A>(pr, rows, window, x.width, y.width, depth, ls.row(i), xs.row(i), dxs.next(), dls.next());
+        const InputRow<A> row = {ls.row(i), xs.row(i), dxs.next(), dls.next(), dxs.streams() && dls.streams()};
+        const auto gather_row = all_bounded ? backward_row<A, true> : backward_row<A, false>;
+        gather_row(pr, rows, window, x.width, y.width, depth, row);
       }
       dxs.finish();
       dls.finish();
     }
+    finish_streams();
   }
 }
 

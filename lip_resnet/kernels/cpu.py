@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lip_resnet.kernels import KernelUnavailable
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "norm.cpp", "vectors.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "norm.cpp", "rows.h", "vectors.h")]
 # OpenMP's library is the one that PyTorch has loaded already: one pool of threads for both.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

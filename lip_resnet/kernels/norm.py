@@ -1,7 +1,8 @@
 """``torch.ops.lip_resnet.instance_norm``: instance norm and the activation behind it in one operator.
 
-Backends: ``norm.cpp`` on CPUs (channels-last, float32 or float64), ``gpu_norm.py`` on GPUs (both layouts, float32,
-bfloat16 and float16, also beside float32 weights, as autocast has it). ``norm_act`` takes PyTorch's calls for the rest.
+Backends: ``norm.cpp`` on CPUs (channels-last, float32 or float64), ``plain_norm.py`` where it is not to be had,
+``gpu_norm.py`` on GPUs (both layouts, float32, bfloat16 and float16, also beside float32 weights, as autocast has it).
+``norm_act`` takes PyTorch's calls for the rest.
 """
 
 from collections.abc import Callable
@@ -50,18 +51,22 @@ def _fits(z: Tensor, weight: Tensor) -> bool:
         and z.dtype == weight.dtype
         and z.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
-        and z.shape[1] % 16 == 0
-        and z.stride(1) == 1
         and channels_last
-        and kernels.available("cpu")
+        and not z.is_contiguous()
+        and (_is_built_for(z) or not torch.compiler.is_compiling())  # which fuses PyTorch's calls itself
     )
+
+
+def _is_built_for(z: Tensor) -> bool:
+    """Whether ``norm.cpp`` takes these features: whole vectors of channels, and a compiler was found."""
+    return z.shape[1] % 16 == 0 and kernels.available("cpu")
 
 
 def _backend(z: Tensor) -> Callable[[list[Tensor | None], int, float, float], None]:
     if z.device.type == "cpu":
-        from lip_resnet.kernels import cpu
+        from lip_resnet.kernels import cpu, plain_norm
 
-        return cpu.instance_norm
+        return cpu.instance_norm if _is_built_for(z) else plain_norm.instance_norm
     from lip_resnet.kernels import gpu_norm
 
     return gpu_norm.instance_norm

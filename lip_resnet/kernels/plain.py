@@ -3,12 +3,15 @@
 ``window`` is (kernel_size, stride, padding) throughout; ``lip_resnet.lip2d`` checks the arguments.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Sums of exp(logits) that the textbook form may divide by: every product it makes stays far inside float32.
 SAFE = (1e-12, 1e12)
+LOG2_E = math.log2(math.e)
 
 
 def pool(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
@@ -74,11 +77,13 @@ def _average(
     """
     channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x, weight = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout).exp()
+    x, logits = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout)
+    # a quarter of exp's time where PyTorch leaves exp to MKL, and at most 6e-8 |l| less exact
+    weight = (logits * LOG2_E).exp2_()
     total = F.avg_pool2d(weight, *window)
     # in the order of memory: a reduction over a channels-last tensor as such is 15 times slower
     flat = (total.permute(0, 2, 3, 1) if channels_last else total).reshape(-1)
-    if flat.numel() and not (flat.amin() >= SAFE[0] and flat.amax() <= SAFE[1]):
+    if flat.numel() and not (flat.amin().item() >= SAFE[0] and flat.amax().item() <= SAFE[1]):
         return None, weight, total
     product = x * weight if keep else weight.mul_(x)
     return F.avg_pool2d(product, *window).div_(total), weight, total

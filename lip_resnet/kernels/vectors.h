@@ -6,8 +6,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -52,22 +53,61 @@ template <class A> inline Vec<A> load(const A* p) {
   return v;
 }
 template <class A> inline void store(A* p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
+
+// A whole vector to an address of 64 bytes' alignment, past the caches: memory is not read before it is overwritten.
+template <class A> inline void stream(A* p, Vec<A> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX__)
+  __m256i half[2];
+  std::memcpy(half, &v, sizeof v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half[0]);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + 1, half[1]);
+#else
+  store<A>(p, v);
+#endif
+}
+// What this thread streamed is seen by all from here on.
+inline void finish_streams() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
+// Asks for the cache line that a walk from p on reaches soon, 4 KB away: the processor's own look-ahead ends at every
+// page, and knows few walks at once. Harmless behind the end of an array.
+template <class A> inline void look_ahead(const A* p) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096); }
 template <class A> inline Vec<A> splat(A a) { return Vec<A>{} + a; }
 
 #if defined(__AVX512F__)
 inline VecF larger(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
 inline VecD larger(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif defined(__AVX__)  // GCC would choose between vectors longer than the CPU's a number at a time
+inline VecF larger(VecF a, VecF b) {
+  __m256 x[2], y[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  for (int half : {0, 1}) x[half] = _mm256_max_ps(x[half], y[half]);
+  std::memcpy(&a, x, sizeof a);
+  return a;
+}
+inline VecD larger(VecD a, VecD b) {
+  __m256d x[2], y[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  for (int half : {0, 1}) x[half] = _mm256_max_pd(x[half], y[half]);
+  std::memcpy(&a, x, sizeof a);
+  return a;
+}
 #else
 template <class V> inline V larger(V a, V b) { return a > b ? a : b; }  // b where one is NaN
 #endif
 
-// exp(d) for d <= 0, NaN for NaN: 2^n by the bits of a float, times exp(d - n log 2) by its Taylor series, |.| at most
-// log(2) / 2: the first term left out is below the rounding error. Below kLowest the result stays at exp(kLowest), 1e-38
-// or less beside the window's maximum, which is 1.
-template <class A> inline Vec<A> exp_nonpositive(Vec<A> d) {
+// exp(d) for d from kLowest to -kLowest: 2^n by the bits of a float, times exp(d - n log 2) by its Taylor series, |.| at
+// most log(2) / 2: the first term left out is below the rounding error.
+template <class A> inline Vec<A> exp_within(Vec<A> d) {
   typedef Traits<A> T;
   constexpr int order = sizeof(T::kSeries) / sizeof(A) - 1;
-  d = larger(splat<A>(T::kLowest), d);
   const Vec<A> shifted = d * T::kLog2e + T::kMagic;
   const Vec<A> n = shifted - T::kMagic;
   for (A part : T::kLn2) d = d - n * part;
@@ -80,6 +120,12 @@ template <class A> inline Vec<A> exp_nonpositive(Vec<A> d) {
   Vec<A> scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return sum * scale;
+}
+
+// exp(d) for d <= 0, NaN for NaN. Below kLowest the result stays at exp(kLowest), 1e-38 or less beside the window's
+// maximum, which is 1.
+template <class A> inline Vec<A> exp_nonpositive(Vec<A> d) {
+  return exp_within<A>(larger(splat<A>(Traits<A>::kLowest), d));
 }
 
 // ---- storage types <-> vectors ---------------------------------------------------------------------------------------

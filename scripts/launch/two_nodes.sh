@@ -14,6 +14,8 @@ fi
 recipe=$1
 shift
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}" # seconds for step and save
+# Without it a surviving torchrun (2.14) does not tell a machine that comes back where the store is.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun \
     --nnodes="${NODES:-2}" --nproc_per_node="${PROCESSES:-gpu}" --max_restarts=3 \
     --rdzv_backend=c10d --rdzv_endpoint="$NODE0:${PORT:-29500}" --rdzv_id="$(basename "$recipe" .yaml)" \

@@ -1,12 +1,11 @@
-"""How fast images come:  python scripts/benchmark_data.py [--data DIR] [--workers 2] [--rounds 7]
+"""``benchmark.py data``: how fast images come.
 
 Our loader, exact and fast, beside timm's (uint8) and torchvision's (float32), on the same files with the same workers
-and batch: random resized crops of 224 with flips. Rounds are interleaved, so that a busy machine is busy for all.
+and batch: random resized crops of 224 with flips.
 """
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import performance
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
@@ -23,12 +23,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from lip_resnet import checkpoint, distributed, runlog
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import TrainLoader
 from lip_resnet.data.sources import Folder
 
-RECORD = Path(__file__).parents[1] / "benchmarks" / "data_cpu.json"
+RECORD = performance.FOLDER / "data_cpu.json"
 _BASELINE = "timm, uint8"
 
 
@@ -153,63 +152,33 @@ def render(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['files']}, {result['bytes_per_file'] / 1000:.0f} KB each on average; {result['workers']} workers, "
-        f"batch {result['batch_size']}, {result['rounds']} interleaved rounds of {result['images']} images; "
-        f"a GPU of {result['gpu']:.0f} images/s; {result['environment']['hardware']}.",
+        f"batch {result['batch']}, {result['rounds']} interleaved rounds of {result['images']} images; "
+        f"a GPU of {result['gpu']:.0f} images/s.",
         f"Fast against exact, the same crops: {pixels['mean']:.3f} of 255 on average, {pixels['worst_image']:.3f} in "
         "the worst image.",
     ]
     if scaling:
-        lines.append(f"Fast, two workers against one: {scaling[1]:.2f} ({scaling[0]:.2f} to {scaling[2]:.2f}).")
+        lines.append(f"Fast, two workers against one: {scaling[1]:.2f} times ({scaling[0]:.2f} to {scaling[2]:.2f}).")
     return "\n".join(lines) + "\n"
 
 
-def command(options: argparse.Namespace) -> str:
-    """How to measure this again; where the images lay is no part of it."""
-    words = ["python scripts/benchmark_data.py", *(["--data DIR"] if options.data else [])]
-    words += [f"--{key} {getattr(options, key)}" for key in ("workers", "rounds")] + ["--scaling"] * options.scaling
-    return " ".join(words)
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """All that ``benchmark.py data`` measures.
 
-
-def section() -> str:
-    """The README's table, from the figures in benchmarks/."""
-    if not RECORD.is_file():
-        return "not measured yet"
-    result = json.loads(RECORD.read_text(encoding="utf-8"))
-    date, torch_version = result["environment"]["date"][:10], result["environment"]["torch"]
-    made = f"`{result['environment']['command']} --output benchmarks/{RECORD.name}`"
-    return f"{render(result)}torch {torch_version}, load {result['load']:.1f} before the run, {date}; {made}"
-
-
-def main() -> None:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="a directory with images at any depth (default: made photographs)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2; at most one a core)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--images", type=int, default=1024, help="a round's (default: 1024; files are read repeatedly)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--gpu", type=float, default=2500, help="images/s of the GPU to feed (default: 2500)")
-    parser.add_argument("--scaling", action="store_true", help="measure one worker against two as well")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON; must not exist")
-    options = parser.parse_args()
-    if min(options.workers, options.rounds, options.batch_size) < 1 or options.images < options.batch_size:
-        raise InputError("--workers, --rounds and --batch-size must be at least 1, --images at least a batch")
-    if options.output is not None and options.output.exists():
-        raise InputError(f"--output {options.output} exists; choose another")
-    torch.set_num_threads(1)
-    load = os.getloadavg()[0]
+    Raises:
+        InputError: there are no images, or fewer a round than a batch.
+    """
+    if options.images < options.batch:
+        raise InputError(f"--images {options.images}; it must be at least the batch, {options.batch}")
     with tempfile.TemporaryDirectory() as temporary:
         source, root = options.data, Path(temporary) / "links"
         if source is None:
             source = Path(temporary) / "made"
             make_photographs(source)
         count, size = link_images(source, root, options.images)
-        functions = contenders(root, options.workers, options.batch_size)
-        rates = measure(functions, options.rounds)
-        scaling = None
-        if options.scaling:
-            pair = {str(workers): ours(root, workers, options.batch_size, "fast") for workers in (1, 2)}
-            both = measure(pair, options.rounds)
-            scaling = quartiles([two / one for one, two in zip(both["1"], both["2"], strict=True)])
+        rates = measure(contenders(root, options.workers, options.batch), options.rounds)
+        pair = {workers: ours(root, workers, options.batch, "fast") for workers in (1, 2)}
+        both = measure(pair, options.rounds)
         pixels = compare_pixels(root)
     rows = []
     for name, values in rates.items():
@@ -217,25 +186,24 @@ def main() -> None:
         ratios = [value / base for value, base in zip(values, rates[_BASELINE], strict=True)]
         figures = {"images_per_second": quartiles(values), "ratio": quartiles(ratios), "all": values}
         rows.append({"loader": name, **figures, "per_core": per_core, "cores_for_gpu": options.gpu / per_core})
-    result = {
+    return {
         "rows": rows,
         "files": f"{count} {'made photographs (no real ones)' if options.data is None else 'files of --data'}",
         "bytes_per_file": size,
-        "images": options.images,
-        "workers": options.workers,
-        "batch_size": options.batch_size,
-        "rounds": options.rounds,
-        "gpu": options.gpu,
-        "load": load,
+        **{name: getattr(options, name) for name in ("images", "workers", "batch", "rounds", "gpu")},
         "pixels": pixels,
-        "two_workers_against_one": scaling,
-        "environment": runlog.describe_environment() | {"command": command(options)},
+        "two_workers_against_one": quartiles([two / one for one, two in zip(both[1], both[2], strict=True)]),
     }
-    print(render(result), end="")
-    if options.output is not None:
-        text = json.dumps(result, indent=2) + "\n"
-        checkpoint.write_atomically(options.output, lambda file: file.write(text.encode()))
 
 
-if __name__ == "__main__":
-    distributed.launch(main)
+def to_json(result: dict[str, Any], environment: dict[str, Any]) -> str:
+    """The whole result."""
+    return json.dumps({"environment": environment, **result}, indent=2) + "\n"
+
+
+def section(record: Path = RECORD) -> str:
+    """The README's table, from the figures in benchmarks/."""
+    if not record.is_file():
+        return "not measured yet"
+    result = json.loads(record.read_text(encoding="utf-8"))
+    return f"{render(result)}{performance.made_by(result['environment'])}"
