@@ -171,11 +171,8 @@ def render(result: dict[str, Any]) -> str:
         f"Fast against exact, the same crops: {pixels['mean']:.3f} of 255 on average, {pixels['worst_image']:.3f} in "
         "the worst image.",
     ]
-    if result.get("pixels_gpu"):
-        pixels = result["pixels_gpu"]
-        lines.append(
-            f"GPU against exact: {pixels['mean']:.3f} on average, {pixels['worst_image']:.3f} in the worst image."
-        )
+    if gpu := result.get("pixels_gpu"):
+        lines.append(f"GPU against exact: {gpu['mean']:.3f} on average, {gpu['worst_image']:.3f} in the worst image.")
     if scaling:
         lines.append(f"Fast, two workers against one: {scaling[1]:.2f} times ({scaling[0]:.2f} to {scaling[2]:.2f}).")
     return "\n".join(lines) + "\n"

@@ -24,6 +24,8 @@ from lip_resnet.data.decode import decode_exact
 
 # On a GPU, torch keeps the weights of its antialiased resize in shared memory; there is room up to about 90.
 _LARGEST_SHRINK = 64
+# libjpeg-turbo interpolates the colours of a column that is cropped out alone in another way than within the image.
+_SMALLEST_CROP = 8
 
 Box = tuple[int, int, int, int]
 
@@ -60,9 +62,10 @@ class Packer:
         self.side, self.pieces, self.chunks, self.end = side, [], [], 0
 
     def takes(self, data: bytes, box: Box) -> bool:
-        """Whether a JPEG file is for the GPU: its colours are the usual ones, and the crop does not shrink too far."""
-        colours = simplejpeg.decode_jpeg_header(data)[2]
-        return colours in ("YCbCr", "Gray") and max(box[2:]) <= _LARGEST_SHRINK * self.side
+        """Whether a JPEG file is for the GPU: its colours are the usual ones, the crop neither tiny nor huge."""
+        colours, sides = simplejpeg.decode_jpeg_header(data)[2], box[2:]
+        usual = colours in ("YCbCr", "Gray")
+        return usual and min(sides) >= _SMALLEST_CROP and max(sides) <= _LARGEST_SHRINK * self.side
 
     def add_file(self, data: bytes, path: str, box: Box, flip: bool) -> None:
         """A JPEG file, to be cropped and then flipped."""

@@ -45,11 +45,11 @@ class _Packet(NamedTuple):
     labels: np.ndarray | None = None
     slot: int | None = None
     side: int = 0
-    parcel: Parcel | None = None
-    """For ``decode: gpu``, the images: no decoded batch is sent."""
     skipped: tuple[str, ...] = ()
     """A line for each image left out."""
     error: str | None = None
+    parcel: Parcel | None = None
+    """The images, for ``decode: gpu``."""
 
 
 class _TrainBatches(Dataset):
