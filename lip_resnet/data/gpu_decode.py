@@ -189,17 +189,19 @@ class BatchDecoder:
         return torch.from_numpy(pixels.copy()).to(self.device)
 
     def _resize(self, crop: Tensor, side: int, flip: bool) -> Tensor:
-        """(h, w, 3) uint8 -> (side, side, 3); torch's antialiased resize, which on GPUs needs floats."""
-        resized = functional.interpolate(
-            crop.permute(2, 0, 1)[None].float(),
-            (side, side),
-            mode=self.interpolation,
-            align_corners=False,
-            antialias=True,
-        )
+        """(h, w, 3) uint8 -> (side, side, 3), whole numbers: torch's antialiased resize, which on GPUs needs floats.
+
+        The rows first and then the columns, with levels rounded in between: so do PIL and torch's resize of bytes.
+        """
+        pixels = crop.permute(2, 0, 1)[None].float()
+        for size in ((len(crop), side), (side, side)):
+            pixels = functional.interpolate(
+                pixels, size, mode=self.interpolation, align_corners=False, antialias=True
+            ).round_()
+            pixels.clamp_(0, 255)
         if flip:
-            resized = resized.flip(-1)
-        return resized[0].permute(1, 2, 0).round().clamp(0, 255)
+            pixels = pixels.flip(-1)
+        return pixels[0].permute(1, 2, 0)
 
 
 def on_this_gpu(interpolation: str) -> BatchDecoder:
