@@ -110,7 +110,7 @@ def measure(name: str, batch: int, size: int, precision: str, rounds: int) -> di
     median = {key: statistics.median(values) for key, values in seconds.items()}
     latency, bandwidth = fit((median["small"], median["large"]), processes)
     cluster = Cluster(processes, bandwidth, bandwidth, latency, latency)
-    share = 1 - median["forward"] / median["alone"]
+    share = max(0.0, 1 - median["forward"] / median["alone"])  # a busy machine can delay the forward alone
     predicted = step(load, median["alone"], cluster, processes, backward=share)
     return {
         "model": name,
