@@ -96,9 +96,10 @@ class DataConfig(Section):
     """The evaluation first resizes an image's shorter side to this, pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Of every resize, with PIL's antialiasing."""
-    decode: Literal["exact", "fast"] = "exact"
+    decode: Literal["exact", "fast", "gpu"] = "exact"
     """Of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no further
-    than the crop needs and resized by torch, within a level or two of PIL's pixels. Validation is always exact."""
+    than the crop needs and resized by torch, within a level or two of PIL's pixels; gpu: the same crops, decoded and
+    resized on the GPU (needs nvImageCodec). Validation is always exact."""
     on_error: Literal["stop", "skip"] = "stop"
     """A training image that does not decode. stop: end with its path; skip: leave it out of its batch, which is one
     smaller, count it and list it. Nothing is ever put in its place, and validation always stops."""
@@ -137,6 +138,10 @@ class DataConfig(Section):
             raise ValueError(f"download belongs to torchvision's sets; the name is {self.name}")
         if self.label_column and self.name != "huggingface":
             raise ValueError(f"label_column belongs to name: huggingface; the name is {self.name}")
+        if self.decode == "gpu":
+            for key in ("color_jitter", "rand_augment", "random_erasing"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} needs decode: exact or fast; decode: gpu only crops and flips")
         if self.classes and self.name != "folder":
             raise ValueError(f"classes needs data.name: folder; the name is {self.name}")
         for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):

@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import TrainLoader
+from lip_resnet.data.gpu_decode import installed
 from lip_resnet.data.sources import Folder
 
 RECORD = performance.FOLDER / "data_cpu.json"
@@ -65,8 +66,9 @@ def link_images(source: Path, root: Path, images: int) -> tuple[int, float]:
 
 def contenders(root: Path, workers: int, batch: int) -> dict[str, Callable[[], int]]:
     """Name -> a function that loads one epoch and returns its images; the workers of each persist."""
+    decoders = ["fast", "exact", *(["gpu"] if _gpu() else [])]
     found = {
-        f"ours, decode: {decode}": ours(root, workers, batch, decode) for decode in ("fast", "exact")
+        f"ours, decode: {decode}": ours(root, workers, batch, decode) for decode in decoders
     }  # ours start their workers at once, the others at their first epoch
     timm_loader = create_loader(
         create_dataset("", root=str(root)),
@@ -102,7 +104,19 @@ def ours(root: Path, workers: int, batch: int, decode: str) -> Callable[[], int]
     """One epoch after the other of our loader."""
     config = DataConfig(root=str(root), batch_size=batch, workers=workers, decode=decode, last_batch="drop")
     loader, epochs = TrainLoader(Folder(root, ["a"]), config, 1, 0), iter(range(1_000_000))
-    return lambda: sum(batch.size for batch in loader.epoch(next(epochs)))
+
+    def load() -> int:
+        images = sum(batch.size for batch in loader.epoch(next(epochs)))
+        if decode == "gpu":
+            torch.cuda.synchronize()
+        return images
+
+    return load
+
+
+def _gpu() -> bool:
+    """Whether ``decode: gpu`` can be measured here."""
+    return torch.cuda.is_available() and installed()
 
 
 def measure(functions: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
@@ -123,15 +137,15 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return tuple(np.percentile(values, (25, 50, 75)).tolist())
 
 
-def compare_pixels(root: Path, images: int = 200) -> dict[str, float]:
-    """|fast - exact| of 255 over the same crops: on average, and the average of the worst image."""
+def compare_pixels(root: Path, other: str = "fast", images: int = 200) -> dict[str, float]:
+    """|other - exact| of 255 over the same crops: on average, and the average of the worst image."""
     means = []
     loaders = []
-    for decode in ("exact", "fast"):
+    for decode in ("exact", other):
         config = DataConfig(root=str(root), batch_size=1, workers=0, decode=decode)
         loaders.append(TrainLoader(Folder(root, ["a"]), config, 1, 0).epoch(0))
-    for _, exact, fast in zip(range(images), *loaders, strict=False):
-        difference = exact.parts[0][0].int() - fast.parts[0][0].int()
+    for _, exact, second in zip(range(images), *loaders, strict=False):
+        difference = exact.parts[0][0].int() - second.parts[0][0].cpu().int()
         means.append(difference.abs().float().mean().item())
     return {"mean": statistics.fmean(means), "worst_image": max(means)}
 
@@ -157,6 +171,8 @@ def render(result: dict[str, Any]) -> str:
         f"Fast against exact, the same crops: {pixels['mean']:.3f} of 255 on average, {pixels['worst_image']:.3f} in "
         "the worst image.",
     ]
+    if gpu := result.get("pixels_gpu"):
+        lines.append(f"GPU against exact: {gpu['mean']:.3f} on average, {gpu['worst_image']:.3f} in the worst image.")
     if scaling:
         lines.append(f"Fast, two workers against one: {scaling[1]:.2f} times ({scaling[0]:.2f} to {scaling[2]:.2f}).")
     return "\n".join(lines) + "\n"
@@ -180,6 +196,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         pair = {workers: ours(root, workers, options.batch, "fast") for workers in (1, 2)}
         both = measure(pair, options.rounds)
         pixels = compare_pixels(root)
+        pixels_gpu = compare_pixels(root, "gpu") if _gpu() else None
     rows = []
     for name, values in rates.items():
         per_core = statistics.median(values) / options.workers
@@ -192,6 +209,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_file": size,
         **{name: getattr(options, name) for name in ("images", "workers", "batch", "rounds", "gpu")},
         "pixels": pixels,
+        "pixels_gpu": pixels_gpu,
         "two_workers_against_one": quartiles([two / one for one, two in zip(both[1], both[2], strict=True)]),
     }
 

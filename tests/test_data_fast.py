@@ -255,7 +255,7 @@ def test_bad_keys():
         ("repeats", 3, "does not divide by repeats 3"),
         ("size_schedule", [[3, 96], [1, 128]], "they must rise"),
         ("size_schedule", [[1, 0]], "greater than 0"),
-        ("decode", "quick", "'exact' or 'fast'"),
+        ("decode", "quick", "'exact', 'fast' or 'gpu'"),
     ):
         with pytest.raises(InputError, match=words):
             small_config(**{f"data__{key}": value})

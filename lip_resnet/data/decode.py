@@ -69,20 +69,25 @@ def decode_exact(data: bytes, path: str) -> Image.Image:
         raise BadImage(f"{path}: cannot decode this image: {error}") from None
 
 
-def check_scan(data: bytes, path: str) -> None:
+def check_scan(data: bytes, path: str) -> bool:
     """Decode a JPEG's whole scan, at an eighth of its size, for damage that PIL does not report; skip other formats.
+
+    Returns:
+        Whether it is a JPEG that libjpeg has nothing to say about: any decoder may have it. PIL must judge the others.
 
     Raises:
         BadImage: the compressed data is damaged. (Some damage still decodes as if it were an image: nobody can tell.)
     """
     if not simplejpeg.is_jpeg(data):
-        return
+        return False
     try:
         colours = simplejpeg.decode_jpeg_header(data)[2]
         space = "CMYK" if colours in ("CMYK", "YCCK") else "GRAY"
         simplejpeg.decode_jpeg(data, space, min_height=1, min_width=1, min_factor=8)
     except ValueError as error:
         _refuse_damage(str(error), path)
+        return False
+    return True
 
 
 def _refuse_damage(message: str, path: str) -> None:

@@ -67,11 +67,15 @@ class Encoded(Dataset):
         """Every (name, label), as ImageFolder has them."""
         return [(self.path(index), label) for index, label in enumerate(self.targets)]
 
-    def check(self, index: int, data: bytes) -> None:
-        """Look for damage that PIL does not report, once an image: it costs as much as half of decoding."""
+    def check(self, index: int, data: bytes) -> bool:
+        """Look for damage that PIL does not report, once an image: it costs as much as half of decoding.
+
+        Returns:
+            Whether it is a JPEG that any decoder may have: one without a complaint of libjpeg's.
+        """
         if not self._checked[index]:
-            check_scan(data, self.path(index))
-            self._checked[index] = 1
+            self._checked[index] = 1 + check_scan(data, self.path(index))
+        return self._checked[index].item() == 2
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         data = self.read(index)

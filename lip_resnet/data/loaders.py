@@ -22,6 +22,7 @@ from lip_resnet import distributed, seeding
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data.decode import BadImage
 from lip_resnet.data.encoded import Encoded
+from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Parcel, on_this_gpu
 from lip_resnet.data.transforms import TrainTransform, eval_transform
 from lip_resnet.data.workers import PREFETCH, Held, Orders, Ring, start_loader
 
@@ -47,6 +48,8 @@ class _Packet(NamedTuple):
     skipped: tuple[str, ...] = ()
     """A line for each image left out."""
     error: str | None = None
+    parcel: Parcel | None = None
+    """The images, for ``decode: gpu``."""
 
 
 class _TrainBatches(Dataset):
@@ -63,6 +66,7 @@ class _TrainBatches(Dataset):
         slot, keys = order
         side = self.config.size_at(keys[0][0])
         shape = (len(keys), side, side, 3)
+        packer = Packer(side) if self.config.decode == "gpu" else None
         if slot is None:
             images = torch.empty(shape, dtype=torch.uint8)
         else:
@@ -74,7 +78,7 @@ class _TrainBatches(Dataset):
             self.held.note(index)
             seed = seeding.derive("augment", self.seed, epoch, index, repeat)
             try:
-                labels.append(self._load(index, seed, images[len(labels)]))
+                labels.append(self._load(index, seed, images[len(labels)], packer))
             except InputError as error:  # a server that fails is no bad image
                 if self.config.on_error == "stop" or not isinstance(error, BadImage):
                     return _Packet(error=str(error))
@@ -82,21 +86,35 @@ class _TrainBatches(Dataset):
         self.held.note(-1)
         done = len(labels)
         packed = np.array(labels, dtype=np.int64)
+        if packer is not None:
+            return _Packet(labels=packed, parcel=packer.seal(), skipped=tuple(skipped))
         return _Packet(images[:done] if slot is None else None, packed, slot, side, tuple(skipped))
 
-    def _load(self, index: int, seed: int, out: Tensor) -> int:
+    def _load(self, index: int, seed: int, out: Tensor, packer: Packer | None) -> int:
         source = self.source
         if isinstance(source, Encoded):
-            data = source.read(index)
+            data, label = source.read(index), source.label(index)
+            if packer is not None and self._leave_encoded(index, data, seed, packer):
+                return label
             if self.transform.data(data, source.path(index), seed, out):
                 source.check(index, data)
-            return source.label(index)
-        image, label = source[index]
-        if isinstance(image, Tensor):
-            out.copy_(image[:, : len(out), : len(out)].permute(1, 2, 0))
         else:
-            self.transform.image(image, seed, out)
+            image, label = source[index]
+            if isinstance(image, Tensor):
+                out.copy_(image[:, : len(out), : len(out)].permute(1, 2, 0))
+            else:
+                self.transform.image(image, seed, out)
+        if packer is not None:
+            packer.add_pixels(out)
         return label
+
+    def _leave_encoded(self, index: int, data: bytes, seed: int, packer: Packer) -> bool:
+        """Pack a JPEG as it is, if it is for the GPU; nvJPEG would decode a damaged scan without a word."""
+        drawn = self.transform.draw(data, seed)
+        if drawn is None or not packer.takes(data, drawn[0]) or not self.source.check(index, data):
+            return False
+        packer.add_file(data, self.source.path(index), *drawn)
+        return True
 
 
 class _EvalBatches(Dataset):
@@ -158,11 +176,17 @@ class _TrainSampler:
 class TrainLoader:
     """Optimizer steps of an epoch, as this process sees them.
 
+    Args:
+        decoder: for ``decode: gpu``; by default, this process's GPU.
+
     Raises:
-        InputError: the batch does not divide, or the last one would leave a part with fewer than 2 images.
+        InputError: the batch does not divide, or the last one would leave a part with fewer than 2 images; there is
+            nothing to decode with.
     """
 
-    def __init__(self, source: Any, config: DataConfig, accumulate: int, seed: int) -> None:
+    def __init__(
+        self, source: Any, config: DataConfig, accumulate: int, seed: int, decoder: BatchDecoder | None = None
+    ) -> None:
         world, batch_size, samples = distributed.world_size(), config.batch_size, len(source)
         parts = world * accumulate
         if batch_size % parts:
@@ -178,12 +202,15 @@ class TrainLoader:
                 "statistics need 2 in each; set data.last_batch: drop or another data.batch_size"
             )
         self.config, self.accumulate, self.source = config, accumulate, source
+        if config.decode == "gpu" and decoder is None:
+            decoder = on_this_gpu(config.interpolation)
+        self.decoder = decoder
         self.skipped: dict[str, int] = {}
         self.skipped_to: Path | None = None
         self.sampler = _TrainSampler(samples, config, accumulate, seed)
         self.held = Held(config.workers)
         self.ring = None
-        if config.workers:
+        if config.workers and config.decode != "gpu":
             # As many as can be on their way, and as the caller can hold while it waits.
             buffers = PREFETCH * config.workers + 2 * accumulate + 1
             self.ring = Ring(buffers, -(-batch_size // parts) * config.sizes[-1] ** 2 * 3)
@@ -217,6 +244,8 @@ class TrainLoader:
             raise InputError(
                 f"data.on_error: of one part of a batch, {found} images decode and {len(packet.skipped)} do not"
             )
+        if packet.parcel is not None:
+            return self.decoder(packet.parcel), torch.from_numpy(packet.labels)
         images = packet.images
         if images is None:
             images = self.ring.lend(packet.slot, (found, packet.side, packet.side, 3))

@@ -11,6 +11,8 @@ from lip_resnet.data.loaders import Batch
 def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches, on a GPU already: the next one is copied on a stream of its own, from pinned memory, while the
     step before it computes. On the CPU they pass through.
+
+    What ``batches`` does on the GPU for itself, decoding, is on that stream too.
     """
     if device.type != "cuda":
         yield from batches
@@ -18,7 +20,17 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     side = torch.cuda.Stream(device)
 
     def upload(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
+
+    def pull() -> tuple[Batch, torch.cuda.Event] | None:
+        with torch.cuda.stream(side):
+            batch = next(source, None)
+            if batch is None:
+                return None
+            parts = [(upload(images), upload(labels)) for images, labels in batch.parts]
+            copied = torch.cuda.Event()
+            copied.record(side)
+        return Batch(parts, batch.size), copied
 
     def release(batch: Batch, copied: torch.cuda.Event) -> Batch:
         stream = torch.cuda.current_stream(device)
@@ -28,14 +40,8 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
             labels.record_stream(stream)
         return batch
 
-    ahead = None
-    for batch in batches:
-        with torch.cuda.stream(side):
-            parts = [(upload(images), upload(labels)) for images, labels in batch.parts]
-            copied = torch.cuda.Event()
-            copied.record(side)
-        if ahead is not None:
-            yield release(*ahead)
-        ahead = Batch(parts, batch.size), copied
-    if ahead is not None:
-        yield release(*ahead)
+    source = iter(batches)
+    ahead = pull()
+    while ahead is not None:
+        ready, ahead = ahead, pull()
+        yield release(*ready)

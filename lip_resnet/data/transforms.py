@@ -60,10 +60,18 @@ class TrainTransform:
         Raises:
             BadImage: the file is damaged.
         """
-        if self.config.decode == "fast" and self._fast(data, path, seed, out):
+        if self.config.decode != "exact" and self._fast(data, path, seed, out):
             return False
         self.image(decode_exact(data, path), seed, out)
         return True
+
+    def draw(self, data: bytes, seed: int) -> tuple[tuple[int, int, int, int], bool] | None:
+        """The crop box and flip that ``data`` would take of a JPEG file; None for what PIL must decode."""
+        size = self.decoder.read_size(data)
+        if size is None:
+            return None
+        seeding.reseed(seed)
+        return self.crop_box(*size), bool(torch.rand(1) < self.config.flip)
 
     def _fast(self, data: bytes, path: str, seed: int, out: Tensor) -> bool:
         size = self.decoder.read_size(data)
