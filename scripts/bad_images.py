@@ -60,6 +60,7 @@ def make_files(folder: Path) -> dict[str, Path]:
         "header only": whole[:300],
         "scan damaged by zeros": whole[:middle] + bytes(200) + whole[middle + 200 :],
         "scan damaged by noise": whole[:middle] + noise + whole[middle + 200 :],
+        "scan damaged by noise, bytes after the image": whole[:middle] + noise + whole[middle + 200 :] + b"trailing",
         "text file": b"404 Not Found\n" * 50,
         "decompression bomb (PNG, 30000x30000)": _png_header(30000, 30000),
         "decompression bomb (JPEG, 60000x60000)": _giant(whole),

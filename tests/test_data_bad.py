@@ -26,6 +26,7 @@ REFUSED = {
     "header only": "cannot decode",
     "scan damaged by zeros": "Corrupt JPEG data",
     "scan damaged by noise": "Corrupt JPEG data",
+    "scan damaged by noise, bytes after the image": "Corrupt JPEG data",
     "text file": "PIL knows no such format",
     "decompression bomb (PNG, 30000x30000)": "exceeds limit",
     "decompression bomb (JPEG, 60000x60000)": "exceeds limit",

@@ -17,6 +17,7 @@ from lip_resnet.config import InputError
 # libjpeg's words for data that cannot be what the encoder wrote. Its other warnings (bytes after the image, an odd
 # version number) leave the pixels whole.
 _DAMAGE = ("premature end of data segment", "bad Huffman code", "bad arithmetic code", "instead of RST")
+_END = b"\xff\xd9"  # the marker with which a JPEG ends
 _EXTRANEOUS = "extraneous bytes before marker"
 _PIL_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError),
@@ -78,8 +79,11 @@ def check_scan(data: bytes, path: str) -> bool:
     Raises:
         BadImage: the compressed data is damaged. (Some damage still decodes as if it were an image: nobody can tell.)
     """
-    if not simplejpeg.is_jpeg(data):
-        return False
+    whole = simplejpeg.is_jpeg(data)
+    if not whole:  # simplejpeg knows no JPEG with bytes behind its end
+        data = data[: data.rfind(_END) + len(_END)]
+        if not simplejpeg.is_jpeg(data):
+            return False
     try:
         colours = simplejpeg.decode_jpeg_header(data)[2]
         space = "CMYK" if colours in ("CMYK", "YCCK") else "GRAY"
@@ -87,7 +91,7 @@ def check_scan(data: bytes, path: str) -> bool:
     except ValueError as error:
         _refuse_damage(str(error), path)
         return False
-    return True
+    return whole
 
 
 def _refuse_damage(message: str, path: str) -> None:
