@@ -272,6 +272,7 @@ def put_weights(
         ("missing", [key for key in wanted if key not in state]),
         ("unknown", [key for key in state if key not in wanted]),
         ("of another shape", [key for key in wanted if key in state and state[key].shape != wanted[key].shape]),
+        ("complex", [key for key in wanted if key in state and state[key].is_complex()]),  # torch drops half of each
     ):
         if keys:
             problems.append(f"{len(keys)} keys {label} ({_sample(keys)})")

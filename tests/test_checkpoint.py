@@ -73,6 +73,7 @@ def test_wrong_weights_are_counted_and_change_nothing(model, tmp_path):
     del state["bn1.weight"], state["bn1.bias"]
     state["extra"] = torch.zeros(1)
     state["fc.bias"] = torch.zeros(3)
+    state["bn1.num_batches_tracked"] = torch.tensor(1 + 1j)
     torch.save(state, tmp_path / "wrong.pth")
     with pytest.raises(InputError) as caught:
         checkpoint.load_weights(model, tmp_path / "wrong.pth")
@@ -80,6 +81,7 @@ def test_wrong_weights_are_counted_and_change_nothing(model, tmp_path):
         "2 keys missing (bn1.weight, bn1.bias)",
         "1 keys unknown (extra)",
         "1 keys of another shape (fc.bias)",
+        "1 keys complex (bn1.num_batches_tracked)",
     ):
         assert words in str(caught.value)
     assert same(model, before)
