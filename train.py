@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from lip_resnet import checkpoint, distributed, models, replace_downsampling, runlog
-from lip_resnet.config import TrainConfig
+from lip_resnet.config import Config, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
 from lip_resnet.engine import build_state
+from lip_resnet.interrupts import Interrupts
 from lip_resnet.pooling import logit_parameters
 from lip_resnet.recipe import load_config
 from lip_resnet.run import Run, restore
@@ -26,7 +27,17 @@ def main() -> None:
     config = load_config(options.config, options.overrides)
     recipe = Path(options.config)
     folder = Path(options.output or Path("runs") / recipe.resolve().parent.name / recipe.stem)
+    with Interrupts(config.train.checkpoint_steps, config.train.checkpoint_minutes) as interrupts:
+        try:
+            train(config, folder, options.resume, interrupts)
+        except distributed.Stopped:
+            if distributed.is_main():
+                runlog.request_requeue(folder)
+            raise
 
+
+def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> None:
+    """Build everything, open or continue the run in ``folder``, and train to the end."""
     device = distributed.device()
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.train.seed)
@@ -37,7 +48,7 @@ def main() -> None:
     models.check_size(model, min(*config.data.sizes, config.data.eval_size))
     state = build_state(model, config, device)
 
-    opened = distributed.on_main(lambda: runlog.open_run(folder, config, options.resume))
+    opened = distributed.on_main(lambda: runlog.open_run(folder, config, resume))
     processes = [distributed.world_size()]
     if opened.source is not None:
         processes = restore(state, config, opened.source)
@@ -56,7 +67,7 @@ def main() -> None:
             log.say(f"{folder}: already trained to step {state.step}")
         else:
             watched = list(logit_parameters(state.model))
-            Run(config, state, loader, val_loader, checkpoints, log, total, processes, watched).fit()
+            Run(config, state, loader, val_loader, checkpoints, log, total, processes, watched).fit(interrupts)
     finally:
         log.close()
 

@@ -67,7 +67,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self._thread: threading.Thread | None = None
-        self._error: InputError | None = None
+        self._error: Exception | None = None
 
     def save(self, payload: dict[str, Any], best: bool) -> None:
         """Start to write ``payload``, whose ``step`` names it; ``best`` makes it ``best.pt`` too.
@@ -79,6 +79,11 @@ class Checkpoints:
         snapshot = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), payload)
         self._thread = threading.Thread(target=self._write, args=(snapshot, best))
         self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a write has failed that ``wait`` has not reported yet."""
+        return self._error is not None
 
     def wait(self) -> None:
         """Until nothing is being written.
@@ -102,10 +107,10 @@ class Checkpoints:
                 self._link(path, self.folder / name, payload)
             for old in sorted(self.folder.glob("step-*.pt"))[: -self.keep]:
                 old.unlink()
-        except InputError as error:
-            self._error = error
         except OSError as error:
             self._error = InputError(f"{self.folder}: cannot write: {error.strerror}")
+        except Exception as error:  # whatever it is, `wait` raises it where the run can see it
+            self._error = error
 
     @staticmethod
     def _link(path: Path, name: Path, payload: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from lip_resnet import checkpoint, distributed, runlog
 from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader
 from lip_resnet.engine import TrainState, evaluate, rehearse, train_one_epoch
-from lip_resnet.interrupts import SAVE, STOP, Interrupts
+from lip_resnet.interrupts import SAVE, SETTLE, STOP, Interrupts
 from lip_resnet.numerics import Rollback
 from lip_resnet.recipe import parse_config
 from lip_resnet.watchdog import Watchdog
@@ -45,19 +45,25 @@ class Run:
     watched: list[nn.Parameter]
     """As for ``train_one_epoch``."""
 
-    def fit(self) -> None:
-        """Epoch by epoch: train, evaluate, log, save. Asked to stop, save and leave after the step under way."""
+    def fit(self, interrupts: Interrupts) -> None:
+        """Epoch by epoch: train, evaluate, log, save. Asked to stop, save and leave after the step under way.
+
+        Raises:
+            Stopped: by a signal; everything is saved.
+            InputError: a checkpoint cannot be written, and the recipe says to stop then.
+        """
+        interrupts.begin()
         train, state = self.config.train, self.state
         self.folder = self.checkpoints.folder.parent
         state.sentinel.folder, state.sentinel.tell = self.folder / "nonfinite", self.log.say
         with (
             profiler(train, self.folder) as self.trace,
             Watchdog(self.folder, train.hang_minutes) as self.watchdog,
-            Interrupts(train.checkpoint_steps, train.checkpoint_minutes) as interrupts,
         ):
             rehearse(state, self.config)
-            if train.on_nonfinite == "rollback" and state.step == 0:
-                self.save()  # the first steps need something to go back to
+            bare = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
+            if bare and (state.step or train.on_nonfinite == "rollback"):
+                self.save()  # continued from another folder's file, or the first steps need something to go back to
             while state.step < self.total:
                 try:
                     stop = self._epoch(interrupts)
@@ -78,8 +84,11 @@ class Run:
             self.log.advance()
             if self.trace is not None:
                 self.trace.step()
-            action = interrupts.after_step(state.step)
+            action = interrupts.after_step(state.step, self.checkpoints.failed)
             stop = action == STOP
+            if action == SETTLE:
+                self.watchdog.rest()
+                distributed.on_main(self._settle_write)
             # At an epoch's end the evaluation comes first: a run that is continued from there would never do it.
             if action == SAVE and state.step % len(self.loader) and state.step < self.total:
                 self.save()
@@ -113,13 +122,8 @@ class Run:
         return stop
 
     def _leave(self, reason: str) -> None:
-        """End for now: the last checkpoint is written, and ``requeue`` says that there is more to do."""
+        """End for now, with the last checkpoint on the disk."""
         distributed.on_main(self._settle_write)
-        if distributed.is_main():
-            try:
-                (self.folder / "requeue").touch()
-            except OSError as error:
-                self.log.say(f"warning: {self.folder / 'requeue'}: cannot write: {error.strerror}")
         raise distributed.Stopped(f"{reason} at step {self.state.step}; continue with --resume auto")
 
     def _roll_back(self, found: Rollback) -> None:
@@ -149,7 +153,7 @@ class Run:
             self.log.say(f"warning: {error}; the run goes on, the older checkpoints stay")
 
     def save(self, best: bool = False) -> None:
-        """Start to write a checkpoint, from rank 0; a failed write is told at the next, and stops the run or not."""
+        """Start to write a checkpoint, from rank 0; a failed write is told after the next step."""
         self.watchdog.rest()
         payload = {
             **self.state.state_dict(),

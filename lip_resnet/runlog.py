@@ -78,12 +78,7 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
             continue from.
     """
     recipe, checkpoints = folder / "config.yaml", folder / "checkpoints"
-    try:
-        # A start that failed early leaves a lock and an empty checkpoints/: that is nobody's run.
-        files = folder.rglob("*") if folder.is_dir() else [folder] if folder.exists() else []
-        occupied = any(not path.is_dir() and path.name != ".lock" for path in files)
-    except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}") from None
+    occupied = _is_occupied(folder)
     source = None if resume in ("none", "auto") else checkpoint.resolve(resume)
     continues = resume == "auto" or (source is not None and source.parent.resolve() == checkpoints.resolve())
     if occupied and not recipe.is_file():
@@ -110,6 +105,31 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
             notes.append(f"continuing from {source}")
     _locks.append(lock)
     return Opened(source, notes)
+
+
+def _is_occupied(folder: Path) -> bool:
+    """Whether there are files of a run or of others; what a start leaves that was stopped early is nobody's."""
+    try:
+        files = folder.rglob("*") if folder.is_dir() else [folder] if folder.exists() else []
+        return any(not path.is_dir() and path.name not in (".lock", "requeue") for path in files)
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}") from None
+
+
+def request_requeue(folder: Path) -> None:
+    """Leave a file ``requeue``, which tells launch files that there is more to do; the next start removes it.
+
+    A run that was stopped before it opened its folder does so too, unless another process or other files are there.
+    """
+    try:
+        if not _locks:
+            if _is_occupied(folder) and not (folder / "config.yaml").is_file():
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            _locks.append(_lock(folder))
+        (folder / "requeue").touch()
+    except (InputError, OSError) as error:
+        print(f"warning: {folder / 'requeue'}: cannot write: {error}", file=sys.stderr)
 
 
 LOCK_SECONDS = 15  # longer than orphaned processes live

@@ -153,7 +153,7 @@ def terminate(lane: Lane, references: References, seed: int, wanted: int) -> lis
         stopped = re.search(r"stopped: SIGTERM at step (\d+)", process.printed())
         requeue = (folder / "requeue").exists()
         if code == 75:
-            told = int(stopped[1]) if stopped else line["step"]
+            told = int(stopped[1]) if stopped else now.newest  # before the first step
             line |= {"step": told, "recomputed": told - now.newest}
             line["ok"] &= requeue and line["recomputed"] == 0
         elif now.newest == TOTAL:

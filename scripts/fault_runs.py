@@ -211,8 +211,8 @@ class Inventory:
 
     @property
     def newest(self) -> int:
-        """The step from which the run can go on."""
-        return max(self.steps.values(), default=0)
+        """The step from which the run can go on: last.pt's, and if that is not whole the newest other's."""
+        return self.steps.get("last.pt", max(self.steps.values(), default=0))
 
 
 def take_inventory(folder: Path) -> Inventory:
