@@ -50,24 +50,25 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
 
     opened = distributed.on_main(lambda: runlog.open_run(folder, config, resume))
     processes = [distributed.world_size()]
+    datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
     if opened.source is not None:
-        processes = restore(state, config, opened.source)
+        processes = restore(state, config, opened.source, datasets)
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
     loader.skipped_to = folder / "skipped.txt"
-    datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
     environment = {**runlog.describe_environment(), "datasets": datasets}
-    log = runlog.RunLog(folder, config, environment, state.step, total)
+    log = runlog.RunLog(folder, config, environment, state.step, state.evaluated, total)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.train.keep)
     try:
         if len(processes) > 1:
             opened.notes.append(f"warning: trained by {processes} processes in turn; batch norm saw other batches")
         for note in opened.notes:
             log.say(note)
-        if state.step >= total:
+        watched = list(logit_parameters(state.model))
+        run = Run(config, state, loader, val_loader, checkpoints, log, total, processes, datasets, watched)
+        if run.finished:
             log.say(f"{folder}: already trained to step {state.step}")
         else:
-            watched = list(logit_parameters(state.model))
-            Run(config, state, loader, val_loader, checkpoints, log, total, processes, watched).fit(interrupts)
+            run.fit(interrupts)
     finally:
         log.close()
 

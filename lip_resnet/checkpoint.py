@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import struct
 import threading
 import zipfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ FORMAT = 1
 # What torch and safetensors raise on a file that is cut short, altered, or something else altogether.
 _DAMAGE = (
     *(RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError),
+    *(struct.error, OverflowError),
     *(SafetensorError, zipfile.BadZipFile, UnicodeDecodeError, MemoryError),
 )
 
@@ -44,13 +46,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Checkpoints:
@@ -105,8 +111,10 @@ class Checkpoints:
             # best first: a kill between the two is then repaired by the epoch that is done again.
             for name in ["best.pt", "last.pt"] if best else ["last.pt"]:
                 self._link(path, self.folder / name, payload)
-            for old in sorted(self.folder.glob("step-*.pt"))[: -self.keep]:
+            # By age, not by step: a damaged one that the run had to go back behind must not push out a whole one.
+            for old in sorted(self.folder.glob("step-*.pt"), key=lambda path: path.stat().st_mtime_ns)[: -self.keep]:
                 old.unlink()
+            _sync(self.folder)
         except OSError as error:
             self._error = InputError(f"{self.folder}: cannot write: {error.strerror}")
         except Exception as error:  # whatever it is, `wait` raises it where the run can see it
@@ -145,6 +153,20 @@ class Checkpoints:
         if skipped:
             raise InputError(f"no checkpoint is whole: {'; '.join(skipped)}")
         return None, []
+
+    def newer_than(self, source: Path) -> Path | None:
+        """A whole checkpoint of a later step than ``source``'s, if there is one.
+
+        Raises:
+            InputError: ``source`` cannot be read.
+        """
+        step = load(source).get("step")
+        try:
+            newest, _ = self.newest_whole()
+        except InputError:
+            return None
+        newer = newest is not None and isinstance(step, int) and load(newest)["step"] > step
+        return newest if newer else None
 
 
 def save(path: Path, payload: dict[str, Any]) -> None:
@@ -309,6 +331,8 @@ def check_entries(
         ("step", type(payload["step"]) is int and payload["step"] >= 0, "number of steps"),
         ("best", type(payload["best"]) in (int, float), "percentage"),
         ("processes", numbers, "list of numbers of processes"),
+        ("evaluated", type(payload.get("evaluated", 0)) is int, "number of steps"),
+        ("skipped", type(payload.get("skipped", 0)) is int, "number of images"),
         ("window", rows, "table of counts"),
     ):
         if not right:

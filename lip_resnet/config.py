@@ -251,8 +251,8 @@ class TrainConfig(Section):
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_steps: Count = 0
     """Save every so many steps too, not only at the end of an epoch; 0 is off."""
-    checkpoint_minutes: NonNegative = 0.0
-    """Save when so many minutes have passed since the last save; 0 is off."""
+    checkpoint_minutes: NonNegative = 10.0
+    """Save too when so many minutes have passed since this was last done; 0 is off."""
     keep: Positive = 2
     """Checkpoints kept beside the best: the last one, and those to fall back on if it is damaged."""
     on_write_error: Literal["stop", "continue"] = "stop"
@@ -263,7 +263,7 @@ class TrainConfig(Section):
     rollback: go back to the newest checkpoint and leave out that batch."""
     nonfinite_limit: Positive = 10
     """For `skip`, so many steps in a row, and for `rollback`, so many times in a run; one more ends the run."""
-    hang_minutes: NonNegative = 30.0
+    hang_minutes: Annotated[float, Field(ge=0, le=100)] = 30.0
     """End the run, with every process's stack in the run folder, when a step takes longer than this; 0 is off."""
     log_every: Positive = 50
     """Steps between log lines, which are the only host synchronisations."""

@@ -21,6 +21,8 @@ from lip_resnet.config import InputError
 
 T = TypeVar("T")
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE = datetime.timedelta(hours=2)
+"""How long a process waits for the others. Longer than ``train.hang_minutes`` may be: the watchdog says who hangs."""
 _control: Any = None  # Gloo group for objects and barriers, so that they never touch a GPU stream
 
 
@@ -185,10 +187,10 @@ def _init() -> None:
         store = {"store": _fresh_store(number, count), "rank": number, "world_size": count}
     if here.type == "cuda":
         torch.cuda.set_device(here)
-        dist.init_process_group("nccl", device_id=here, **store)
+        dist.init_process_group("nccl", device_id=here, timeout=PATIENCE, **store)
     else:
-        dist.init_process_group("gloo", **store)
-    _control = dist.new_group(backend="gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE, **store)
+    _control = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _fresh_store(number: int, count: int) -> dist.Store:

@@ -18,7 +18,7 @@ from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, EvalLoader, TrainLoader, normalize, prefetch
 from lip_resnet.metrics import Counts, cross_entropy
-from lip_resnet.numerics import Sentinel, step_optimizer, update_average
+from lip_resnet.numerics import Sentinel, check_scale, step_optimizer, update_average
 from lip_resnet.objective import Objective, place
 from lip_resnet.optim import build_optimizer, lr_at
 
@@ -42,6 +42,10 @@ class TrainState:
     sentinel: Sentinel
     step: int = 0
     """Completed optimizer steps."""
+    evaluated: int = 0
+    """The step after which the network was last evaluated."""
+    skipped: int = 0
+    """Images of this process's batches that did not decode and were left out."""
     best: float = -math.inf
     """Highest validation top-1 so far, percent, of the weights that ``train.rules`` names."""
     left_out: set[int] = field(default_factory=set)
@@ -66,6 +70,8 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "window": window,
             "step": self.step,
+            "evaluated": self.evaluated,
+            "skipped": sum(distributed.gather_objects(self.skipped)),
             "best": self.best,
             "nonfinite": {
                 "counters": self.sentinel.counters,
@@ -85,7 +91,10 @@ class TrainState:
             self.optimizer.load_state_dict(payload["optimizer"])
             self.scaler.load_state_dict(payload["scaler"])
             self.step, self.best = payload["step"], payload["best"]
-            if "nonfinite" in payload:  # older checkpoints have none
+            # Older checkpoints have none of these.
+            self.evaluated = payload.get("evaluated", self.step)
+            self.skipped = payload.get("skipped", 0) if distributed.is_main() else 0
+            if "nonfinite" in payload:
                 self.sentinel.counters.copy_(payload["nonfinite"]["counters"])
                 self.left_out = set(payload["nonfinite"]["left_out"])
                 self.rollbacks = payload["nonfinite"]["rollbacks"]
@@ -179,7 +188,7 @@ def train_one_epoch(
         on_phase: called when a step comes to "forward", "backward", "update" and "log".
 
     Raises:
-        FloatingPointError, Rollback: as ``Sentinel.settle``.
+        FloatingPointError, Rollback: as ``Sentinel.settle`` and ``check_scale``.
     """
     train, optim = config.train, config.optim
     device = next(state.model.parameters()).device
@@ -201,15 +210,16 @@ def train_one_epoch(
         if state.step + 1 not in state.left_out:
             extra = step(batch, lr)
         state.step += 1
+        state.skipped += batch.skipped
 
         if state.step % train.log_every == 0 or state.step == end:
             on_phase("log")
             state.sentinel.settle()
             sums = counts.reduce()
             elapsed = time.perf_counter() - began
+            check_scale(state.scaler, state.step)
             if config.data.on_error == "skip":
-                skipped = torch.tensor(sum(loader.skipped.values()), device=device)
-                extra["train/skipped"] = distributed.all_reduce_sum(skipped)
+                extra["train/skipped"] = distributed.all_reduce_sum(torch.tensor(state.skipped, device=device))
             if train.on_nonfinite == "skip":
                 extra["train/nonfinite"] = state.sentinel.counters[0]
             on_log(

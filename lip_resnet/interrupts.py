@@ -72,3 +72,8 @@ class Interrupts:
             action = SAVE
             self._saved = time.monotonic()
         return self._agree(STOP if self.received else action)
+
+    def stopped(self) -> bool:
+        """Whether any process has been asked to stop; all must call it, and wait for each other."""
+        late = self._agree(STOP if self.received else 0)
+        return STOP in (late, self._agree.close())

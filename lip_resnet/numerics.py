@@ -207,6 +207,24 @@ def update_average(ema: ModelEmaV3, model: nn.Module, bad: Tensor) -> None:
     torch._foreach_add_(averages, change)
 
 
+SMALLEST_SCALE = 2.0**-14
+
+
+def check_scale(scaler: torch.amp.GradScaler, step: int) -> None:
+    """Under float16 the scaler leaves out steps whose gradients overflow and halves its scale: it may not go on so.
+
+    Waits for the device.
+
+    Raises:
+        FloatingPointError: the scale has sunk below ``SMALLEST_SCALE``: the gradients overflow at any scale.
+    """
+    if scaler.is_enabled() and (scale := scaler.get_scale()) < SMALLEST_SCALE:
+        raise FloatingPointError(
+            f"gradients are not finite at step {step}, though the loss is: float16's scale is down to {scale:.3g} and "
+            "no step counts; train.precision: bfloat16 has the range of float32"
+        )
+
+
 def step_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
     """One update, unless ``bad`` is 1: then parameters and optimizer stay as they are.
 

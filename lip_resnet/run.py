@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,15 +17,38 @@ from lip_resnet.numerics import Rollback
 from lip_resnet.recipe import parse_config
 from lip_resnet.watchdog import Watchdog
 
+Datasets = dict[str, dict[str, Any]]
+"""What ``describe_source`` says of "train" and "val"."""
 
-def restore(state: TrainState, config: Config, source: Path) -> list[int]:
-    """Continue from a training checkpoint of the same recipe; returns the numbers of processes, ours included."""
-    payload = checkpoint.load(source)
+
+def restore(state: TrainState, config: Config, source: Path, datasets: Datasets) -> list[int]:
+    """Continue from a training checkpoint; returns the numbers of processes that have trained it, ours included.
+
+    Rank 0 reads the file, so that all ranks go on from the same one whatever their file systems show them.
+
+    Raises:
+        InputError: it is none, or of another recipe, or other data.
+    """
+    payload = distributed.on_main(lambda: checkpoint.load(source))
     if "config" in payload:
         runlog.check_same_recipe(config, parse_config(payload["config"], str(source)), str(source))
+    check_same_data(payload.get("datasets", {}), datasets, str(source))
     state.load_state_dict(payload, str(source))
     before, now = payload["processes"], distributed.world_size()
     return before if before[-1] == now else [*before, now]
+
+
+def check_same_data(theirs: Datasets, ours: Datasets, where: str) -> None:
+    """Refuse to continue on other images: the order of every epoch is drawn over their number.
+
+    Raises:
+        InputError: with the first thing that differs.
+    """
+    for split, found in ours.items():
+        for what in ("images", "classes", "names"):
+            before, now = theirs.get(split, {}).get(what), found.get(what)
+            if before is not None and now is not None and before != now:
+                raise InputError(f"{where} was trained with other data: {what} of {split}: {before}, here {now}")
 
 
 @dataclass
@@ -42,8 +66,21 @@ class Run:
     processes: list[int]
     """The numbers of processes that have trained it so far, in order."""
 
+    datasets: Datasets
     watched: list[nn.Parameter]
     """As for ``train_one_epoch``."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.state.step >= self.total and not self._unevaluated()
+
+    def _unevaluated(self) -> bool:
+        """Whether an epoch has ended whose evaluation is due and still to come."""
+        step, length = self.state.step, len(self.loader)
+        over = step >= self.total
+        due = over or (step % length == 0 and step // length % self.config.train.eval_every == 0)
+        return due and self.state.evaluated < step
 
     def fit(self, interrupts: Interrupts) -> None:
         """Epoch by epoch: train, evaluate, log, save. Asked to stop, save and leave after the step under way.
@@ -64,36 +101,37 @@ class Run:
             bare = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
             if bare and (state.step or train.on_nonfinite == "rollback"):
                 self.save()  # continued from another folder's file, or the first steps need something to go back to
-            while state.step < self.total:
+            while not self.finished:
                 try:
-                    stop = self._epoch(interrupts)
+                    stop = self._evaluate(interrupts) if self._unevaluated() else self._epoch(interrupts)
                 except Rollback as found:
                     self._roll_back(found)
                     continue
-                if stop and state.step < self.total:
+                if stop and not self.finished:
                     self._leave(interrupts.received or "a signal to another process")
             distributed.on_main(self.checkpoints.wait)  # still deaf to signals: the end must be on the disk
 
     def _epoch(self, interrupts: Interrupts) -> bool:
         """The rest of an epoch; True if it was cut short by a signal."""
         train, state = self.config.train, self.state
-        epoch, stop = state.step // len(self.loader), False
+        epoch, action = state.step // len(self.loader), 0
+
+        def ended() -> bool:
+            return state.step % len(self.loader) == 0 or state.step >= self.total
 
         def on_step() -> bool:
-            nonlocal stop
+            nonlocal action
             self.log.advance()
             if self.trace is not None:
                 self.trace.step()
             action = interrupts.after_step(state.step, self.checkpoints.failed)
-            stop = action == STOP
             if action == SETTLE:
                 self.watchdog.rest()
                 distributed.on_main(self._settle_write)
-            # At an epoch's end the evaluation comes first: a run that is continued from there would never do it.
-            if action == SAVE and state.step % len(self.loader) and state.step < self.total:
+            if action == SAVE and not ended():
                 self.save()
             self.watchdog.step(state.step + 1)
-            return stop
+            return action == STOP
 
         if not train.compile:  # an epoch's first step may compile, for its images' size
             self.watchdog.step(state.step + 1)
@@ -107,19 +145,24 @@ class Run:
             on_phase=self.watchdog.note,
         )
         self.watchdog.rest()
-        ended = state.step % len(self.loader) == 0 or state.step >= self.total
-        if ended and ((epoch + 1) % train.eval_every == 0 or state.step >= self.total):
-            values = self.validate()
-            self.log.log(state.step, epoch, values)
-            prefix = "val_ema" if train.rules == "ema" else "val"
-            top1 = values[f"{prefix}/top1"]
-            improved, state.best = top1 > state.best, max(state.best, top1)
-            if state.step >= self.total:
-                self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in ("top1", "top5")})
-            self.save(best=improved)
-        elif ended or stop:
+        # The save after an evaluation will do, unless one is due now.
+        if action in (SAVE, STOP) or (ended() and not self._unevaluated()):
             self.save()
-        return stop
+        return action == STOP
+
+    def _evaluate(self, interrupts: Interrupts) -> bool:
+        """The evaluation after an epoch; True if a signal has come meanwhile."""
+        state = self.state
+        values = self.validate()
+        self.log.log(state.step, (state.step - 1) // len(self.loader), values)
+        prefix = "val_ema" if self.config.train.rules == "ema" else "val"
+        top1 = values[f"{prefix}/top1"]
+        improved, state.best = top1 > state.best, max(state.best, top1)
+        state.evaluated = state.step
+        if state.step >= self.total:
+            self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in ("top1", "top5")})
+        self.save(best=improved)
+        return interrupts.stopped()
 
     def _leave(self, reason: str) -> None:
         """End for now, with the last checkpoint on the disk."""
@@ -138,9 +181,9 @@ class Run:
         source, _ = distributed.on_main(self.checkpoints.newest_whole)
         if source is None:
             raise FloatingPointError(f"{found}; there is no checkpoint to go back to")
-        restore(state, self.config, source)
+        restore(state, self.config, source, self.datasets)
         state.left_out, state.rollbacks = left_out, rollbacks
-        self.log.rewind(state.step)
+        self.log.rewind(state.step, state.evaluated)
         self.log.say(f"warning: {found}; back to step {state.step}, without the batch of step {found.step}")
 
     def _settle_write(self) -> None:
@@ -159,7 +202,9 @@ class Run:
             **self.state.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "processes": self.processes,
+            "datasets": self.datasets,
         }
+        self.log.sync()
 
         def write() -> None:
             self._settle_write()

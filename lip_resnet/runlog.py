@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -92,26 +93,36 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
     notes: list[str] = []
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        _locks.append(_lock(folder))
         for left in folder.rglob(".*.tmp"):  # half-written, by a process that was killed; nobody else writes here
             left.unlink()
         (folder / "requeue").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from None
-    if source is None:
-        source, skipped = checkpoint.Checkpoints(checkpoints, keep=1).newest_whole()
-        notes = [f"skipped {line}" for line in skipped]
-        if skipped:
-            notes.append(f"continuing from {source}")
-    _locks.append(lock)
+    try:
+        found = checkpoint.Checkpoints(checkpoints, keep=1)
+        if source is None:
+            source, skipped = found.newest_whole()
+            notes = [f"skipped {line}" for line in skipped]
+            if skipped:
+                notes.append(f"continuing from {source}")
+        elif continues and (newer := found.newer_than(source)) is not None:
+            raise InputError(
+                f"--resume {resume}: this run has gone on to {newer}; continue with --resume auto, or go back to it "
+                "in another --output"
+            )
+    except InputError:
+        _locks.pop().close()
+        raise
     return Opened(source, notes)
 
 
 def _is_occupied(folder: Path) -> bool:
-    """Whether there are files of a run or of others; what a start leaves that was stopped early is nobody's."""
+    """Whether there are files of a run or of others; what a start leaves that ended early is nobody's."""
+    nobodys = re.compile(r"\.lock|requeue|\..*\.tmp")
     try:
         files = folder.rglob("*") if folder.is_dir() else [folder] if folder.exists() else []
-        return any(not path.is_dir() and path.name not in (".lock", "requeue") for path in files)
+        return any(not path.is_dir() and not nobodys.fullmatch(path.name) for path in files)
     except OSError as error:
         raise InputError(f"--output {folder}: {error.strerror}") from None
 
@@ -189,6 +200,10 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
+EARLIER = 50
+"""Environments of earlier starts that env.json keeps."""
+
+
 class RunLog:
     """Writes a run's numbers; every method does nothing on ranks other than 0.
 
@@ -196,12 +211,16 @@ class RunLog:
         folder: the run folder, which ``open_run`` has prepared.
         config: the resolved recipe; written as config.yaml and as TensorBoard text.
         step: where the run starts or continues: lines and events beyond it are dropped.
+        evaluated: the last step whose evaluation is done: that of ``step`` itself may be still to come.
         total_steps: of the whole run, for the progress bar and the time left.
     """
 
-    def __init__(self, folder: Path, config: Config, environment: dict[str, Any], step: int, total_steps: int) -> None:
+    def __init__(
+        self, folder: Path, config: Config, environment: dict[str, Any], step: int, evaluated: int, total_steps: int
+    ) -> None:
         self.active = distributed.is_main()
-        self.folder, self.total_steps, self.first_step = folder, total_steps, step
+        self.folder, self.total_steps = folder, total_steps
+        self.first_step, self.evaluated = step, evaluated
         self.started = time.monotonic()
         self.config, self.environment, self.refused = config, environment, False
         self.unwritten = b""
@@ -213,9 +232,10 @@ class RunLog:
             self._write("config.yaml", config.dump())
             path = self.folder / "env.json"
             if path.is_file() and step:
-                environment = {**environment, "continues": json.loads(path.read_text(encoding="utf-8"))}
+                last = json.loads(path.read_text(encoding="utf-8"))
+                environment = {**environment, "earlier": [*last.pop("earlier", []), last][-EARLIER:]}
             self._write("env.json", json.dumps(environment, indent=2) + "\n")
-            kept = [line for line in _read_lines(self.folder / "metrics.jsonl") if line["step"] <= step]
+            kept = [line for line in _read_lines(self.folder / "metrics.jsonl") if self._counts(line)]
             self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
             self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
             # What an earlier start wrote beyond its checkpoint is dropped here too.
@@ -227,6 +247,11 @@ class RunLog:
             raise InputError(f"{self.folder}: cannot write the run's files: {error}") from None
         self.quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=self.quiet)
+
+    def _counts(self, line: dict[str, Any]) -> bool:
+        """Whether a line of metrics.jsonl is of what the run continues from."""
+        evaluation = any(name.startswith("val") for name in line)
+        return line["step"] <= (self.evaluated if evaluation else self.first_step)
 
     @staticmethod
     def _quietly(hook: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -304,6 +329,10 @@ class RunLog:
 
         distributed.on_main(attempt)
 
+    def sync(self) -> None:
+        """Put the numbers so far on the disk itself: a checkpoint is about to say that they are done."""
+        self._try(lambda: os.fsync(self.metrics.fileno()))
+
     def _time_left(self, step: int) -> str:
         done = step - self.first_step
         if not done or step >= self.total_steps:
@@ -326,11 +355,11 @@ class RunLog:
         results = {f"final/{name}": value for name, value in final.items()}
         self._try(lambda: self.writer.add_hparams(flat, results, run_name="."))
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, evaluated: int) -> None:
         """Drop the numbers beyond ``step``: the run has gone back to it."""
         if self.active:
             self.close()
-        self.first_step = step
+        self.first_step, self.evaluated = step, evaluated
         distributed.on_main(lambda: self._open(self.config, self.environment))
 
     def close(self) -> None:

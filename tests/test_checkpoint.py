@@ -88,8 +88,11 @@ def test_wrong_weights_are_counted_and_change_nothing(model, tmp_path):
 
 
 class _Evil:
+    def __init__(self, trace):
+        self.trace = trace
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/should_never_exist_lip",)
+        return os.system, (f"touch '{self.trace}'",)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ class _Evil:
 def test_hostile_and_broken_files(model, tmp_path, name):
     path = tmp_path / name
     if name == "evil.pth":
-        torch.save({"state_dict": _Evil()}, path)
+        torch.save({"state_dict": _Evil(tmp_path / "executed")}, path)
     elif name == "args.pth":  # a Namespace beside the weights is code too
         torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1)}, path)
     elif name == "cut.pth":
@@ -114,7 +117,18 @@ def test_hostile_and_broken_files(model, tmp_path, name):
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert same(model, before)
-    assert not os.path.exists("/tmp/should_never_exist_lip")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_old_format_cut_anywhere(tmp_path):
+    """torch's older format has no checksums and no end: every length but the whole is refused with a line."""
+    path = tmp_path / "old.pth"
+    torch.save({"fc.weight": torch.arange(6.0), "step": 3}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"old\.pth"):
+            checkpoint.load(path)
 
 
 def test_missing_file(model, tmp_path):

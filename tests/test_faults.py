@@ -1,10 +1,7 @@
 """The fault harness: what it sees in a run folder, what it counts as a loss, its table. Runs of it are slow tests."""
 
-import errno
-import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -12,10 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, small_config
+from conftest import ROOT
 
-import train
-from lip_resnet import checkpoint, distributed, run, runlog
+from lip_resnet import checkpoint
 from lip_resnet.config import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -201,149 +197,6 @@ def test_soak_sees_growth(tmp_path):
     assert all(judged(0.1, 0).values())
     assert not judged(3.0, 0)["memory, MB: early and late in one process"]
     assert not judged(0.0, 5)["open files: least and most at the end of a start"]
-
-
-def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, monkeypatch):
-    """Killed while it evaluates, after a step at which a checkpoint is due: that evaluation's numbers come later."""
-    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(small_config(data__batch_size=480, train__checkpoint_steps=2).dump())  # 4 steps an epoch
-    arguments = ["train.py", "--config", str(recipe), "--output", str(folder), "--resume", "auto"]
-    monkeypatch.setattr(sys, "argv", arguments)
-
-    def killed(*_: object) -> None:
-        raise KeyError("killed")
-
-    evaluate = run.evaluate
-    monkeypatch.setattr(run, "evaluate", killed)
-    with pytest.raises(KeyError):
-        train.main()
-    monkeypatch.setattr(run, "evaluate", evaluate)
-    runlog._locks.pop().close()  # which the end of the process does
-    assert fault_runs.logged_step(folder) == 4
-    train.main()
-    runlog._locks.pop().close()
-    lines = fault_runs.read_metrics(folder)[0]
-    assert [line["step"] for line in lines if "val/loss" in line] == [4, 8]
-    assert fault_runs.take_inventory(folder).steps["last.pt"] == 8
-
-
-@pytest.fixture
-def start(tmp_path, monkeypatch):
-    """``start(*arguments)`` runs train.py in this process on a recipe of 8 steps; it writes to ``start.folder``."""
-    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(small_config(data__batch_size=480).dump())
-
-    def run_it(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "--output", str(folder), *arguments])
-        try:
-            train.main()
-        finally:
-            while runlog._locks:
-                runlog._locks.pop().close()  # which the end of the process does
-
-    run_it.folder = folder
-    return run_it
-
-
-@pytest.fixture
-def patient(monkeypatch):
-    """Every checkpoint is written, or not, before training goes on."""
-    save = checkpoint.Checkpoints.save
-
-    def save_and_wait(self: checkpoint.Checkpoints, payload: dict, best: bool) -> None:
-        save(self, payload, best)
-        self._thread.join()
-
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_wait)
-
-
-@pytest.mark.parametrize("swallowed", [False, True])
-@pytest.mark.parametrize("where", ["build_state", "runlog.RunLog"])
-def test_a_signal_before_the_first_step(start, monkeypatch, where, swallowed):
-    """Before the run folder is open and after: nothing is trained, `requeue` is there, and the same command goes on."""
-    owner = runlog if "." in where else train
-    original = getattr(owner, name := where.rpartition(".")[2])
-
-    def signalled(*arguments: object) -> object:
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        except distributed.Stopped:  # as a library may, which tries something and goes on without it
-            if not swallowed:
-                raise
-        return original(*arguments)
-
-    monkeypatch.setattr(owner, name, signalled)
-    with pytest.raises(distributed.Stopped, match="SIGTERM before the first step"):
-        start("--resume", "auto")
-    assert (start.folder / "requeue").exists()
-    assert fault_runs.logged_step(start.folder) == 0
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    monkeypatch.setattr(owner, name, original)
-    start("--resume", "auto")
-    assert not (start.folder / "requeue").exists()
-    assert fault_runs.take_inventory(start.folder).steps["last.pt"] == 8
-
-
-def test_requeue_is_not_left_in_a_folder_of_others(start, monkeypatch):
-    """Stopped early by a signal, with an --output that is no run, or that another process writes."""
-    monkeypatch.setattr(train, "build_state", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    start.folder.mkdir()
-    (start.folder / "thesis.tex").touch()
-    with pytest.raises(distributed.Stopped):
-        start()
-    (start.folder / "thesis.tex").rename(start.folder / "config.yaml")
-    with open(start.folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(distributed.Stopped):
-            start()
-    assert sorted(path.name for path in start.folder.iterdir()) == [".lock", "config.yaml"]
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_a_checkpoint_that_cannot_be_written(start, patient, monkeypatch, capsys, policy, number):
-    """Disk full, quota, read-only: told at the next step; the older checkpoint stays, and the run stops or goes on."""
-    fsync, refused = os.fsync, []
-    last = start.folder / "checkpoints" / "last.pt"
-
-    def refuse(file: int) -> None:
-        if threading.current_thread() is not threading.main_thread() and not refused and last.exists():
-            refused.append(file)
-            raise OSError(number, os.strerror(number))
-        fsync(file)
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    told = f"step-00000004.pt: cannot write: {os.strerror(number)}"
-    overrides = [f"train.on_write_error={policy}", "train.checkpoint_steps=2", "train.log_every=1"]
-    if policy == "stop":
-        with pytest.raises(InputError, match=told):
-            start(*overrides)
-        now = fault_runs.take_inventory(start.folder)
-        assert (now.newest, now.logged, now.torn) == (2, 5, [])
-    else:
-        start(*overrides)
-        assert capsys.readouterr().err.count(f"{told}; the run goes on") == 1
-        assert fault_runs.take_inventory(start.folder).steps["last.pt"] == 8
-    assert fault_runs.count_litter(start.folder) == 0
-
-
-def test_a_run_continued_from_another_folder_has_a_checkpoint_at_once(start, patient, monkeypatch):
-    """Else, killed before its first own one, `--resume auto` would begin at step 0 and say nothing."""
-    other = start.folder.with_name("other")
-    start("train.checkpoint_steps=3", "train.keep=9")
-    source = start.folder / "checkpoints" / "step-00000003.pt"
-
-    def killed(*_: object, **__: object) -> None:
-        raise KeyError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "train_one_epoch", killed)
-        with pytest.raises(KeyError):
-            start("--output", str(other), "--resume", str(source))
-    assert fault_runs.take_inventory(other).newest == 3
-    start("--output", str(other), "--resume", "auto")
-    ends = [fault_runs.read_whole(folder / "checkpoints" / "last.pt") for folder in (start.folder, other)]
-    assert fault_runs.hash_value(ends[0]["model"]) == fault_runs.hash_value(ends[1]["model"])
 
 
 @pytest.mark.slow

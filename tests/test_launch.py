@@ -26,8 +26,10 @@ RECIPE = "configs/imagenet/lip_resnet50_step90.yaml"
 # What the launch files call, replaced: it writes down how it was called.
 FAKES = {
     "torchrun": 'printf "%s\\n" "$@" > "$RECORD/torchrun"; env > "$RECORD/env"',
-    # srun: its own options end where the command begins; the command takes srun's place and so gets its signals.
-    "srun": 'printf "%s\\n" "$@" > "$RECORD/srun"; while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+    # srun: its own options end where the command begins. It passes USR1 on; a TERM it answers by killing its tasks.
+    "srun": 'printf "%s\\n" "$@" > "$RECORD/srun"; while [ "${1#-}" != "$1" ]; do shift; done; "$@" & task=$!; '
+    'trap "kill -USR1 $task" USR1; trap "kill -KILL $task" TERM; '
+    "while kill -0 $task 2>/dev/null; do wait $task; done; wait $task",
     "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> "$RECORD/scontrol"; fi',
     "apptainer": 'printf "%s\\n" "$@" > "$RECORD/apptainer"; shift 3; exec "$@"',
 }
@@ -196,6 +198,16 @@ def test_slurm_does_not_requeue_a_failure(stage, tmp_path):
     executable(tmp_path / "tools" / "torchrun", "exit 5")
     job = start_job(stage, RECIPE, "data.root=/data", "--output", tmp_path)
     assert job.wait(timeout=60) == 5
+    assert not (stage / "scontrol").exists()
+
+
+def test_slurm_forgets_an_earlier_request(stage, tmp_path):
+    """Stopped and requeued, the job now fails before train.py has opened the run: it must not come back for ever."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "requeue").touch()
+    executable(tmp_path / "tools" / "torchrun", "exit 5")
+    assert start_job(stage, RECIPE, "data.root=/data", "--output", folder).wait(timeout=60) == 5
     assert not (stage / "scontrol").exists()
 
 

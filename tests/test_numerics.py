@@ -129,6 +129,20 @@ def test_float16_overflow_is_no_error():
     assert state.sentinel.counters.tolist() == [0, 0]
 
 
+def test_float16_that_overflows_for_ever_is_one():
+    """Gradients that are infinite at any scale under a finite loss: the run ends instead of learning nothing."""
+    config, state, loader, _ = prepare(train__precision="float16", train__epochs=9, train__log_every=1)
+    state.model.fc.weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+
+    def epochs() -> None:
+        for _ in range(9):
+            run(config, state, loader)
+
+    with pytest.raises(FloatingPointError, match=r"gradients are not finite at step 31, .* scale is down to 3.05e-05"):
+        epochs()
+    assert state.step == 31
+
+
 def test_float16_loss(nan_image):
     config, state, loader, _ = prepare(
         train__precision="float16", train__max_steps=5, train__ema_decay=0.9, train__on_nonfinite="skip"

@@ -35,6 +35,8 @@ class Batch:
     """(images (b, 3, H, W) uint8 in channels-last order, labels (b,) int64), one pair for each accumulated part."""
     size: int
     """Images of the step over all processes, those included that ``data.on_error: skip`` has left out."""
+    skipped: int = 0
+    """Images that it has left out of this share."""
 
 
 class _Packet(NamedTuple):
@@ -231,7 +233,9 @@ class TrainLoader:
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
         packets = _packets(self.loader, self.held, self.source)
         for step in range(first_step, len(self)):
-            yield Batch([self._unpack(next(packets)) for _ in range(self.accumulate)], self.sampler.size(step))
+            found = [next(packets) for _ in range(self.accumulate)]
+            skipped = sum(len(packet.skipped) for packet in found)
+            yield Batch([self._unpack(packet) for packet in found], self.sampler.size(step), skipped)
         next(packets, None)  # runs the loader to its end, which keeps its workers for the next epoch
 
     def _unpack(self, packet: _Packet) -> tuple[Tensor, Tensor]:
@@ -256,8 +260,11 @@ class TrainLoader:
         if self.skipped[line] == 1:
             tqdm.write(f"skipped: {line}", file=sys.stderr)
             if self.skipped_to is not None:
-                with open(self.skipped_to, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                try:
+                    with open(self.skipped_to, "a", encoding="utf-8") as file:
+                        file.write(line + "\n")
+                except OSError as error:
+                    tqdm.write(f"warning: {self.skipped_to}: cannot write: {error.strerror}", file=sys.stderr)
 
 
 def _packets(loader: DataLoader, held: Held, source: Any) -> Iterator[Any]:
