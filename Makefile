@@ -6,7 +6,8 @@ RUN := runs/demo
 PROCESSES ?= 2
 # torchrun's default is one thread a process; this shares out the cores.
 THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(PROCESSES)))')
-TORCHRUN = OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
+# On CPUs everywhere: the README's figures, and no more processes than there are GPUs.
+TORCHRUN = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
 .PHONY: install demo test test-slow lint bench faults soak clean
 

@@ -32,26 +32,38 @@ class Network(NamedTuple):
     args: dict[str, Any]
     num_classes: int
 
-    def build(self) -> nn.Module:
-        """The network, with timm's description of it set to the reference's protocol."""
+    def build(self, trained: Config | None = None) -> nn.Module:
+        """The network, with timm's description of it set to how it is evaluated.
+
+        Args:
+            trained: the recipe of a run of ours; None: the reference's protocol.
+        """
         overlay = {}
         if not self.model.startswith("lip_"):  # timm describes weights of its own, which these are not
             nothing = ("tag", "url", "hf_hub_id", "origin_url", "license", "paper_ids", "test_input_size")
             overlay = dict.fromkeys((*nothing, "test_crop_pct"))
             overlay |= {"input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875}
             overlay |= {"interpolation": "bilinear"}
+        if trained is not None:
+            data = trained.data
+            overlay |= {"input_size": (3, data.eval_size, data.eval_size), "pool_size": (-(-data.eval_size // 32),) * 2}
+            overlay |= {"crop_pct": data.eval_size / data.eval_resize, "interpolation": data.interpolation}
+            overlay |= {"mean": data.mean, "std": data.std}
         return models.create_model(
             self.model, num_classes=self.num_classes, pretrained_cfg_overlay=overlay, **self.args
         )
 
 
-def identify(payload: dict[str, Any], source: str) -> Network:
+def identify(payload: dict[str, Any], source: str, ema: bool = False) -> Network:
     """Name the network of a checkpoint from its keys and shapes alone; exactly one of ``NETWORKS`` fits.
+
+    Args:
+        ema: look at the averaged weights.
 
     Raises:
         InputError: none does; the message tells what is wrong with the nearest.
     """
-    state = checkpoint.extract_weights(payload, source)
+    state = checkpoint.extract_weights(payload, source, ema)
     heads = [state[key] for key in ("fc.weight", "classifier.weight") if key in state and state[key].dim() == 2]
     num_classes = len(heads[0]) if heads else 1000
     nearest, fewest = None, None
@@ -67,7 +79,7 @@ def identify(payload: dict[str, Any], source: str) -> Network:
             nearest, fewest = (name, args, model), apart
     name, args, model = nearest
     try:
-        checkpoint.put_weights(model, payload, source)
+        checkpoint.put_weights(model, payload, source, ema=ema)
     except InputError as error:
         raise InputError(f"{error}; the nearest network is {results.label(name, args)}") from None
     raise AssertionError("put_weights took what identify refused")

@@ -5,7 +5,8 @@ first block of stages 2 to 4 one logit trunk on the block's input serves two LIP
 convolution it replaces the 3x3 convolution of stride 2) and one in front of the shortcut's 1x1 convolution.
 All other blocks are the ordinary bottleneck. Source: paper section 4; reference ``imagenet/lip_resnet.py``.
 
-LIP-ResNet-18 and 34 are ours, not the paper's. Any layer of ``pooling.LAYERS`` can stand at each of the three sites.
+LIP-ResNet-18, 34 and 152 are ours, not the paper's. Any layer of ``pooling.LAYERS`` can stand at each of the three
+sites.
 """
 
 from typing import Any

@@ -25,9 +25,9 @@ def describe_training(config: Config, processes: list[int]) -> dict[str, Any]:
         processes: the numbers of processes that did, in order; usually one.
     """
     tree = config.model_dump(mode="json")
-    free = {"root", "workers", "images", "eval_batch_size", "eval_size", "eval_resize"}
+    free = {"root", "workers", "download", "images", "eval_batch_size", "eval_size", "eval_resize"}
     free |= {"seed", "log_every", "profile", "eval_every"}
-    free |= {"checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"}
+    free |= {"checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error", "hang_minutes"}
     training = {
         f"{section}.{key}": value
         for section in ("data", "optim", "train")

@@ -1,4 +1,4 @@
-"""Refresh the generated parts of README.md and docs/:  python scripts/update_readme.py
+"""Refresh the generated parts of README.md and docs/scaling.md:  python scripts/update_readme.py
 
 A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 """

@@ -21,6 +21,7 @@ import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_resnet import checkpoint, distributed, fidelity, models, results, runlog
 from lip_resnet.config import InputError
 from lip_resnet.paper import judge, load_paper
+from lip_resnet.recipe import parse_config
 
 FIGURES = Path(__file__).with_name("paper.yaml")
 
@@ -32,12 +33,13 @@ def say(line: str) -> None:
 
 def main() -> None:
     parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="a .pth, .pt or .safetensors file: released, a training checkpoint, or ours")
+    parser.add_argument("file", help="a .pth, .pt or .safetensors file: released or ours; or a run folder")
     parser.add_argument("--data", help="the directory that holds ImageNet's val/, or that folder")
     parser.add_argument("--export", help="a new directory for model.safetensors and timm's config.json")
+    parser.add_argument("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
     parser.add_argument("--workers", type=int, default=8, help="loader processes of each process")
     options = parser.parse_args()
-    path = Path(options.file).expanduser()
+    path = checkpoint.resolve(options.file)
     export = Path(options.export).expanduser() if options.export else None
     if export is not None:
         distributed.on_main(lambda: check_new(export))
@@ -46,12 +48,16 @@ def main() -> None:
     say(f"file      {path}")
     say(f"sha256    {fidelity.sha256(path)}")
     say(f"holds     {describe(payload)}")
-    network = fidelity.identify(payload, str(path))
+    trained = parse_config(payload["config"], str(path)) if "config" in payload else None
+    ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
+    network = fidelity.identify(payload, str(path), ema)
     say(f"network   {results.label(network.model, network.args)}, {network.num_classes} classes")
-    model = network.build()
-    checkpoint.put_weights(model, payload, str(path))
+    model = network.build(trained)
+    checkpoint.put_weights(model, payload, str(path), ema=ema)
     fidelity.check_finite(model, str(path))
-    say(f"mapped    {len(model.state_dict())} tensors, {models.count_parameters(model):,} parameters, all finite")
+    kind = ", averaged (EMA)" if ema else ""
+    count = models.count_parameters(model)
+    say(f"mapped    {len(model.state_dict())} tensors, {count:,} parameters, all finite{kind}")
 
     accepted = options.data is None or check_accuracy(model, network, options)
     if options.data is None:

@@ -127,6 +127,28 @@ def test_training_checkpoint_and_export(run, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["export", "model_best.pth.tar"]
 
 
+def test_export_of_a_run(run, tmp_path):
+    """A run folder: the weights that its recipe says stand in tables, and the protocol that it was evaluated by."""
+    with torch.device("meta"):
+        shapes = timm.create_model("resnet50", num_classes=3).state_dict()
+    weights = {key: torch.full(value.shape, 0.25, dtype=value.dtype) for key, value in shapes.items()}
+    tree = yaml.safe_load((ROOT / "configs" / "imagenet" / "resnet50_modern300.yaml").read_text())
+    average = {key: value + 1 for key, value in weights.items()}
+    folder, export = tmp_path / "run", tmp_path / "export"
+    (folder / "checkpoints").mkdir(parents=True)
+    checkpoint.save(folder / "checkpoints" / "last.pt", {"model": weights, "ema": average, "step": 1, "config": tree})
+    code, out, err = run(folder, "--export", export)
+    assert code == 0, err
+    assert "averaged (EMA)" in out
+    loaded = timm.create_model(f"local-dir:{export}", pretrained=True)
+    assert all(torch.equal(value, average[key]) for key, value in loaded.state_dict().items())
+    data, cfg = tree["data"], loaded.pretrained_cfg
+    assert tuple(cfg["input_size"]) == (3, data["eval_size"], data["eval_size"])
+    assert cfg["crop_pct"] == pytest.approx(data["eval_size"] / data["eval_resize"], rel=1e-6)
+    assert cfg["interpolation"] == data["interpolation"] != "bilinear"
+    assert run(folder, "--weights", "model")[0] == 0
+
+
 def test_export_of_a_plain_network_describes_the_reference_protocol(tmp_path):
     network = fidelity.Network("resnet50", {}, 5)
     verify_checkpoint.write(tmp_path / "export", network.build(), network)

@@ -45,7 +45,7 @@ def table_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Table]:
     try:
         import datasets
     except ImportError:
-        raise InputError("data.name: huggingface needs its library: pip install 'lip-resnet[huggingface]'") from None
+        raise InputError('data.name: huggingface needs its library: pip install ".[huggingface]"') from None
 
     def load() -> Any:
         try:

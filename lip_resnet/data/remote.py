@@ -46,7 +46,7 @@ class Remote:
             self._system, self._path = fsspec.url_to_fs(self.url, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             raise InputError(
-                f"data.root: cannot open {self.url}: {error}; pip install 'lip-resnet[remote]' has http and s3"
+                f'data.root: cannot open {self.url}: {error}; pip install ".[remote]" brings http and s3'
             ) from None
         self._threads = ThreadPoolExecutor(TOGETHER)
         self._process = os.getpid()
