@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lip_resnet import checkpoint, distributed, models, replace_downsampling, runlog
-from lip_resnet.config import Config, TrainConfig
+from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
 from lip_resnet.engine import build_state
 from lip_resnet.interrupts import Interrupts
@@ -27,13 +27,16 @@ def main() -> None:
     config = load_config(options.config, options.overrides)
     recipe = Path(options.config)
     folder = Path(options.output or Path("runs") / recipe.resolve().parent.name / recipe.stem)
-    with Interrupts(config.train.checkpoint_steps, config.train.checkpoint_minutes) as interrupts:
-        try:
+    interrupts = Interrupts(config.train.checkpoint_steps, config.train.checkpoint_minutes)
+    try:
+        with interrupts:
             train(config, folder, options.resume, interrupts)
-        except distributed.Stopped:
-            if distributed.is_main():
-                runlog.request_requeue(folder)
-            raise
+    except (InputError, FloatingPointError):
+        raise
+    except Exception as error:  # a signal can also cost a process its peers, if it comes before they all have begun
+        if distributed.is_main() and (interrupts.received or isinstance(error, distributed.Stopped)):
+            runlog.request_requeue(folder)
+        raise
 
 
 def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> None:

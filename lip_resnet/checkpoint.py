@@ -108,11 +108,12 @@ class Checkpoints:
         try:
             path = self.folder / f"step-{payload['step']:08d}.pt"
             save(path, payload)
-            # best first: a kill between the two is then repaired by the epoch that is done again.
+            # best first: a kill between the two is then repaired by the evaluation that is done again.
             for name in ["best.pt", "last.pt"] if best else ["last.pt"]:
                 self._link(path, self.folder / name, payload)
             # By age, not by step: a damaged one that the run had to go back behind must not push out a whole one.
-            for old in sorted(self.folder.glob("step-*.pt"), key=lambda path: path.stat().st_mtime_ns)[: -self.keep]:
+            others = sorted(set(self.folder.glob("step-*.pt")) - {path}, key=lambda path: path.stat().st_mtime_ns)
+            for old in others[: max(0, len(others) + 1 - self.keep)]:
                 old.unlink()
             _sync(self.folder)
         except OSError as error:
@@ -326,13 +327,16 @@ def check_entries(
     """
     window, processes = payload["window"], payload["processes"]
     numbers = isinstance(processes, list) and processes and all(type(n) is int and n > 0 for n in processes)
+    sets, done = payload.get("datasets", {}), payload.get("evaluated", 0)
+    evaluated = type(done) is int and type(payload["step"]) is int and 0 <= done <= payload["step"]
     rows = isinstance(window, Tensor) and len(window) and window.shape[1:] == counts.shape
     for entry, right, wanted in (
         ("step", type(payload["step"]) is int and payload["step"] >= 0, "number of steps"),
         ("best", type(payload["best"]) in (int, float), "percentage"),
         ("processes", numbers, "list of numbers of processes"),
-        ("evaluated", type(payload.get("evaluated", 0)) is int, "number of steps"),
+        ("evaluated", evaluated, "step up to this one"),
         ("skipped", type(payload.get("skipped", 0)) is int, "number of images"),
+        ("datasets", isinstance(sets, dict) and all(isinstance(each, dict) for each in sets.values()), "description"),
         ("window", rows, "table of counts"),
     ):
         if not right:

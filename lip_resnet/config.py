@@ -263,7 +263,7 @@ class TrainConfig(Section):
     rollback: go back to the newest checkpoint and leave out that batch."""
     nonfinite_limit: Positive = 10
     """For `skip`, so many steps in a row, and for `rollback`, so many times in a run; one more ends the run."""
-    hang_minutes: Annotated[float, Field(ge=0, le=100)] = 30.0
+    hang_minutes: NonNegative = 30.0
     """End the run, with every process's stack in the run folder, when a step takes longer than this; 0 is off."""
     log_every: Positive = 50
     """Steps between log lines, which are the only host synchronisations."""

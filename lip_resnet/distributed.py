@@ -22,7 +22,7 @@ from lip_resnet.config import InputError
 T = TypeVar("T")
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = datetime.timedelta(hours=2)
-"""How long a process waits for the others. Longer than ``train.hang_minutes`` may be: the watchdog says who hangs."""
+"""How long a process waits for the others; longer than ``train.hang_minutes``, whose watchdog says who hangs."""
 _control: Any = None  # Gloo group for objects and barriers, so that they never touch a GPU stream
 
 
@@ -130,7 +130,7 @@ class Agreement:
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state; the command leaves with exit code 75 (try again)."""
+    """The run was asked to stop, and what it had done is saved; the command leaves with exit code 75 (try again)."""
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -73,7 +73,7 @@ class Interrupts:
             self._saved = time.monotonic()
         return self._agree(STOP if self.received else action)
 
-    def stopped(self) -> bool:
-        """Whether any process has been asked to stop; all must call it, and wait for each other."""
+    def now(self) -> int:
+        """As ``after_step``, between steps: what its answer leaves open; all processes wait for each other."""
         late = self._agree(STOP if self.received else 0)
-        return STOP in (late, self._agree.close())
+        return max(late, self._agree.close())

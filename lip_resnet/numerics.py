@@ -220,8 +220,8 @@ def check_scale(scaler: torch.amp.GradScaler, step: int) -> None:
     """
     if scaler.is_enabled() and (scale := scaler.get_scale()) < SMALLEST_SCALE:
         raise FloatingPointError(
-            f"gradients are not finite at step {step}, though the loss is: float16's scale is down to {scale:.3g} and "
-            "no step counts; train.precision: bfloat16 has the range of float32"
+            f"gradients overflow at step {step} whatever their scale, which is down to {scale:.3g}: float16's steps no "
+            "longer count; train.precision: bfloat16 has the range of float32"
         )
 
 
@@ -231,8 +231,11 @@ def step_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
     Fused optimizers read the flag on the device. The others (lamb, lars) make the host wait for it.
     """
     if scaler.is_enabled():  # its own flag covers ours: a loss that is not finite has made the gradients NaN
+        one = torch.ones((), device=bad.device)
+        before = scaler.scale(one)
         scaler.step(optimizer)
         scaler.update()
+        scaler.update(torch.where(bad.bool(), before, scaler.scale(one)))  # such a loss is not the scale's fault
     elif optimizer.defaults.get("fused"):
         optimizer.found_inf = bad
         optimizer.step()

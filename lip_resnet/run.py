@@ -32,8 +32,8 @@ def restore(state: TrainState, config: Config, source: Path, datasets: Datasets)
     payload = distributed.on_main(lambda: checkpoint.load(source))
     if "config" in payload:
         runlog.check_same_recipe(config, parse_config(payload["config"], str(source)), str(source))
-    check_same_data(payload.get("datasets", {}), datasets, str(source))
     state.load_state_dict(payload, str(source))
+    check_same_data(payload.get("datasets", {}), datasets, str(source))
     before, now = payload["processes"], distributed.world_size()
     return before if before[-1] == now else [*before, now]
 
@@ -145,6 +145,8 @@ class Run:
             on_phase=self.watchdog.note,
         )
         self.watchdog.rest()
+        if ended():
+            action = max(action, interrupts.now())  # before the evaluation, which can take minutes
         # The save after an evaluation will do, unless one is due now.
         if action in (SAVE, STOP) or (ended() and not self._unevaluated()):
             self.save()
@@ -162,7 +164,7 @@ class Run:
         if state.step >= self.total:
             self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in ("top1", "top5")})
         self.save(best=improved)
-        return interrupts.stopped()
+        return interrupts.now() == STOP
 
     def _leave(self, reason: str) -> None:
         """End for now, with the last checkpoint on the disk."""

@@ -223,7 +223,7 @@ class RunLog:
         self.first_step, self.evaluated = step, evaluated
         self.started = time.monotonic()
         self.config, self.environment, self.refused = config, environment, False
-        self.unwritten = b""
+        self.unwritten, self.earlier = b"", None
         distributed.on_main(lambda: self._open(config, environment))
 
     def _open(self, config: Config, environment: dict[str, Any]) -> None:
@@ -231,10 +231,11 @@ class RunLog:
         try:
             self._write("config.yaml", config.dump())
             path = self.folder / "env.json"
-            if path.is_file() and step:
-                last = json.loads(path.read_text(encoding="utf-8"))
-                environment = {**environment, "earlier": [*last.pop("earlier", []), last][-EARLIER:]}
-            self._write("env.json", json.dumps(environment, indent=2) + "\n")
+            if self.earlier is None:  # not after a rollback
+                last = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                self.earlier = [*last.pop("earlier", []), *([last] if last else [])][-EARLIER:]
+            earlier = {"earlier": self.earlier} if self.earlier else {}
+            self._write("env.json", json.dumps({**environment, **earlier}, indent=2) + "\n")
             kept = [line for line in _read_lines(self.folder / "metrics.jsonl") if self._counts(line)]
             self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
             self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115

@@ -153,9 +153,10 @@ def terminate(lane: Lane, references: References, seed: int, wanted: int) -> lis
         stopped = re.search(r"stopped: SIGTERM at step (\d+)", process.printed())
         requeue = (folder / "requeue").exists()
         if code == 75:
-            told = int(stopped[1]) if stopped else now.newest  # before the first step
+            told = int(stopped[1]) if stopped else now.newest
             line |= {"step": told, "recomputed": told - now.newest}
-            line["ok"] &= requeue and line["recomputed"] == 0
+            understood = stopped or "before the first step" in process.printed()
+            line["ok"] &= requeue and line["recomputed"] == 0 and bool(understood)
         elif now.newest == TOTAL:
             # Too late to stop anything: all is on the disk. Only the interpreter was left to be ended, or not.
             line["ok"] &= code in (0, -signal.SIGTERM) and not requeue

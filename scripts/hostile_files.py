@@ -228,6 +228,8 @@ def altered(rng: random.Random, payload: dict[str, Any], _: bytes, __: Path) -> 
             for value in (None, torch.zeros(0), torch.zeros(3, 2, 1), torch.zeros(1, 2), "x")
         ),
         *({**payload, "best": value} for value in ("high", None, [1])),
+        *({**payload, "evaluated": value} for value in ("no", None, -1, 1 << 40)),
+        *({**payload, "datasets": value} for value in (5, None, {"train": 5}, {"train": {"images": 3}})),
         *({**payload, "config": value} for value in (None, [], "x", {"model": 3}, {1: 2})),
         *(
             {**payload, "optimizer": value}

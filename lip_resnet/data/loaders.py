@@ -35,7 +35,7 @@ class Batch:
     """(images (b, 3, H, W) uint8 in channels-last order, labels (b,) int64), one pair for each accumulated part."""
     size: int
     """Images of the step over all processes, those included that ``data.on_error: skip`` has left out."""
-    skipped: int = 0
+    skipped: int
     """Images that it has left out of this share."""
 
 

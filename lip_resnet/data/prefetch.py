@@ -1,5 +1,6 @@
 """Batches to the device ahead of time."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -30,7 +31,7 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
             parts = [(upload(images), upload(labels)) for images, labels in batch.parts]
             copied = torch.cuda.Event()
             copied.record(side)
-        return Batch(parts, batch.size), copied
+        return dataclasses.replace(batch, parts=parts), copied
 
     def release(batch: Batch, copied: torch.cuda.Event) -> Batch:
         stream = torch.cuda.current_stream(device)
