@@ -155,6 +155,7 @@ def test_float16_loss(nan_image):
     same(seen[BAD - 1], seen[BAD - 2])
     assert not torch.equal(seen[3]["model.fc.weight"], seen[4]["model.fc.weight"])
     assert len(told) == 1
+    assert state.scaler.get_scale() == 2.0**16  # the loss was at fault, not the scale
 
 
 @pytest.mark.parametrize("lag", [0, 2])
