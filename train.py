@@ -43,6 +43,7 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
     """Build everything, open or continue the run in ``folder``, and train to the end."""
     device = distributed.device()
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
     torch.manual_seed(config.train.seed)
     train_source, val_source = build_sources(config.data, config.model.num_classes)
     loader = TrainLoader(train_source, config.data, config.optim.accumulate, config.train.seed)

@@ -220,8 +220,9 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     max_steps: Positive | None = None
     """Stop after this many optimizer steps; the schedule still spans `epochs`."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the autocast forward; float16 scales its loss and needs sgd or adamw, whose fused form never synchronises."""
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    """Of the autocast forward. tf32 is float32 whose products GPUs round to 10 bits. float16 scales its loss and needs
+    sgd or adamw, whose fused form never synchronises."""
     channels_last: bool = True
     compile: bool = False
     """torch.compile the training step's forward and backward."""
@@ -246,7 +247,7 @@ class TrainConfig(Section):
     rules: Literal["model", "ema"] = "model"
     """Which weights choose `best` and stand in tables."""
     sync_bn: bool = False
-    """Batch statistics over all processes (GPUs only)."""
+    """Batch statistics over all processes (GPUs only). The host then waits for the device in every layer."""
     eval_every: Positive = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_steps: Count = 0
@@ -296,6 +297,12 @@ class Config(Section):
         if self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs is {self.optim.warmup_epochs:g}; train.epochs is {self.train.epochs}"
+            )
+        graphs = self.train.compile and self.train.compile_mode != "default"
+        if graphs and self.optim.accumulate > 1:
+            raise ValueError(
+                f"train.compile_mode {self.train.compile_mode} with optim.accumulate {self.optim.accumulate}: "
+                "CUDA graphs cannot add gradients up; use compile_mode: default"
             )
         if self.train.precision == "float16" and self.optim.name not in ("sgd", "adamw"):
             raise ValueError(

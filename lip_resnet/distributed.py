@@ -52,7 +52,7 @@ def device() -> torch.device:
     processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if processes > count:  # every process of the machine finds the same
         raise InputError(f"{processes} processes on this machine but {count} GPUs are visible; lower --nproc_per_node")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if "RANK" in os.environ else 0)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -227,10 +227,15 @@ def _leave_alone(error: Exception) -> None:
         print(f"rank {rank()}: another process is gone, or out of reach: {text[:200]}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
-    for thread in threading.enumerate():  # a checkpoint may be on its way to the disk
+    _exit_at_once(1)
+
+
+def _exit_at_once(code: int) -> None:
+    """Without a goodbye to the process group, which waits for what the others are in; with the last checkpoint."""
+    for thread in threading.enumerate():  # it may be on its way to the disk
         if not thread.daemon and thread is not threading.main_thread():
             thread.join()
-    os._exit(1)
+    os._exit(code)
 
 
 def _fail(message: str, code: int) -> int:
@@ -249,4 +254,6 @@ def _fail(message: str, code: int) -> int:
         command, line = os.path.basename(sys.argv[0]), " ".join(message.split())
         kind = "stopped" if code == 75 else "error"
         print(f"{command}: {kind}: {line}{where}", file=sys.stderr, flush=True)
+    if not together:
+        _exit_at_once(code)
     return code

@@ -22,7 +22,7 @@ from lip_resnet.numerics import Sentinel, check_scale, step_optimizer, update_av
 from lip_resnet.objective import Objective, place
 from lip_resnet.optim import build_optimizer, lr_at
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COMPRESSION = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
 
 
@@ -162,8 +162,8 @@ def rehearse(state: TrainState, config: Config) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The forward's context: autocast to ``precision``, or nothing at float32."""
-    return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "float32")
+    """The forward's context: autocast to ``precision``, or nothing at float32 and tf32."""
+    return torch.autocast(device.type, _DTYPES[precision], enabled=_DTYPES[precision] != torch.float32)
 
 
 def train_one_epoch(

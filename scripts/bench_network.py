@@ -74,8 +74,6 @@ def memory_rows(options: argparse.Namespace) -> Iterator[Row]:
             images, baseline = make_images(batch, layout, options), None
             for name, (model, wrong) in models.items():
                 row = describe(options, layout, batch) | {"model": name}
-                if options.device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
                 failure = wrong or failure_of(
                     lambda model=model, row=row: row.update(kept_mib=kept_bytes(model, images, autocast) / 2**20)  # noqa: B023
                 )
@@ -84,7 +82,7 @@ def memory_rows(options: argparse.Namespace) -> Iterator[Row]:
                     yield row | {"failed": failure}
                     continue
                 if options.device == "cuda":
-                    row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                    row["peak_mib"] = peak_bytes(model, images, autocast) / 2**20
                 baseline = row if name == "resnet50" else baseline
                 for key in ("kept", "peak"):
                     if f"{key}_mib" in row and baseline is not None:
@@ -107,6 +105,19 @@ def kept_bytes(model: nn.Module, images: Tensor, autocast: torch.autocast) -> in
         loss = model.train()(images).float().mean()
     loss.backward()
     return sum(kept.values())
+
+
+def peak_bytes(model: nn.Module, images: Tensor, autocast: torch.autocast) -> int:
+    """The most that a training step holds on the GPU, its own weights and images counted, other networks not.
+
+    Not of the first step, whose search for algorithms takes more.
+    """
+    own = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), images))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept_bytes(model, images, autocast)
+    model.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated() - before + own
 
 
 def make_images(batch: int, layout: str, options: argparse.Namespace) -> Tensor:

@@ -3,11 +3,11 @@
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from bench_timing import DTYPES, LAYOUTS, Row, failure_of, interleave, ratio, spread
-from contestants import FORMS, SITES, TOLERANCES, WINDOW, relative_error
+from contestants import FORMS, SITES, TOLERANCES, WINDOW, compile_anew, relative_error
 from torch import Tensor
 
 from lip_resnet.kernels import plain
@@ -31,6 +31,18 @@ def op_rows(options: argparse.Namespace) -> Iterator[Row]:
                 print(f"batch {batch}, {layout}, {site}: done", file=sys.stderr)
 
 
+def truth_of(x: Tensor, logits: Tensor, make: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """y, dx and dlogits in float64, and the dy (made by ``make``) that they are of; a few images at a time."""
+    parts = []
+    for own in zip(x.split(16), logits.split(16), strict=True):
+        inputs = [t.double().requires_grad_() for t in own]
+        y = plain.stable(*inputs, WINDOW)
+        dy = make(torch.randn(y.shape))
+        parts.append((y.detach(), *torch.autograd.grad(y, inputs, dy.double()), dy))
+    *truths, dy = (torch.cat(part) for part in zip(*parts, strict=True))
+    return *truths, make(dy)
+
+
 def site_rows(options: argparse.Namespace, layout: str, batch: int, site: str, bandwidth: float) -> Iterator[Row]:
     (channels, size), dtype = SITES[site], DTYPES[options.precision]
 
@@ -39,9 +51,8 @@ def site_rows(options: argparse.Namespace, layout: str, batch: int, site: str, b
 
     x, logits = (make(t).requires_grad_() for t in (torch.randn(batch, channels, size, size),
                                                     12 * torch.rand(batch, channels, size, size)))  # fmt: skip
-    truth = plain.stable(x.double(), logits.double(), WINDOW)
-    dy = make(torch.randn(truth.shape))
-    truths = (truth, *torch.autograd.grad(truth, (x, logits), dy.double()))
+    *truths, dy = truth_of(x.detach(), logits.detach(), make)
+    compile_anew()
 
     def forward(form):
         with torch.no_grad():

@@ -118,7 +118,9 @@ def make_step(
     )
 
     def step() -> Tensor:
-        with torch.backends.cudnn.flags(benchmark=variant.cudnn_benchmark):
+        # `flags` sets all that it can, and its defaults are not torch's own.
+        tf32 = torch.backends.cudnn.allow_tf32
+        with torch.backends.cudnn.flags(enabled=True, benchmark=variant.cudnn_benchmark, allow_tf32=tf32):
             with autocast:
                 loss = F.cross_entropy(call(images).float(), labels)
             loss.backward()

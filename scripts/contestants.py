@@ -1,7 +1,8 @@
 """What ``benchmark.py`` sets against each other: forms of the operator and networks, checked before they are timed."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import timm
 import torch
@@ -40,7 +41,27 @@ def textbook(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, p
 
 @functools.cache
 def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(textbook)
+    return torch.compile(textbook, dynamic=False)
+
+
+def compile_anew() -> None:
+    """For every shape its own code, as a network of fixed sizes has it; torch would make the second one generic."""
+    torch.compiler.reset()
+    _compiled.cache_clear()
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 in convolutions and matrix products."""
+    modules = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [module.allow_tf32 for module in modules]
+    for module in modules:
+        module.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.allow_tf32 = value
 
 
 # Each maps x and logits (B, C, H, W) to (B, C, h, w).
@@ -127,7 +148,7 @@ def build_networks(
         if name.startswith("lip_"):
             model.load_state_dict(weights, strict=name != FLOOR)  # the floor has no norms
         model.to(device, memory_format=memory_format)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with full_float32():
             output, own = _run(model, images.to(device, memory_format=memory_format))
         if name.startswith("lip_"):
             error = 0.0 if name == FLOOR else relative_error(output, truth)

@@ -94,6 +94,12 @@ def test_overrides_reach_nested_keys(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (
+            MINIMAL.replace("0.1", "0.1, accumulate: 2").replace(
+                "epochs: 2}", "epochs: 2, compile: true, compile_mode: max-autotune}"
+            ),
+            ["compile_mode max-autotune with optim.accumulate 2", "default"],
+        ),
         ("", ["an empty file", "model, data, optim, train"]),
         ("- a\n- b\n", ["a list"]),
         ("just words", ["a str"]),

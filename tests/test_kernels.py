@@ -49,6 +49,32 @@ def gradients(function, x, logits, dy):
     return y, *torch.autograd.grad(y, (x, logits), dy)
 
 
+@pytest.mark.parametrize("window", [(2, 1, 1), (3, 2, 1), (4, 1, 2)])
+def test_one_position_in_a_view_with_gaps(window):
+    """torch calls such a map contiguous in every layout; the output may be larger than it."""
+    x, logits = (torch.randn(2, 10, 1, 1)[:, :5] for _ in range(2))
+    y = lip2d(x, logits, *window)
+    assert relative_error(y, plain.stable(x.double(), logits.double(), window)) < 1e-6
+    assert relative_error(lip2d(x.contiguous(), logits.contiguous(), *window), y) < 1e-6
+
+
+def test_triton_that_does_not_start(monkeypatch):
+    """Triton is there, but no compiler for its driver: the plain form and one line, not a traceback in the forward."""
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    triton = pytest.importorskip("triton.runtime", reason="Triton is published for Linux only")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton, "driver", Driver())
+    kernels._available.cache_clear()
+    with pytest.warns(UserWarning, match=r"plain form, .*: Triton does not start: Failed to find C compiler\. Please"):
+        assert kernels.available("cuda") is False
+    kernels._available.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_many_channels_and_rows(dtype, layouts):

@@ -42,7 +42,5 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         return batch
 
     source = iter(batches)
-    ahead = pull()
-    while ahead is not None:
-        ready, ahead = ahead, pull()
-        yield release(*ready)
+    while (ready := pull()) is not None:
+        yield release(*ready)  # the caller only enqueues its step: the next batch is copied while the GPU computes

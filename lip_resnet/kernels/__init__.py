@@ -8,6 +8,7 @@ environment variable LIP_KERNELS=auto|plain chooses; ``plain`` never uses a kern
 import functools
 import importlib.util
 import os
+import subprocess
 import warnings
 from types import ModuleType
 
@@ -46,10 +47,23 @@ def _available(device_type: str) -> bool:
             _warn(str(error))
             return False
         return True
-    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
-        _warn("Triton is not installed")
+    if device_type == "cuda" and (reason := _why_no_triton()):
+        _warn(reason)
         return False
     return device_type == "cuda"
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.is_available():
+        from triton.runtime import driver
+
+        try:
+            driver.active.utils  # noqa: B018 (built by a C compiler on first use)
+        except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+            return f"Triton does not start: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 def _warn(reason: str) -> None:
@@ -78,7 +92,9 @@ def recorded() -> bool:
 
 def layout_of(x: Tensor) -> torch.memory_format:
     """The layout that results take: x's own, where it has one; a view with gaps keeps the order of its dimensions."""
-    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    # A map of one position has no order of its own: torch calls it contiguous in both.
+    positions = x.shape[2] * x.shape[3]
+    channels_last = positions > 1 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
