@@ -17,6 +17,7 @@ from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader, describe_source, testsets
 from lip_resnet.engine import evaluate
 from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.weights import extract_weights, put_weights
 
 
 def parse() -> Any:
@@ -149,7 +150,7 @@ def describe(options: Any, payload: dict[str, Any], trained: Config | None) -> C
     classes = models.create_model(config.model.name).num_classes if options.pretrained else None
     if payload:
         head = models.create_model(config.model.name).default_cfg["classifier"]
-        weight = checkpoint.extract_weights(payload, options.checkpoint).get(f"{head}.weight")
+        weight = extract_weights(payload, options.checkpoint).get(f"{head}.weight")
         classes = None if weight is None else len(weight)
     if classes is None:
         return config
@@ -210,7 +211,7 @@ def build(config: Config, options: Any, payload: dict[str, Any], ema: bool) -> t
     if options.pretrained:
         return models.create_model(config.model.name, pretrained=True)
     model = models.build_model(config.model.model_copy(update={"weights": None}), replace_downsampling)
-    checkpoint.put_weights(model, payload, options.checkpoint, ema=ema)
+    put_weights(model, payload, options.checkpoint, ema=ema)
     return model
 
 

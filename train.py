@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lip_resnet import checkpoint, distributed, models, replace_downsampling, runlog
+from lip_resnet import checkpoint, distributed, models, replace_downsampling, run_folder, runlog
 from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
 from lip_resnet.engine import build_state
@@ -35,7 +35,7 @@ def main() -> None:
         raise
     except Exception as error:  # a signal can also cost a process its peers, if it comes before they all have begun
         if distributed.is_main() and (interrupts.received or isinstance(error, distributed.Stopped)):
-            runlog.request_requeue(folder)
+            run_folder.request_requeue(folder)
         raise
 
 
@@ -52,7 +52,7 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
     models.check_size(model, min(*config.data.sizes, config.data.eval_size))
     state = build_state(model, config, device)
 
-    opened = distributed.on_main(lambda: runlog.open_run(folder, config, resume))
+    opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))
     processes = [distributed.world_size()]
     datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
     if opened.source is not None:

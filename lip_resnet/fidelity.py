@@ -9,11 +9,12 @@ import timm
 import torch
 from torch import nn
 
-from lip_resnet import checkpoint, distributed, models, results
+from lip_resnet import distributed, models, results
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader, build_sources, locate
 from lip_resnet.engine import evaluate
 from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.weights import extract_weights, put_weights
 
 NETWORKS = (
     *(
@@ -63,7 +64,7 @@ def identify(payload: dict[str, Any], source: str, ema: bool = False) -> Network
     Raises:
         InputError: none does; the message tells what is wrong with the nearest.
     """
-    state = checkpoint.extract_weights(payload, source, ema)
+    state = extract_weights(payload, source, ema)
     heads = [state[key] for key in ("fc.weight", "classifier.weight") if key in state and state[key].dim() == 2]
     num_classes = len(heads[0]) if heads else 1000
     nearest, fewest = None, None
@@ -79,7 +80,7 @@ def identify(payload: dict[str, Any], source: str, ema: bool = False) -> Network
             nearest, fewest = (name, args, model), apart
     name, args, model = nearest
     try:
-        checkpoint.put_weights(model, payload, source, ema=ema)
+        put_weights(model, payload, source, ema=ema)
     except InputError as error:
         raise InputError(f"{error}; the nearest network is {results.label(name, args)}") from None
     raise AssertionError("put_weights took what identify refused")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lip_resnet.checkpoint import load_weights
 from lip_resnet.config import InputError, ModelConfig
+from lip_resnet.weights import load_weights
 
 Replace = Callable[[nn.Module, Mapping[str, str]], Any]
 

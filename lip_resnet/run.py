@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lip_resnet import checkpoint, distributed, runlog
+from lip_resnet import checkpoint, distributed, run_folder, runlog
 from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader
 from lip_resnet.engine import TrainState, evaluate, rehearse, train_one_epoch
@@ -31,7 +31,7 @@ def restore(state: TrainState, config: Config, source: Path, datasets: Datasets)
     """
     payload = distributed.on_main(lambda: checkpoint.load(source))
     if "config" in payload:
-        runlog.check_same_recipe(config, parse_config(payload["config"], str(source)), str(source))
+        run_folder.check_same_recipe(config, parse_config(payload["config"], str(source)), str(source))
     state.load_state_dict(payload, str(source))
     check_same_data(payload.get("datasets", {}), datasets, str(source))
     before, now = payload["processes"], distributed.world_size()

@@ -1,21 +1,18 @@
-"""The run folder: who may write it, and numbers to TensorBoard, metrics.jsonl and the terminal (rank 0 only)."""
+"""A run's numbers to TensorBoard, metrics.jsonl and the terminal (rank 0 only), and what they depend on."""
 
 import contextlib
 import datetime
-import fcntl
 import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import timm
 import torch
@@ -26,140 +23,6 @@ from tqdm import tqdm
 
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, InputError
-from lip_resnet.recipe import load_config
-
-# What may change when a run goes on: where it runs and how it reports, not what it computes.
-_FREE = {
-    "data": {"root", "workers", "download"},
-    "train": {
-        *("max_steps", "log_every", "profile"),
-        *("checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"),
-        *("on_nonfinite", "nonfinite_limit", "hang_minutes"),
-    },
-    "model": {"weights"},
-}
-
-
-def check_same_recipe(config: Config, other: Config, where: str) -> None:
-    """Refuse to continue a run under another recipe.
-
-    Raises:
-        InputError: the first key that differs, of those that decide the result.
-    """
-    ours, theirs = config.model_dump(mode="json"), other.model_dump(mode="json")
-    for section, values in ours.items():
-        for key, value in values.items():
-            if key not in _FREE.get(section, ()) and value != theirs[section][key]:
-                raise InputError(
-                    f"{where} was trained with {section}.{key}={theirs[section][key]}, this recipe says {value}; "
-                    "choose another --output"
-                )
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A run folder that this run may write."""
-
-    source: Path | None
-    """The checkpoint to continue from; None for a fresh start."""
-    notes: list[str]
-    """What the user should know: checkpoints that were skipped."""
-
-
-def open_run(folder: Path, config: Config, resume: str) -> Opened:
-    """Decide where a run writes and from which checkpoint it continues; nothing is ever overwritten.
-
-    Args:
-        folder: the run folder, new or empty unless ``resume`` continues the run in it.
-        resume: "none" starts; "auto" continues the run in ``folder``, if there is one, from its newest checkpoint that
-            is whole; else a checkpoint's path.
-
-    Raises:
-        InputError: the folder holds another run or other files, another process writes it, or there is nothing to
-            continue from.
-    """
-    recipe, checkpoints = folder / "config.yaml", folder / "checkpoints"
-    occupied = _is_occupied(folder)
-    source = None if resume in ("none", "auto") else checkpoint.resolve(resume)
-    continues = resume == "auto" or (source is not None and source.parent.resolve() == checkpoints.resolve())
-    if occupied and not recipe.is_file():
-        raise InputError(f"--output {folder} exists and is not a run; choose another")
-    if occupied and not continues:
-        raise InputError(f"--output {folder} already holds a run; continue it with --resume auto or choose another")
-    if occupied:
-        check_same_recipe(config, load_config(recipe), str(folder))
-    if source is not None and not source.is_file():
-        raise InputError(f"--resume {resume}: no such checkpoint")
-    notes: list[str] = []
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        _locks.append(_lock(folder))
-        for left in folder.rglob(".*.tmp"):  # half-written, by a process that was killed; nobody else writes here
-            left.unlink()
-        (folder / "requeue").unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from None
-    try:
-        found = checkpoint.Checkpoints(checkpoints, keep=1)
-        if source is None:
-            source, skipped = found.newest_whole()
-            notes = [f"skipped {line}" for line in skipped]
-            if skipped:
-                notes.append(f"continuing from {source}")
-        elif continues and (newer := found.newer_than(source)) is not None:
-            raise InputError(
-                f"--resume {resume}: this run has gone on to {newer}; continue with --resume auto, or go back to it "
-                "in another --output"
-            )
-    except InputError:
-        _locks.pop().close()
-        raise
-    return Opened(source, notes)
-
-
-def _is_occupied(folder: Path) -> bool:
-    """Whether there are files of a run or of others; what a start leaves that ended early is nobody's."""
-    nobodys = re.compile(r"\.lock|requeue|\..*\.tmp")
-    try:
-        files = folder.rglob("*") if folder.is_dir() else [folder] if folder.exists() else []
-        return any(not path.is_dir() and not nobodys.fullmatch(path.name) for path in files)
-    except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}") from None
-
-
-def request_requeue(folder: Path) -> None:
-    """Leave a file ``requeue``, which tells launch files that there is more to do; the next start removes it.
-
-    A run that was stopped before it opened its folder does so too, unless another process or other files are there.
-    """
-    try:
-        if not _locks:
-            if _is_occupied(folder) and not (folder / "config.yaml").is_file():
-                return
-            folder.mkdir(parents=True, exist_ok=True)
-            _locks.append(_lock(folder))
-        (folder / "requeue").touch()
-    except (InputError, OSError) as error:
-        print(f"warning: {folder / 'requeue'}: cannot write: {error}", file=sys.stderr)
-
-
-LOCK_SECONDS = 15  # longer than orphaned processes live
-_locks: list[TextIO] = []  # held until the process ends, however it ends
-
-
-def _lock(folder: Path) -> TextIO:
-    """Hold the folder until this process ends. torchrun may restart a run while its old processes still die."""
-    file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
-    patience = time.monotonic() + (LOCK_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0)
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() >= patience:
-                file.close()
-                raise InputError(f"--output {folder} is being written by another process") from None
-            time.sleep(0.2)
 
 
 def describe_environment(device: str | None = None) -> dict[str, Any]:
@@ -208,7 +71,7 @@ class RunLog:
     """Writes a run's numbers; every method does nothing on ranks other than 0.
 
     Args:
-        folder: the run folder, which ``open_run`` has prepared.
+        folder: the run folder, which ``run_folder.open_run`` has prepared.
         config: the resolved recipe; written as config.yaml and as TensorBoard text.
         step: where the run starts or continues: lines and events beyond it are dropped.
         evaluated: the last step whose evaluation is done: that of ``step`` itself may be still to come.

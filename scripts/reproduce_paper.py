@@ -26,6 +26,7 @@ from lip_resnet.paper import (
     render_report,
     render_table,
 )
+from lip_resnet.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 FIGURES = Path(__file__).with_name("paper.yaml")
@@ -146,7 +147,7 @@ def evaluate_weights(options: Any, paper: Paper) -> list[dict[str, Any]]:
     measured = []
     for row, network, path in jobs:
         model = network.build()
-        checkpoint.load_weights(model, path)
+        load_weights(model, path)
         fidelity.check_finite(model, path)
         found = fidelity.evaluate_reference(model, network, paper.images, options.data, options.workers)
         facts = {"file": path, "sha256": fidelity.sha256(Path(path))}

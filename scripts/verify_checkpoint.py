@@ -22,6 +22,7 @@ from lip_resnet import checkpoint, distributed, fidelity, models, results, runlo
 from lip_resnet.config import InputError
 from lip_resnet.paper import judge, load_paper
 from lip_resnet.recipe import parse_config
+from lip_resnet.weights import put_weights
 
 FIGURES = Path(__file__).with_name("paper.yaml")
 
@@ -53,7 +54,7 @@ def main() -> None:
     network = fidelity.identify(payload, str(path), ema)
     say(f"network   {results.label(network.model, network.args)}, {network.num_classes} classes")
     model = network.build(trained)
-    checkpoint.put_weights(model, payload, str(path), ema=ema)
+    put_weights(model, payload, str(path), ema=ema)
     fidelity.check_finite(model, str(path))
     kind = ", averaged (EMA)" if ema else ""
     count = models.count_parameters(model)

@@ -8,8 +8,8 @@ PACKAGE = ROOT / "lip_resnet"
 LIP_WING = {"lip", "kernels", "logits", "pooling", "released", "blocks", "resnet", "densenet", "replace"}
 FLOORS = [
     {"config", "recipe", "lip", "kernels", "logits", "released", "distributed", "seeding", "lifeline"},
-    {"pooling", "blocks", "data", "optim", "metrics", "checkpoint", "interrupts", "objective"},
-    {"runlog", "resnet", "densenet", "replace", "models", "engine", "numerics", "watchdog", "results"},
+    {"pooling", "blocks", "data", "weights", "optim", "metrics", "checkpoint", "interrupts", "objective"},
+    {"runlog", "run_folder", "resnet", "densenet", "replace", "models", "engine", "numerics", "watchdog", "results"},
     {"fidelity", "paper", "run"},
 ]
 # Inside a floor, only these: each is the plainer of the two.
@@ -22,6 +22,7 @@ WITHIN = {
     "objective": {"data"},
     "engine": {"numerics"},
     "data": {"checkpoint"},
+    "weights": {"checkpoint"},
 }
 
 

@@ -12,6 +12,7 @@ import torch
 
 from lip_resnet import checkpoint
 from lip_resnet.config import InputError
+from lip_resnet.weights import load_weights
 
 
 @pytest.fixture
@@ -44,26 +45,26 @@ def test_every_container_loads(model, tmp_path):
     for name in [*containers, "old.pth", "plain.safetensors"]:
         fresh = timm.create_model("test_resnet", num_classes=10)
         assert not same(fresh, state)
-        checkpoint.load_weights(fresh, tmp_path / name)
+        load_weights(fresh, tmp_path / name)
         assert same(fresh, state), name
 
 
 def test_ema_is_taken_when_asked_for(model, tmp_path):
     ema = {key: value + 1 for key, value in model.state_dict().items()}
     torch.save({"format": 1, "model": model.state_dict(), "ema": ema}, tmp_path / "a.pt")
-    checkpoint.load_weights(model, tmp_path / "a.pt", ema=True)
+    load_weights(model, tmp_path / "a.pt", ema=True)
     assert same(model, ema)
     torch.save({"format": 1, "model": model.state_dict(), "ema": None}, tmp_path / "b.pt")
     with pytest.raises(InputError, match="no averaged"):
-        checkpoint.load_weights(model, tmp_path / "b.pt", ema=True)
+        load_weights(model, tmp_path / "b.pt", ema=True)
 
 
 def test_new_head_keeps_the_model_s_own(model, tmp_path):
     torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "seven.pth")
     head = model.fc.weight.clone()
     with pytest.raises(InputError, match=r"2 keys of another shape.*model.new_head"):
-        checkpoint.load_weights(model, tmp_path / "seven.pth")
-    checkpoint.load_weights(model, tmp_path / "seven.pth", new_head=True)
+        load_weights(model, tmp_path / "seven.pth")
+    load_weights(model, tmp_path / "seven.pth", new_head=True)
     assert torch.equal(model.fc.weight, head)
 
 
@@ -76,7 +77,7 @@ def test_wrong_weights_are_counted_and_change_nothing(model, tmp_path):
     state["bn1.num_batches_tracked"] = torch.tensor(1 + 1j)
     torch.save(state, tmp_path / "wrong.pth")
     with pytest.raises(InputError) as caught:
-        checkpoint.load_weights(model, tmp_path / "wrong.pth")
+        load_weights(model, tmp_path / "wrong.pth")
     for words in (
         "2 keys missing (bn1.weight, bn1.bias)",
         "1 keys unknown (extra)",
@@ -113,7 +114,7 @@ def test_hostile_and_broken_files(model, tmp_path, name):
         path.write_bytes(b"" if name == "empty.pth" else b"no checkpoint at all")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(InputError) as caught:
-        checkpoint.load_weights(model, path)
+        load_weights(model, path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert same(model, before)
@@ -133,7 +134,7 @@ def test_old_format_cut_anywhere(tmp_path):
 
 def test_missing_file(model, tmp_path):
     with pytest.raises(InputError, match="no such file"):
-        checkpoint.load_weights(model, tmp_path / "none.pth")
+        load_weights(model, tmp_path / "none.pth")
 
 
 def test_a_kill_while_writing_keeps_the_old_file(tmp_path):

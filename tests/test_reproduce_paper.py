@@ -15,9 +15,10 @@ from conftest import ROOT
 from golden import GOLDEN, released_state_dict
 from torch import nn
 
-from lip_resnet import checkpoint, distributed, fidelity, models, results
+from lip_resnet import distributed, fidelity, models, results
 from lip_resnet.paper import Check, count_flops, load_paper
 from lip_resnet.recipe import load_config
+from lip_resnet.weights import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import reproduce_paper
@@ -216,7 +217,7 @@ def test_weights(run, small, tmp_path, image_folder):
     torch.save(state, path, _use_new_zipfile_serialization=False)
     network = fidelity.Network("lip_densenet121", {}, 3)
     model = network.build()
-    checkpoint.load_weights(model, path)
+    load_weights(model, path)
     top1 = fidelity.evaluate_reference(model, network, 11, str(image_folder), 0)["correct1"]
     for apart, code, words in (
         (0, 0, "agrees (counts: identical)"),

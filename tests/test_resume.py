@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, small_config
 
 import train
-from lip_resnet import checkpoint, distributed, run, runlog
+from lip_resnet import checkpoint, distributed, run, run_folder, runlog
 from lip_resnet.config import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -33,8 +33,8 @@ def start(tmp_path, monkeypatch):
         try:
             train.main()
         finally:
-            while runlog._locks:
-                runlog._locks.pop().close()  # which the end of the process does
+            while run_folder._locks:
+                run_folder._locks.pop().close()  # which the end of the process does
 
     run_it.folder = folder
     return run_it

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from lip_resnet import checkpoint, distributed, fidelity
 from lip_resnet.config import InputError
+from lip_resnet.weights import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import verify_checkpoint
@@ -111,7 +112,7 @@ def test_training_checkpoint_and_export(run, tmp_path):
     assert "lip_resnet50 (bottleneck_width=64), 1000 classes" in out
     loaded = timm.create_model(f"local-dir:{export}", pretrained=True).eval()
     model = timm.create_model("lip_resnet50", bottleneck_width=64).eval()
-    checkpoint.load_weights(model, path)
+    load_weights(model, path)
     batch = images(2, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(loaded(batch), model(batch), rtol=0, atol=0)
@@ -164,7 +165,7 @@ def test_export_of_a_plain_network_describes_the_reference_protocol(tmp_path):
 def count_by_hand(path, folder) -> tuple[int, int]:
     """Top-1 and top-5 counts of a LIP-DenseNet, image by image, with torchvision's transforms."""
     model = timm.create_model("lip_densenet121", num_classes=3).eval()
-    checkpoint.load_weights(model, path)
+    load_weights(model, path)
     transform = v2.Compose(
         [
             *(v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)),
