@@ -106,7 +106,7 @@ def test_run_folder_holds_what_is_promised(run):
 @pytest.mark.xdist_group("run")
 def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
     rows = []
-    for processes in (1, 2, 3):  # 355 images in batches of 50: neither divides
+    for processes in (1, 3):  # 355 images in batches of 50: neither divides. Two counted while they trained.
         output = tmp_path / f"{processes}.json"
         result = done("eval.py", "--checkpoint", run, "--weights", "model", "--output", output, processes=processes)
         rows.append(json.loads(output.read_text()))
@@ -120,12 +120,12 @@ def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
 
 
 @pytest.mark.xdist_group("run")
-@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
     """Stopped by SIGTERM between two log steps and continued: the same numbers and the same weights, bit for bit.
 
     Three processes: DDP sorts gradients into other buckets after its first backward, which changes how sums of three
-    round; without the rehearsal before the first step this fails.
+    round; without the rehearsal before the first step this fails. Of one process test_resume.py has quick checks.
     """
     whole, overrides = run, ["data.batch_size=66"] if processes == 3 else []
     if processes != 2:
@@ -209,11 +209,11 @@ def test_lip_and_baseline_to_a_table(tmp_path):
 
 
 def test_any_number_of_processes_takes_the_same_steps(tmp_path):
-    """Without batch statistics: the same weights from 1, 2 and 3 processes, over a short last batch dealt unevenly."""
+    """Without batch statistics: the same weights from 1 and 3 processes, over a short last batch dealt unevenly."""
     recipe = tmp_path / "layer_norm.yaml"
     recipe.write_text(RECIPE.replace("test_resnet", "test_efficientnet_ln"))
     states, losses = [], []
-    for processes in (1, 2, 3):
+    for processes in (1, 3):
         folder = tmp_path / str(processes)
         # 1442 images in batches of 474: three whole ones and one of 20.
         overrides = ["data.batch_size=474", "train.epochs=1", "train.drop_path=0", "optim.warmup_epochs=0"]
@@ -223,8 +223,6 @@ def test_any_number_of_processes_takes_the_same_steps(tmp_path):
         losses.append([line["train/loss"] for line in lines if "train/loss" in line])
         states.append(torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["model"])
     for name, one in states[0].items():
-        for other in states[1:]:
-            torch.testing.assert_close(other[name], one, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(states[1][name], one, rtol=1e-3, atol=1e-5, msg=name)
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
