@@ -194,7 +194,7 @@ def read_whole(path: Path) -> dict[str, Any] | None:
             if archive.testzip() is not None:
                 return None
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, EOFError, NotImplementedError):
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, EOFError):
         return None
 
 

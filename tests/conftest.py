@@ -1,5 +1,9 @@
-"""Shared by all tests: a small image folder and a small recipe."""
+"""Shared by all tests: a small image folder, a small recipe, Python in a process of its own."""
 
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +51,17 @@ def small_config(**changes: object) -> Config:
         section, key = name.split("__")
         tree[section][key] = value
     return parse_config(tree, "test")
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python code in a process of its own, with this package and the tests' folder on its path."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

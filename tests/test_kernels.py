@@ -4,21 +4,18 @@ import copy
 import itertools
 import multiprocessing
 import os
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import pytest
 import timm
 import torch
+from conftest import run_python
 from lip_oracle import relative_error, slow_lip2d
 from test_lip import LAYOUTS, TOLERANCES, WINDOWS, make
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lip_resnet import kernels, lip2d
-from lip_resnet.kernels import cpu, norm, plain
-from lip_resnet.logits import BottleneckLogits, Gate, InstanceNorm2d, SimplifiedLogits
+from lip_resnet.kernels import cpu, plain
+from lip_resnet.logits import BottleneckLogits, SimplifiedLogits
 from lip_resnet.pooling import logit_parameters
 
 OP = torch.ops.lip_resnet.lip2d.default
@@ -27,21 +24,10 @@ OP = torch.ops.lip_resnet.lip2d.default
 @pytest.fixture(autouse=True)
 def _needs_the_cpu_kernel(request):
     """Every machine that tests has a compiler; a test that does not need the kernel says so by its name."""
-    if "plain" not in request.node.name and "triton" not in request.node.name:
+    if "plain" not in request.node.name:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert kernels.available("cpu") == (os.environ.get("LIP_KERNELS", "auto") == "auto")
-
-
-def start(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run Python code in a process of its own, with this package and the tests' folder on its path."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def gradients(function, x, logits, dy):
@@ -56,23 +42,6 @@ def test_one_position_in_a_view_with_gaps(window):
     y = lip2d(x, logits, *window)
     assert relative_error(y, plain.stable(x.double(), logits.double(), window)) < 1e-6
     assert relative_error(lip2d(x.contiguous(), logits.contiguous(), *window), y) < 1e-6
-
-
-def test_triton_that_does_not_start(monkeypatch):
-    """Triton is there, but no compiler for its driver: the plain form and one line, not a traceback in the forward."""
-
-    class Driver:
-        @property
-        def active(self):
-            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
-
-    triton = pytest.importorskip("triton.runtime", reason="Triton is published for Linux only")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton, "driver", Driver())
-    kernels._available.cache_clear()
-    with pytest.warns(UserWarning, match=r"plain form, .*: Triton does not start: Failed to find C compiler\. Please"):
-        assert kernels.available("cuda") is False
-    kernels._available.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -298,242 +267,13 @@ def test_processes_that_build_at_once(fresh, tmp_path):
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=cpu.library) for _ in range(3)]
     for process in processes:
-        process.start()
+        process.run_python()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
     x, logits = make((1, 2, 6, 7))
     torch.testing.assert_close(OP(x, logits, 3, 2, 1)[0], slow_lip2d(x, logits, None, 3, 2, 1)[0])
-
-
-def test_triton_in_the_interpreter():
-    """Both Triton kernels, run on the CPU by Triton's interpreter, against the slow loops.
-
-    Not in bfloat16: the interpreter cuts its digits off where a GPU rounds, twice the error or more.
-    """
-    pytest.importorskip("triton", reason="Triton is published for Linux only")
-    code = """
-        import warnings
-        import torch
-        from lip_oracle import relative_error, slow_lip2d
-        from test_lip import LAYOUTS, make
-        from lip_resnet.kernels import gpu
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy, on masked values
-        tolerances = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3}
-        cases = [
-            ((1, 20, 7, 6), (3, 2, 1), 0, 12), ((1, 3, 4, 5), (2, 2, 0), 0, 12), ((1, 5, 5, 4), (3, 1, 1), -80, 80),
-            ((1, 3, 11, 8), (5, 3, 2), 0, 12), ((1, 3, 8, 7), (3, 4, 1), 6, 6), ((2, 3, 1, 1), (3, 2, 1), 0, 12),
-        ]
-        for layout, memory_format in LAYOUTS.items():
-            for number, (shape, window, low, high) in enumerate(cases):
-                for dtype, tolerance in list(tolerances.items())[: 3 if number == 0 else 1]:
-                    x, logits = (t.detach() for t in make(shape, dtype, layout, low, high))
-                    h, w = ((size + 2 * window[2] - window[0]) // window[1] + 1 for size in shape[2:])
-                    y = torch.empty((*shape[:2], h, w), dtype=dtype, memory_format=memory_format)
-                    r = torch.empty_like(y, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-                    dy, dx, dl = torch.randn_like(y), torch.empty_like(x), torch.empty_like(logits)
-                    gpu.forward(x, logits, y, r, window)
-                    gpu.backward(dy, x, logits, y, r, dx, dl, window)
-                    for value, truth in zip((y, dx, dl), slow_lip2d(x, logits, dy, *window), strict=True):
-                        if truth.norm() > 1e-9:
-                            assert relative_error(value, truth) < tolerance, (layout, shape, window, dtype)
-                        else:
-                            assert value.abs().max() < 1e-9
-    """
-    done = start(code, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr
-
-
-def compile_ahead(kernel, constants, types, default, capability):
-    """Compile a Triton kernel for a GPU of this capability, without one; it says nothing on speed."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature={n: "constexpr" if n in constants else types.get(n, default) for n in names},
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert len(compiled.asm["cubin"]) > 1000
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_triton_compiles_for_a_gpu(name, channels_last, capability):
-    """Machine code for an A100 and an H100."""
-    pytest.importorskip("triton", reason="Triton is published for Linux only")
-    from lip_resnet.kernels import gpu
-
-    outer, inner = gpu.tile(64, 512)
-    constants = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "CHANNELS_LAST": channels_last, "SUM": gpu.SUMS[torch.float32]}
-    constants |= {"OUTER": outer, "INNER": inner} | ({"PLACES": 4} if name == "backward_kernel" else {})
-    types = dict.fromkeys(("x", "logits", "y", "dy", "dx", "dl"), "*bf16") | {"r": "*fp32"}
-    compile_ahead(getattr(gpu, name), constants, types, "i32", capability)
-
-
-@pytest.mark.parametrize("backend", ["built", "plain"])
-@pytest.mark.parametrize("activation", norm.ACTIVATIONS)
-@pytest.mark.parametrize(("channels", "height", "width"), [(16, 2, 1), (48, 9, 11), (160, 13, 7)])
-def test_instance_norm_plain_and_built(monkeypatch, backend, activation, channels, height, width):
-    """Against PyTorch's instance norm and activation, with a mean far from zero, in float64 and float32."""
-    monkeypatch.setattr(norm, "_is_built_for", lambda z: backend == "built")
-    plain_activation = {"none": lambda t: t, "relu": torch.relu, "gate": lambda t: 12 * torch.sigmoid(t)}[activation]
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64) + 5]
-    values += [torch.randn(channels, generator=generator, dtype=torch.float64) for _ in range(2)]
-    dy = torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64)
-
-    def results(function, dtype):
-        inputs = [v.to(dtype) for v in values]
-        inputs[0] = inputs[0].to(memory_format=torch.channels_last)
-        inputs = [v.requires_grad_() for v in inputs]
-        y = function(*inputs)
-        return y, *torch.autograd.grad(y, inputs, dy.to(dtype))
-
-    truths = results(
-        lambda z, w, b: plain_activation(torch.nn.functional.instance_norm(z, None, None, w, b)), torch.float64
-    )
-    for dtype in (torch.float64, torch.float32):
-        found = results(lambda z, w, b: norm.norm_act(z, w, b, 1e-5, activation, 12.0), dtype)
-        assert "lip_resnet_instance_norm" in found[0].grad_fn.name()
-        for value, truth in zip(found, truths, strict=True):
-            assert value.is_contiguous(
-                memory_format=torch.channels_last if value.dim() == 4 else torch.contiguous_format
-            )
-            # float32: the mean of 5 costs digits of z itself; in a map of 2 positions dz is a difference of equals
-            if height * width > 2 or dtype == torch.float64:
-                assert relative_error(value, truth) < (1e-10 if dtype == torch.float64 else 1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("channels", [16, 20])
-def test_instance_norm_layer_plain_or_not(dtype, batch, channels):
-    """Every path of the layer, channels-last there and back, against the gradients of the formula itself."""
-    layer = InstanceNorm2d(channels).to(dtype)
-    torch.nn.init.normal_(layer.weight)
-    z = torch.randn(batch, channels, 5, 4, dtype=torch.float64).to(dtype).to(memory_format=torch.channels_last)
-    dy = torch.randn(z.shape, dtype=torch.float64).to(dtype).to(memory_format=torch.channels_last)
-
-    def formula(z, weight, bias):
-        centred = z - z.mean((2, 3), keepdim=True)
-        scale = (centred.square().mean((2, 3), keepdim=True) + 1e-5).rsqrt()
-        return centred * scale * weight[:, None, None] + bias[:, None, None]
-
-    inputs = [t.detach().double().requires_grad_() for t in (z, layer.weight, layer.bias)]
-    truth = formula(*inputs)
-    y = layer(z.requires_grad_())
-    found = y, *torch.autograd.grad(y, (z, layer.weight, layer.bias), dy)
-    truths = truth, *torch.autograd.grad(truth, inputs, dy.double())
-    for value, expected in zip(found, truths, strict=True):
-        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-        assert relative_error(value, expected) < tolerance
-
-
-def test_triton_instance_norm_in_the_interpreter():
-    """Forward and backward, run by Triton's interpreter, against PyTorch's instance norm in float64 and autograd.
-
-    Not in bfloat16, whose digits the interpreter cuts off where a GPU rounds.
-    """
-    pytest.importorskip("triton", reason="Triton is published for Linux only")
-    code = """
-        import itertools
-        import torch
-        from lip_oracle import relative_error
-        from test_lip import LAYOUTS
-        from lip_resnet.kernels import gpu_norm, norm
-        gpu_norm.ELEMENTS = 256  # several tiles of positions, and of channels
-        after = {"none": lambda t: t, "relu": torch.relu, "gate": lambda t: 12 * torch.sigmoid(t)}
-        types = [(torch.float64, torch.float64, 1e-10), (torch.float32, torch.float32, 1e-5)]
-        types += [(torch.float16, torch.float32, 1e-3)]
-        for layout, activation, (dtype, own, tolerance), shape in itertools.product(
-            LAYOUTS.values(), norm.ACTIVATIONS, types, [(2, 20, 7, 5), (1, 35, 1, 2), (2, 3, 20, 20)]
-        ):
-            if shape != (2, 20, 7, 5) and (dtype != torch.float64 or activation != "gate"):
-                continue  # and of two positions dz is a difference of equals
-            generator = torch.Generator().manual_seed(0)
-            z = torch.randn(shape, generator=generator, dtype=torch.float64) + 5
-            z = z.to(dtype).contiguous(memory_format=layout)
-            weight, bias = (torch.randn(shape[1], generator=generator, dtype=own) for _ in range(2))
-            # contiguous: PyTorch's gradient of one channels-last image is wrong
-            inputs = [t.double().contiguous().requires_grad_() for t in (z, weight, bias)]
-            y = after[activation](torch.nn.functional.instance_norm(inputs[0], None, None, *inputs[1:]))
-            dy = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
-            truths = y, *torch.autograd.grad(y, inputs, dy.double().contiguous())
-            out, dz = torch.empty_like(z), torch.empty_like(z)
-            statistics = [norm._like_statistics(z) for _ in range(4)]
-            code = norm.ACTIVATIONS[activation]
-            gpu_norm.instance_norm([z, weight, bias, None, out, *statistics[:2], None, None], code, 1e-5, 12.0)
-            gpu_norm.instance_norm([z, weight, bias, dy, dz, *statistics], code, 0.0, 12.0)
-            found = out, dz, statistics[3].sum(0), statistics[2].sum(0)
-            for value, truth in zip(found, truths, strict=True):
-                assert relative_error(value, truth) < tolerance, (layout, activation, dtype, shape)
-    """
-    done = start(code, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_triton_instance_norm_takes_gpu_tensors(monkeypatch, dtype, layout):
-    """On tensors of a GPU that is not there: the layer calls the operator, which keeps dtype and layout, both ways."""
-    pytest.importorskip("triton", reason="Triton is published for Linux only")
-    monkeypatch.setenv("LIP_KERNELS", "auto")
-    kernels._available.cache_clear()
-    with FakeTensorMode():
-        layer = InstanceNorm2d(20, device="cuda")
-        z = torch.empty(2, 20, 8, 6, dtype=dtype, device="cuda").contiguous(memory_format=LAYOUTS[layout])
-        y = layer(z.requires_grad_(), Gate())
-        assert "lip_resnet_instance_norm" in y.grad_fn.name()
-        statistics = [torch.empty(2, 20, device="cuda") for _ in range(2)]
-        dz, dweight, _ = norm.instance_norm_backward(y, z, layer.weight, layer.bias, *statistics, 2, 12.0)
-        for t in (y, dz):
-            assert t.dtype == dtype
-            assert t.is_contiguous(memory_format=LAYOUTS[layout])
-        assert dweight.dtype == torch.float32
-    kernels._available.cache_clear()
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["norm_forward_kernel", "norm_backward_kernel"])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_triton_instance_norm_compiles_for_a_gpu(name, channels_last, capability):
-    """Machine code for an A100 and an H100, bfloat16 features beside float32 weights."""
-    pytest.importorskip("triton", reason="Triton is published for Linux only")
-    from lip_resnet.kernels import gpu, gpu_norm
-
-    positions, channels = gpu_norm.tile(256, 128, 784, channels_last)
-    constants = {"ACTIVATION": 2, "CHANNELS_LAST": channels_last, "SUM": gpu.SUMS[torch.float32]}
-    constants |= {"POSITIONS": positions, "CHANNELS": channels}
-    types = dict.fromkeys(("z", "out", "dout", "dz"), "*bf16") | dict.fromkeys(("C", "area"), "i32")
-    constants |= {"COEFFICIENT": 12.0} | ({"EPS": 1e-5} if name == "norm_forward_kernel" else {})
-    compile_ahead(getattr(gpu_norm, name), constants, types, "*fp32", capability)
-
-
-def test_instance_norm_in_pytorch():
-    """PyTorch's own checks, and a gradient of the gradient."""
-    z = torch.randn(2, 16, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
-    weight, bias = (torch.randn(16, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(torch.ops.lip_resnet.instance_norm.default, (z, weight, bias, 1e-5, 2, 12.0))
-    z = torch.randn(1, 16, 2, 2, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda *a: norm.norm_act(*a, 1e-5, "gate", 12.0), (z, weight, bias))
-
-
-def test_instance_norm_plain_elsewhere():
-    """Contiguous features, autocast: PyTorch's calls, the same function."""
-    weight, bias = torch.rand(20), torch.rand(20)
-    z = torch.randn(2, 20, 5, 6).to(memory_format=torch.channels_last)
-    expected = torch.nn.functional.instance_norm(z, None, None, weight, bias).relu()
-    for features in (z, z.contiguous()):
-        torch.testing.assert_close(norm.norm_act(features, weight, bias, 1e-5, "relu"), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = norm.norm_act(z.bfloat16(), weight, bias, 1e-5, "relu")
-    torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_two_processes_share_gradients(tmp_path):
@@ -564,7 +304,7 @@ def test_two_processes_share_gradients(tmp_path):
 
         torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
     """
-    done = start(code, str(tmp_path / "store"))
+    done = run_python(code, str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr
 
 

@@ -1,6 +1,7 @@
 """Image files with labels, wherever their bytes lie: what folders, shards and tables have in common."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from lip_resnet.data.decode import check_scan, decode_exact
 
 
-class Encoded(Dataset):
+class Encoded(Dataset, ABC):
     """Image files with labels, wherever their bytes lie.
 
     Names lie in one shared block of bytes: a million Python strings would be copied, page by page, into every worker.
@@ -40,13 +41,13 @@ class Encoded(Dataset):
     def ahead(self, indices: Iterable[int]) -> None:
         """These are read next: a source that waits for each can ask for all of them now."""
 
+    @abstractmethod
     def read(self, index: int) -> bytes:
         """An image's bytes, still encoded.
 
         Raises:
             BadImage: they cannot be read.
         """
-        raise NotImplementedError
 
     def path(self, index: int) -> str:
         """An image's name: its file, or its place in a shard."""
