@@ -267,7 +267,7 @@ def test_processes_that_build_at_once(fresh, tmp_path):
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=cpu.library) for _ in range(3)]
     for process in processes:
-        process.run_python()
+        process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
