@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def zoo() -> str:
     """The downsampling layers that a recipe can choose, a line each."""
-    lines = [f"| `{name}` | {layer.line} | {layer.source} |" for name, layer in LAYERS.items()]
+    lines = [f"| `{name}` | {layer.summary} | {layer.source} |" for name, layer in LAYERS.items()]
     return "\n".join(["| layer | what it does | source |", "|---|---|---|", *lines])
 
 
