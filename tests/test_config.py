@@ -9,6 +9,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from lip_resnet import DOWNSAMPLING
 from lip_resnet.config import InputError
 from lip_resnet.data.transforms import TrainTransform
 from lip_resnet.models.registry import build_model

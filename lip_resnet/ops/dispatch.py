@@ -87,12 +87,12 @@ def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
 
 
 def recorded() -> bool:
-    """Whether a graph is being exported or traced, or a functorch transform runs, for which the kernels have no rule."""
+    """Whether a graph is exported or traced, or a functorch transform runs: the kernels have no rule for these."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """The memory format of the results: channels-last if x is (also a strided view of such a tensor), else contiguous."""
+    """The memory format of the results: channels-last if x, or the tensor it is a view of, is; else contiguous."""
     # A map of one position is contiguous in both formats.
     positions = x.shape[2] * x.shape[3]
     channels_last = positions > 1 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()

@@ -1,6 +1,6 @@
 """``torch.ops.lip_resnet.instance_norm``: instance norm and the activation behind it in one operator.
 
-Backends: ``cpu/norm.cpp`` on CPUs (channels-last, float32 or float64), ``reference_norm.py`` on CPUs without a compiler,
+Backends: ``cpu/norm.cpp`` on CPUs (channels-last, float32 or float64), ``reference_norm.py`` without a compiler,
 ``triton_norm.py`` on GPUs (both layouts; float32, bfloat16 and float16, also with float32 weights, as under autocast).
 ``norm_act`` uses PyTorch's own calls for everything else.
 """
