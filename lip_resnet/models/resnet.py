@@ -19,9 +19,9 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from lip_resnet.compat import feature_indices
 from lip_resnet.layers.logits import GATE
 from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
 from lip_resnet.models.blocks import BasicBlock, Bottleneck, stride2_layers
@@ -187,7 +187,7 @@ class LIPResNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r}; only 'NCHW' is possible")
-        take, last = feature_take_indices(5, indices)
+        take, last = feature_indices(5, indices)
         x = self.act1(self.bn1(self.conv1(x)))
         features = [x] if 0 in take else []
         x = self.pool(x)
@@ -201,7 +201,7 @@ class LIPResNet(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last feature asked for, and the head; returns the indices kept."""
-        take, last = feature_take_indices(5, indices)
+        take, last = feature_indices(5, indices)
         for index in range(last + 1, 5):
             setattr(self, f"layer{index}", nn.Sequential())
         if last == 0:

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lip_resnet.compat import functorch_is_active
 from lip_resnet.ops import reference
 
 
@@ -88,7 +89,7 @@ def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
 
 def recorded() -> bool:
     """Whether a graph is exported or traced, or a functorch transform runs: the kernels have no rule for these."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or functorch_is_active()
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

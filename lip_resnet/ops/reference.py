@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lip_resnet.compat import functorch_is_active
+
 # Sums of exp(logits) that the textbook form may divide by: every product it makes stays far inside float32.
 SAFE = (1e-12, 1e12)
 LOG2_E = math.log2(math.e)
@@ -64,7 +66,7 @@ def _on_cpu_now(x: Tensor) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
     )
 
 
