@@ -45,10 +45,10 @@ bench: $(READY)
 
 # Both go on where they were stopped, and leave nothing running.
 faults: $(READY)
-	$(BIN)/python scripts/faults.py
+	$(BIN)/python tests/faults/inject.py
 
 soak: $(READY)
-	$(BIN)/python scripts/soak.py
+	$(BIN)/python tests/faults/soak.py
 
 clean:
 	rm -rf .venv runs/demo

@@ -27,7 +27,7 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def command(recipe: Path, folder: Path, *overrides: str, fault: str | None = None, processes: int = 2, extra=()):
-    script = "train.py" if fault is None else "tests/faulty_train.py"
+    script = "train.py" if fault is None else "tests/faults/faulty_train.py"
     arguments, environment = prepare(
         script, "--config", recipe, "--output", folder, *SHORT, *overrides, processes=processes
     )

@@ -1,17 +1,12 @@
 """The config loader under fuzz: every recipe ends as a valid config or in one clear line."""
 
-import sys
-
+import fuzz_recipes
 import pytest
-from conftest import ROOT
+from fuzz_recipes import Case, examine
 from hypothesis import HealthCheck, Phase, given, settings
 
 from lip_resnet import recipe
 from lip_resnet.config import InputError
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import fuzz_recipes
-from fuzz_recipes import Case, examine
 
 # The same cases every time, and no folder of its own.
 FUZZ = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}

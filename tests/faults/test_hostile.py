@@ -6,24 +6,23 @@ import subprocess
 import sys
 import zipfile
 
+import hostile_files
 import pytest
 import torch
 from conftest import ROOT, small_config
+from processes import RECIPE
+from run_contents import hash_value
 
 from lip_resnet import checkpoint, models, replace_downsampling
 from lip_resnet.config import InputError
 from lip_resnet.engine import build_state
 from lip_resnet.recipe import load_config, parse_config
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import hostile_files
-from fault_runs import hash_value
-
 SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8"]
 
 
 def fresh_state():
-    config = load_config(ROOT / "configs" / "faults" / "digits.yaml", SMALL)
+    config = load_config(RECIPE, SMALL)
     return build_state(models.build_model(config.model, replace_downsampling), config, torch.device("cpu")), config
 
 

@@ -1,4 +1,4 @@
-"""What becomes of images that are broken or unusual:  python scripts/bad_images.py
+"""What becomes of images that are broken or unusual:  python tests/faults/bad_images.py
 
 Makes one file of each kind, reads it as training (both ways of decoding) and as validation, and prints a table.
 """
