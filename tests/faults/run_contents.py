@@ -135,11 +135,15 @@ def hash_run(folder: Path) -> str:
     Raises:
         RuntimeError: a checkpoint is not whole.
     """
-    states = [read_whole(folder / "checkpoints" / name) for name in ("last.pt", "best.pt")]
-    if None in states:
-        raise RuntimeError(f"{('last.pt', 'best.pt')[states.index(None)]} is not whole at the end")
-    lines = [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(folder)[0]]
-    return hash_value([{key: state[key] for key in STATE} for state in states] + lines)
+    digest = hashlib.sha256()
+    for name in ("last.pt", "best.pt"):
+        state = read_whole(folder / "checkpoints" / name)
+        if state is None:
+            raise RuntimeError(f"{name} is not whole at the end")
+        _update(digest, {key: state[key] for key in STATE})
+    for line in read_metrics(folder)[0]:
+        _update(digest, {key: value for key, value in line.items() if key not in TIMES})
+    return digest.hexdigest()
 
 
 def hash_value(value: Any) -> str:
