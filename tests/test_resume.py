@@ -116,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_written(start, patient, monkeypatch, capsys
         with pytest.raises(InputError, match=told):
             start(*overrides)
         now = run_contents.take_inventory(start.folder)
-        assert (now.newest, now.logged, now.torn) == (3, 5, [])
+        assert (now.newest, now.logged, now.damaged) == (3, 5, [])
     else:
         start(*overrides)
         assert capsys.readouterr().err.count(f"{told}; the run goes on") == 1

@@ -53,7 +53,7 @@ def measure(folder: Path, longest: int, quality: int, rounds: int) -> dict[str, 
     file one after the other, in alternating order.
 
     Returns:
-        ``images``; ``kept``: files that were not re-encoded; ``bytes``, ``width`` and ``height``: means [before, after];
+        ``images``; ``kept``: files not re-encoded; ``bytes``, ``width`` and ``height``: means [before, after];
         ``difference``: mean absolute difference of the evaluation's pixels (0 to 255), ``mean`` over the images and
         ``worst`` image; ``time``: operation -> each round's time after / time before.
 
