@@ -30,7 +30,7 @@ SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8", "data.worke
 """A network whose checkpoint has 250 kilobytes."""
 OLDER = "resume, an older one is whole"
 USES = ("resume", OLDER, "starting weights", "eval")
-MAY_END_THE_RUN = ("altered entries", "wrong model or classes", "expanded", "walked for ever")
+MAY_END_THE_RUN = ("altered entries", "wrong model or classes", "expanded", "shared lists")
 """Whole files that are not of this run; a damaged one must be passed over for the older one."""
 MEMORY_MB = 256
 """Peak memory that a bad file may take beyond the good one's."""
