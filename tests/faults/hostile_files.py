@@ -201,8 +201,8 @@ def _with_buffers(optimizer: dict[str, Any], change: Callable[[torch.Tensor], An
     return {**optimizer, "state": state}
 
 
-def altered(rng: random.Random, good: Good) -> bytes:
-    """An entry is missing, or of a type or shape that it cannot have."""
+def altered_payloads(rng: random.Random, good: Good) -> list[dict[str, Any]]:
+    """Payloads with one entry missing, or of a type or shape that it cannot have."""
     payload, weights, optimizer = good.payload, good.payload["model"], good.payload["optimizer"]
     name = rng.choice(list(weights))
     tensor, shapes = weights[name], _with_buffers(optimizer, lambda value: value[..., None])
@@ -228,7 +228,12 @@ def altered(rng: random.Random, good: Good) -> bytes:
     choices = [{**payload, entry: value} for entry, given in values.items() for value in given]
     for gone in ("step", "model", "optimizer", "ema", "window", "processes"):
         choices.append({key: value for key, value in payload.items() if key != gone})
-    return saved(rng.choice(choices))
+    return choices
+
+
+def altered(rng: random.Random, good: Good) -> bytes:
+    """One of ``altered_payloads``."""
+    return saved(rng.choice(altered_payloads(rng, good)))
 
 
 def wrong_model(rng: random.Random, good: Good) -> bytes:
