@@ -1,19 +1,21 @@
-"""Refresh the generated parts of README.md and docs/scaling.md:  python scripts/update_readme.py
+"""Refresh the generated parts of README.md:  python scripts/update_readme.py
 
 A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 """
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import bad_images
 import bench_data
 import performance
-import scaling
 
 from lip_resnet import LAYERS, checkpoint, distributed
 from lip_resnet.config import InputError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
+import bad_images
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,9 +32,6 @@ SECTIONS = {
     "bad-images": bad_images.table,
     "performance": performance.section,
 }
-
-
-PAGES = {"README.md": SECTIONS, "docs/scaling.md": scaling.sections()}
 
 
 def refresh(text: str, sections: Mapping[str, Callable[[], str]] = SECTIONS) -> str:
@@ -52,10 +51,9 @@ def refresh(text: str, sections: Mapping[str, Callable[[], str]] = SECTIONS) -> 
 
 def main() -> None:
     distributed.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for name, sections in PAGES.items():
-        path = ROOT / name
-        text = refresh(path.read_text(encoding="utf-8"), sections)
-        checkpoint.write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    path = ROOT / "README.md"
+    text = refresh(path.read_text(encoding="utf-8"))
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.data.decode import BadImage, check_scan, decode_exact
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import bad_images
 
 REFUSED = {

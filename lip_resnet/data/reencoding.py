@@ -1,4 +1,4 @@
-"""Smaller JPEG files: how prepare_imagenet.py makes them, and what that does to sizes, pixels and speed."""
+"""Re-encoding of images as smaller JPEG files, and its effect on sizes, pixels and decoding time."""
 
 import io
 import os
@@ -23,7 +23,16 @@ from lip_resnet.data.transforms import TrainTransform, eval_transform
 
 
 def shrink(data: bytes, name: str, longest: int, quality: int) -> bytes:
-    """An image with its longest side at most ``longest`` as JPEG; the file itself where that would not be smaller."""
+    """Re-encode an image file as JPEG; the file itself where that would not be smaller.
+
+    Args:
+        name: of the image, for errors.
+        longest: the longest side is at most this, pixels (bicubic).
+        quality: of the JPEG file, 1 to 95.
+
+    Raises:
+        BadImage: it does not decode.
+    """
     image = decode_exact(data, name)
     image.thumbnail((longest, longest), Image.Resampling.BICUBIC, reducing_gap=None)
     buffer = io.BytesIO()
@@ -38,15 +47,15 @@ class _File(NamedTuple):
 
 
 def measure(folder: Path, longest: int, quality: int, rounds: int) -> dict[str, Any]:
-    """What re-encoding does to the images below a folder.
+    """Measure what re-encoding does to the images below a folder.
 
-    Times are of one thread, files in memory; every round takes the files in an order of its own, each before and after
-    right behind each other, first the one, then in the next round the other.
+    Times are of one thread, files in memory. Each round shuffles the files and times each original and its re-encoded
+    file one after the other, in alternating order.
 
     Returns:
-        ``images``; ``kept``: files left as they were; ``bytes``, ``width`` and ``height``: means, [before, after];
-        ``difference``: mean absolute difference of the evaluation's pixels, of 255, ``mean`` over the images and
-        ``worst`` image; ``time``: what is done to an image -> the rounds' ratios of the time after to that before.
+        ``images``; ``kept``: files not re-encoded; ``bytes``, ``width`` and ``height``: means [before, after];
+        ``difference``: mean absolute difference of the evaluation's pixels (0 to 255), ``mean`` over the images and
+        ``worst`` image; ``time``: operation -> each round's time after / time before.
 
     Raises:
         InputError: no images there, or one that does not decode.
@@ -62,20 +71,20 @@ def measure(folder: Path, longest: int, quality: int, rounds: int) -> dict[str, 
     config = DataConfig(root=str(folder), batch_size=1)
     evaluation = eval_transform(config)
     pixels = [[evaluation(decode_exact(data, file.path)).numpy() for data in file[1:]] for file in files]
-    apart = [np.abs(before.astype(int) - after).mean() for before, after in pixels]
+    differences = [np.abs(before.astype(int) - after).mean() for before, after in pixels]
     return {
         "images": len(files),
         "kept": sum(file.after is file.before for file in files),
         "bytes": [statistics.fmean(len(file[which]) for file in files) for which in (1, 2)],
         "width": [statistics.fmean(both[which][0] for both in sizes) for which in (0, 1)],
         "height": [statistics.fmean(both[which][1] for both in sizes) for which in (0, 1)],
-        "difference": {"mean": float(np.mean(apart)), "worst": float(np.max(apart))},
+        "difference": {"mean": float(np.mean(differences)), "worst": float(np.max(differences))},
         "time": {name: _ratios(files, work, rounds) for name, work in _work(config, evaluation).items()},
     }
 
 
 def _work(config: DataConfig, evaluation: v2.Transform) -> dict[str, Callable[[_File, bytes], Any]]:
-    """What is timed: the whole way from a file's bytes to pixels of 224x224."""
+    """The timed operations: from a file's bytes to pixels of 224x224."""
     out = torch.empty(config.size, config.size, 3, dtype=torch.uint8)
     fast, exact = (TrainTransform(config.model_copy(update={"decode": decode})) for decode in ("fast", "exact"))
     return {
@@ -99,22 +108,22 @@ def _ratios(files: list[_File], work: Callable[[_File, bytes], Any], rounds: int
     return ratios
 
 
-def render(found: dict[str, Any], longest: int, quality: int) -> str:
-    """``measure``'s figures as Markdown, with the versions and the load that they depend on."""
-    (before, after), (width, narrower), (height, lower) = found["bytes"], found["width"], found["height"]
+def render(result: dict[str, Any], longest: int, quality: int) -> str:
+    """The result of ``measure`` as Markdown, with versions and machine load."""
+    (before, after), (width, narrower), (height, lower) = result["bytes"], result["width"], result["height"]
     lines = [
-        f"Longest side at most {longest}, quality {quality}: {found['images']} images, "
-        f"{found['kept']} of them left as they were because a new file would not be smaller.",
+        f"Longest side at most {longest}, quality {quality}: {result['images']} images, "
+        f"{result['kept']} of them left as they were because a new file would not be smaller.",
         "",
         "| mean | before | after | after / before |",
         "|---|--:|--:|--:|",
         f"| file | {before / 1000:.1f} KB | {after / 1000:.1f} KB | {after / before:.2f} |",
         f"| width x height | {width:.0f} x {height:.0f} | {narrower:.0f} x {lower:.0f} | |",
     ]
-    for name, ratios in found["time"].items():
+    for name, ratios in result["time"].items():
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         lines.append(f"| time, {name} | | | {middle:.2f} ({low:.2f} to {high:.2f}) |")
-    difference = found["difference"]
+    difference = result["difference"]
     lines += [
         "",
         f"The evaluation's pixels differ by {difference['mean']:.2f} of 255 on average, {difference['worst']:.2f} in "

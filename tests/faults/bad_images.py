@@ -1,4 +1,4 @@
-"""What becomes of images that are broken or unusual:  python scripts/bad_images.py
+"""Broken and unusual images, and whether they decode:  python tests/faults/bad_images.py
 
 Makes one file of each kind, reads it as training (both ways of decoding) and as validation, and prints a table.
 """
@@ -22,7 +22,7 @@ from lip_resnet.data.transforms import TrainTransform
 
 
 def photograph() -> Image.Image:
-    """(240, 320) smooth colours: at any place, the compressed scan is under way."""
+    """(240, 320) smooth colours, so that the compressed scan covers most of the file."""
     random = np.random.default_rng(0)
     return Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((320, 240), 3)
 
@@ -91,26 +91,26 @@ def _giant(jpeg: bytes) -> bytes:
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, torch.Tensor | Image.Image | BadImage]]:
-    """kind -> {exact, fast, validation} -> what came of it: pixels, an image, or the error."""
+    """kind -> {exact, fast, validation} -> the result: pixels, an image, or the error."""
     paths = make_files(folder)
     source = Folder(folder.parent, [folder.name])
     index = {path: number for number, (path, _) in enumerate(source.samples)}
-    found: dict[str, dict[str, torch.Tensor | Image.Image | BadImage]] = {}
+    results: dict[str, dict[str, torch.Tensor | Image.Image | BadImage]] = {}
     for kind, path in paths.items():
-        found[kind] = {}
+        results[kind] = {}
         for way in ("exact", "fast", "validation"):
             try:
                 if way == "validation":
-                    found[kind][way] = source[index[str(path)]][0]
+                    results[kind][way] = source[index[str(path)]][0]
                 else:
-                    found[kind][way] = _train(source, index[str(path)], way)
+                    results[kind][way] = _train(source, index[str(path)], way)
             except BadImage as error:
-                found[kind][way] = error
-    return found
+                results[kind][way] = error
+    return results
 
 
 def _train(source: Folder, index: int, decode: str) -> torch.Tensor:
-    """The whole image, resized: a crop need not meet the damage."""
+    """Decode and resize the whole image: a crop might miss the damage."""
     crop = {"crop_scale": (1.0, 1.0), "crop_ratio": (0.01, 100.0), "flip": 0.0}
     config = DataConfig(root=".", batch_size=1, decode=decode, size=96, **crop)
     out = torch.empty(96, 96, 3, dtype=torch.uint8)
