@@ -74,7 +74,7 @@ def served(image_folder, tmp_path, monkeypatch):
                     add(archive, f"{path.stem}.jpg", path.read_bytes())
                     add(archive, f"{path.stem}.cls", str(("ant", "bee", "cat").index(path.parent.name)).encode())
         write_index(tmp_path / split)
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0, 0.0))
     server = Server(tmp_path)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server, f"http://127.0.0.1:{server.server_port}"
