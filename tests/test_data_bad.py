@@ -186,8 +186,8 @@ class Deadly(Dataset):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_dead_worker_says_what_it_held(split):
+def test_a_dead_worker_says_what_it_read(split):
     config = settings(Path("."), batch_size=4, eval_batch_size=4, workers=2)
     batches = TrainLoader(Deadly(), config, 1, 0).epoch(0) if split == "train" else EvalLoader(Deadly(), config)
-    with pytest.raises(InputError, match=r"loader process \(pid \d+\).*while it held image_5\.JPEG"):
+    with pytest.raises(InputError, match=r"loader process \(pid \d+\).*while it read image_5\.JPEG"):
         list(batches)
