@@ -21,7 +21,7 @@ from typing import Any
 
 import fault_kinds
 import fault_table
-import update_readme
+import make_docs
 from fault_kinds import SPARSE_LOG, References
 from fault_runs import ROOT, TOTAL, Aborted, Lane, command, hash_state
 
@@ -196,7 +196,7 @@ def render(page: str) -> str:
     lines = fault_table.read_lines(RECORD)
     if not lines:
         raise InputError(f"{RECORD} has no lines; make faults writes it")
-    return update_readme.refresh(page, {"faults": lambda: fault_table.render(lines)})
+    return make_docs.refresh(page, {"faults": lambda: fault_table.render(lines)})
 
 
 def inject(options: Any) -> None:

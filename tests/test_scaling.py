@@ -26,8 +26,8 @@ from lip_resnet.recipe import load_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import ddp_measure
+import make_docs
 import scaling
-import update_readme
 from ddp_model import Bucket, Cluster, Traffic, smallest_batch, step, traffic
 
 RING = Cluster(node=1, inside=1.0, between=1e9, latency_inside=0.0, latency_between=0.0)
@@ -227,7 +227,7 @@ def test_measured_steps_win(capsys, monkeypatch, tmp_path):
         (["--step-ms", "1", "--model", "resnet5O"], "near names: resnet50"),
         (["--step-ms", "1", "--compression", "int8"], "invalid choice"),
         (["--step-from", "/nonexistent.json"], "No such file"),
-        (["--step-from", str(ROOT / "benchmarks" / "data_cpu.json")], "not a file that benchmark.py train wrote"),
+        (["--step-from", str(ROOT / "benchmarks" / "scaling_cpu.json")], "not a file that benchmark.py train wrote"),
         (["--measure", "--model", "resnet18", "resnet50"], "takes one model"),
         (["--measure"], "start it with torchrun"),
     ],
@@ -259,12 +259,12 @@ def test_measures_under_torchrun(tmp_path):
 def test_the_page_is_current():
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     sections = scaling.sections()
-    assert update_readme.refresh(page, sections) == page
+    assert make_docs.refresh(page, sections) == page
     stale = page.replace("95.5", "94.5")
     assert stale != page
-    assert update_readme.refresh(stale, sections) == page
+    assert make_docs.refresh(stale, sections) == page
     with pytest.raises(InputError, match="scaling-networks:begin"):
-        update_readme.refresh("nothing", sections)
+        make_docs.refresh("nothing", sections)
 
 
 def test_the_pages_name_what_exists():

@@ -1,6 +1,7 @@
-"""What ``benchmark.py`` sets against each other: forms of the operator and networks, checked before they are timed."""
+"""What ``benchmark.py`` compares: forms of the operator, and networks that are checked before they are timed."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lip_resnet  # noqa: F401 (registers the networks)
+from bench.timing import WrongResult
 from lip_resnet import lip2d
 from lip_resnet.kernels import plain
-from lip_resnet.logits import BottleneckHead, Gate, InstanceNorm2d
+from lip_resnet.logits import BottleneckTrunk, Gate, InstanceNorm2d
 from lip_resnet.pooling import LIP2d
 
 WINDOW = (3, 2, 1)
@@ -77,17 +79,59 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class TextbookLIP(LIP2d):
     """A LIP layer with the textbook operator."""
 
-    def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
-        logits = self.logits(trunk if isinstance(self.logits, BottleneckHead) else x)
-        return textbook(x, logits, self.kernel_size, self.stride, self.padding)
+    def _pool(self, x: Tensor, source: Tensor) -> Tensor:
+        return textbook(x, self.logits(source), self.kernel_size, self.stride, self.padding)
+
+
+class TextbookNorm(nn.InstanceNorm2d):
+    """PyTorch's instance norm, then the activation."""
+
+    def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+        x = super().forward(x)
+        return x if activation is None else activation(x)
+
+
+@torch.library.custom_op("lip_benchmark::floor_pool", mutates_args=())
+def floor_pool(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """x and logits (B, C, H, W) -> (B, C, h, w): average pooling of x, with a gradient for both.
+
+    Stands for ``lip2d`` in the convolution floor, an opaque operator like it, so that torch.compile keeps the logits.
+    Backward makes one tensor, the average pooling's gradient in the layout of x, and gives it to x and logits alike.
+    """
+    return F.avg_pool2d(x, kernel_size, stride, padding)
+
+
+@floor_pool.register_fake
+def _(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    return F.avg_pool2d(x, kernel_size, stride, padding)
+
+
+def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+    x, _, *ctx.window = inputs
+    ctx.save_for_backward(x)
+
+
+def _share(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    window = [[side, side] for side in ctx.window]
+    gradient = torch.ops.aten.avg_pool2d_backward(dy, *ctx.saved_tensors, *window, False, True, None)
+    return gradient, gradient, None, None, None
+
+
+floor_pool.register_autograd(_share, setup_context=_keep)
 
 
 class FloorLIP(LIP2d):
-    """Average pooling in LIP's place; the logit branch still runs, forward and backward."""
+    """A LIP layer with ``floor_pool`` for the operator."""
 
-    def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
-        logits = self.logits(trunk if isinstance(self.logits, BottleneckHead) else x)
-        return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding) + 0 * logits[:, :, :1, :1].mean()
+    def _pool(self, x: Tensor, source: Tensor) -> Tensor:
+        return floor_pool(x, self.logits(source), self.kernel_size, self.stride, self.padding)
+
+
+class Skip(nn.Identity):
+    """Nothing in place of a norm, and of the activation that a norm takes along."""
+
+    def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+        return x
 
 
 def textbook_network(name: str) -> nn.Module:
@@ -98,20 +142,24 @@ def textbook_network(name: str) -> nn.Module:
             if isinstance(child, LIP2d):
                 setattr(parent, key, TextbookLIP(child.logits, child.kernel_size, child.stride, child.padding))
             elif isinstance(child, InstanceNorm2d):
-                setattr(parent, key, nn.InstanceNorm2d(child.num_features, affine=True))
+                setattr(parent, key, TextbookNorm(child.num_features, affine=True))
     return model
 
 
 def floor_network(name: str) -> nn.Module:
-    """The convolution floor: every convolution of LIP-ResNet, identity for its instance norms and gates, no weights in
-    the pooling. What LIP-ResNet costs above it is not the convolutions' arithmetic."""
+    """The convolution floor: LIP-ResNet with all its convolutions, forward and backward, and without what LIP adds to
+    them. Average pooling with ``floor_pool``'s gradient stands for the operator, and nothing for the instance norms,
+    ReLUs and gates of the logit modules. So LIP-ResNet's time above the floor is the operator's, less an average
+    pooling's, and the logit modules' elementwise work."""
     model = timm.create_model(name)
     for parent in list(model.modules()):
         for key, child in parent.named_children():
             if isinstance(child, LIP2d):
                 setattr(parent, key, FloorLIP(child.logits, child.kernel_size, child.stride, child.padding))
-            elif isinstance(child, (InstanceNorm2d, Gate)):
-                setattr(parent, key, nn.Identity())
+            elif isinstance(child, (InstanceNorm2d, Gate)) or (
+                isinstance(parent, BottleneckTrunk) and isinstance(child, nn.ReLU)
+            ):
+                setattr(parent, key, Skip())
     return model
 
 
@@ -125,37 +173,38 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build_networks(
-    names: list[str], device: str, memory_format: torch.memory_format
-) -> dict[str, tuple[nn.Module, str | None]]:
-    """The networks on their device, LIP's all with the same weights, and what is wrong with each (None: nothing).
-
-    A LIP network must agree with the textbook network in float64 and, as the floor must, have its multiply-adds.
-    """
+@functools.cache
+def _truth() -> tuple[dict[str, Tensor], Tensor, Tensor, int]:
+    """Weights of a LIP-ResNet-50 with logits that vary, images, the textbook network's output in float64, its FLOPs."""
     torch.manual_seed(0)
-    truth_network = NETWORKS[REFERENCE]()
-    for module in truth_network.modules():  # not the average pooling that LIP starts as
+    model = NETWORKS[REFERENCE]()
+    for module in model.modules():  # not the average pooling that LIP starts as
         if isinstance(module, LIP2d):
             nn.init.normal_(module.logits.conv.weight, std=0.1)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1)
-    weights = truth_network.state_dict()
-    images = torch.randn(1, 3, 96, 96)
-    truth, operations = _run(truth_network.double(), images.double())
-    found = {}
-    for name in names:
-        model, wrong = NETWORKS[name](), None
-        if name.startswith("lip_"):
-            model.load_state_dict(weights, strict=name != FLOOR)  # the floor has no norms
-        model.to(device, memory_format=memory_format)
-        with full_float32():
-            output, own = _run(model, images.to(device, memory_format=memory_format))
-        if name.startswith("lip_"):
-            error = 0.0 if name == FLOOR else relative_error(output, truth)
-            if not error < 1e-3 or own != operations:
-                wrong = f"relative error {error:.1e}, {own} operations for {operations}"
-        found[name] = model, wrong
-    return found
+    weights, images = copy.deepcopy(model.state_dict()), torch.randn(1, 3, 96, 96)
+    return weights, images, *_run(model.double(), images.double())
+
+
+def build_network(name: str, device: str, memory_format: torch.memory_format) -> nn.Module:
+    """A network of ``NETWORKS`` on its device, all LIP networks with the same weights.
+
+    Raises:
+        WrongResult: a LIP network's output differs from the textbook network's in float64 (the floor's is free), or its
+            multiply-adds do.
+    """
+    model = NETWORKS[name]().to(device, memory_format=memory_format)
+    if not name.startswith("lip_"):
+        return model
+    weights, images, truth, operations = _truth()
+    model.load_state_dict(weights, strict=name != FLOOR)  # the floor has no norms
+    with full_float32():
+        output, own = _run(model, images.to(device, memory_format=memory_format))
+    error = 0.0 if name == FLOOR else relative_error(output, truth)
+    if not error < 1e-3 or own != operations:
+        raise WrongResult(f"relative error {error:.1e}, {own} operations for {operations}")
+    return model
 
 
 def _run(model: nn.Module, images: Tensor) -> tuple[Tensor, int]:
