@@ -25,13 +25,16 @@ RECIPE = Path(__file__).parents[2] / "configs" / "imagenet" / "lip_resnet50_step
 
 
 def build_config(options: argparse.Namespace, batch: int, layout: str, overrides: tuple[str, ...] = ()) -> Config:
-    """The paper's recipe with the command line's options, at a rate that noise can be trained with."""
+    """The paper's recipe with the command line's options.
+
+    The learning rate is tiny: the floor's gradients belong to no loss, and its weights must stay finite.
+    """
     changes = [
         f"data.batch_size={batch}",
         f"data.size={options.size}",
         f"train.precision={options.precision}",
         f"train.channels_last={layout == 'channels_last'}",
-        "optim.lr=0.01",
+        "optim.lr=1e-6",
     ]
     if getattr(options, "compile", None):
         changes += ["train.compile=true", f"train.compile_mode={options.compile}"]

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from bench.contestants import build_network
+from bench.contestants import NETWORKS
 from bench.network import build_config, make_batch
-from bench.timing import LAYOUTS, Row, WrongResult, failure_of, interleave, ratio, spread
+from bench.timing import Row, WrongResult, failure_of, interleave, ratio, spread
 from lip_resnet.config import Config
 from lip_resnet.engine import TrainState, TrainStep, autocast, build_state
 from lip_resnet.objective import Objective
@@ -87,7 +87,8 @@ def make_variant(
 def step_rows(options: argparse.Namespace) -> Iterator[Row]:
     """One row for every batch and variant."""
     device = torch.device(options.device)
-    model = build_network("lip_resnet50", options.device, LAYOUTS["channels_last"])
+    torch.manual_seed(0)
+    model = NETWORKS["lip_resnet50"]()
     tolerance = 1e-3 if options.precision == "float32" else 5e-2
     for batch in options.batch:
         common = {"network": "lip_resnet50", "precision": options.precision, "batch": batch, "size": options.size}
@@ -95,7 +96,7 @@ def step_rows(options: argparse.Namespace) -> Iterator[Row]:
         def make(name: str, batch: int = batch) -> tuple[Callable[[], object], list[float]]:
             torch.manual_seed(0)
             overrides = (VARIANTS | GPU_VARIANTS).get(name, ())
-            config = build_config(options, batch, "channels_last", overrides)
+            config = build_config(options, batch, "channels_last", ("optim.lr=0.01", *overrides))
             run, loss = make_variant(name, copy.deepcopy(model), config, device)
             return run, [loss(), loss()]
 
