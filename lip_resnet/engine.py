@@ -245,8 +245,8 @@ class TrainStep:
     """One optimizer step on one ``Batch``: forward, backward and update. Where the loss or the gradient is not finite,
     nothing changes.
 
-    ``state`` is ``build_state``'s, with modules in training mode; its ``step`` is read and not advanced. ``watched`` and
-    ``on_phase`` are as for ``train_one_epoch``.
+    ``state`` is ``build_state``'s, its modules in training mode; its ``step`` is read and not advanced. ``watched``
+    and ``on_phase`` are as for ``train_one_epoch``.
     """
 
     def __init__(
