@@ -1,5 +1,6 @@
 """Broken and unusual files: decoded rightly or refused with the path, left out only on request, never replaced."""
 
+import json
 import os
 import shutil
 import signal
@@ -68,6 +69,8 @@ def test_the_table_is_whole(outcomes):
         for way, result in ways.items():
             assert isinstance(result, BadImage) == (kind in REFUSED), (kind, way)
     assert set(REFUSED) < set(outcomes)
+    text = (ROOT / "results" / "bad_images.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.splitlines()] == bad_images.rows(outcomes)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -1,9 +1,10 @@
 """Broken and unusual images, and whether they decode:  python tests/faults/bad_images.py
 
-Makes one file of each kind, reads it as training (both ways of decoding) and as validation, and prints a table.
+Makes one file of each kind, reads it as training (both ways of decoding) and as validation, and prints JSON lines.
 """
 
 import io
+import json
 import os
 import struct
 import tempfile
@@ -121,21 +122,20 @@ def _train(source: Folder, index: int, decode: str) -> torch.Tensor:
     return out
 
 
-def table() -> str:
-    """Markdown, a line a kind."""
-    lines = ["| a file named .JPEG that is | training, `exact` | training, `fast` | validation |", "|---|---|---|---|"]
-    with tempfile.TemporaryDirectory() as root:
-        folder = Path(root) / "class"
-        folder.mkdir()
-        for kind, ways in outcomes(folder).items():
-            cells = ["refused" if isinstance(result, BadImage) else "decoded" for result in ways.values()]
-            lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def rows(outcomes_by_kind: dict[str, dict[str, torch.Tensor | Image.Image | BadImage]]) -> list[dict[str, str]]:
+    """For each kind of file, whether training (both ways of decoding) and validation decode or refuse it."""
+    return [
+        {"file": kind} | {way: "refused" if isinstance(result, BadImage) else "decoded" for way, result in ways.items()}
+        for kind, ways in outcomes_by_kind.items()
+    ]
 
 
 def main() -> None:
     distributed.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    print(table())
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "class"
+        folder.mkdir()
+        print(*map(json.dumps, rows(outcomes(folder))), sep="\n")
 
 
 if __name__ == "__main__":

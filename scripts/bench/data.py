@@ -1,20 +1,17 @@
-"""``benchmark.py data``: how fast images come.
+"""``benchmark.py data``: images per second of loaders.
 
 Our loader, exact and fast, beside timm's (uint8) and torchvision's (float32), on the same files with the same workers
 and batch: random resized crops of 224 with flips.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import performance
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
@@ -23,12 +20,12 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from bench.timing import Row
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import TrainLoader
 from lip_resnet.data.gpu_decode import installed
 from lip_resnet.data.sources import Folder
 
-RECORD = performance.FOLDER / "data_cpu.json"
 _BASELINE = "timm, uint8"
 
 
@@ -150,36 +147,8 @@ def compare_pixels(root: Path, other: str = "fast", images: int = 200) -> dict[s
     return {"mean": statistics.fmean(means), "worst_image": max(means)}
 
 
-def render(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    lines = [
-        "| loader | images/s | quartiles | images/s a core | against timm's | quartiles | cores for a GPU |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in result["rows"]:
-        (low, rate, high), (less, ratio, more) = row["images_per_second"], row["ratio"]
-        lines.append(
-            f"| {row['loader']} | {rate:.0f} | {low:.0f} to {high:.0f} | {row['per_core']:.0f} | {ratio:.2f} | "
-            f"{less:.2f} to {more:.2f} | {row['cores_for_gpu']:.1f} |"
-        )
-    pixels, scaling = result["pixels"], result["two_workers_against_one"]
-    lines += [
-        "",
-        f"{result['files']}, {result['bytes_per_file'] / 1000:.0f} KB each on average; {result['workers']} workers, "
-        f"batch {result['batch']}, {result['rounds']} interleaved rounds of {result['images']} images; "
-        f"a GPU of {result['gpu']:.0f} images/s.",
-        f"Fast against exact, the same crops: {pixels['mean']:.3f} of 255 on average, {pixels['worst_image']:.3f} in "
-        "the worst image.",
-    ]
-    if gpu := result.get("pixels_gpu"):
-        lines.append(f"GPU against exact: {gpu['mean']:.3f} on average, {gpu['worst_image']:.3f} in the worst image.")
-    if scaling:
-        lines.append(f"Fast, two workers against one: {scaling[1]:.2f} times ({scaling[0]:.2f} to {scaling[2]:.2f}).")
-    return "\n".join(lines) + "\n"
-
-
-def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """All that ``benchmark.py data`` measures.
+def data_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each loader, [quartile, median, quartile] over the rounds; two workers against one; fast against exact.
 
     Raises:
         InputError: there are no images, or fewer a round than a batch.
@@ -192,36 +161,20 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             source = Path(temporary) / "made"
             make_photographs(source)
         count, size = link_images(source, root, options.images)
+        common = {
+            "files": f"{count} {'made photographs (no real ones)' if options.data is None else 'files of --data'}",
+            "bytes_per_file": size,
+            **{name: getattr(options, name) for name in ("images", "workers", "batch", "rounds", "gpu")},
+        }
         rates = measure(contenders(root, options.workers, options.batch), options.rounds)
-        pair = {workers: ours(root, workers, options.batch, "fast") for workers in (1, 2)}
-        both = measure(pair, options.rounds)
-        pixels = compare_pixels(root)
-        pixels_gpu = compare_pixels(root, "gpu") if _gpu() else None
-    rows = []
-    for name, values in rates.items():
-        per_core = statistics.median(values) / options.workers
-        ratios = [value / base for value, base in zip(values, rates[_BASELINE], strict=True)]
-        figures = {"images_per_second": quartiles(values), "ratio": quartiles(ratios), "all": values}
-        rows.append({"loader": name, **figures, "per_core": per_core, "cores_for_gpu": options.gpu / per_core})
-    return {
-        "rows": rows,
-        "files": f"{count} {'made photographs (no real ones)' if options.data is None else 'files of --data'}",
-        "bytes_per_file": size,
-        **{name: getattr(options, name) for name in ("images", "workers", "batch", "rounds", "gpu")},
-        "pixels": pixels,
-        "pixels_gpu": pixels_gpu,
-        "two_workers_against_one": quartiles([two / one for one, two in zip(both[1], both[2], strict=True)]),
-    }
-
-
-def to_json(result: dict[str, Any], environment: dict[str, Any]) -> str:
-    """The whole result."""
-    return json.dumps({"environment": environment, **result}, indent=2) + "\n"
-
-
-def section(record: Path = RECORD) -> str:
-    """The README's table, from the figures in benchmarks/."""
-    if not record.is_file():
-        return "not measured yet"
-    result = json.loads(record.read_text(encoding="utf-8"))
-    return f"{render(result)}{performance.made_by(result['environment'])}"
+        for name, values in rates.items():
+            per_core = statistics.median(values) / options.workers
+            ratios = [value / base for value, base in zip(values, rates[_BASELINE], strict=True)]
+            figures = {"images_per_second": quartiles(values), "ratio": quartiles(ratios), "all": values}
+            row = common | {"loader": name} | figures
+            yield row | {"per_core": per_core, "cores_for_gpu": options.gpu / per_core}
+        pair = measure({workers: ours(root, workers, options.batch, "fast") for workers in (1, 2)}, options.rounds)
+        ratios = [two / one for one, two in zip(pair[1], pair[2], strict=True)]
+        yield {"comparison": "two workers against one, fast", "ratio": quartiles(ratios)}
+        for decode in ["fast", *(["gpu"] if _gpu() else [])]:
+            yield {"comparison": f"pixels, {decode} against exact", **compare_pixels(root, decode)}

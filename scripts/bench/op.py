@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from bench_timing import DTYPES, LAYOUTS, Row, failure_of, interleave, ratio, spread
-from contestants import FORMS, SITES, TOLERANCES, WINDOW, compile_anew, relative_error
 from torch import Tensor
 
+from bench.contestants import FORMS, SITES, TOLERANCES, WINDOW, compile_anew
+from bench.timing import DTYPES, LAYOUTS, Row, WrongResult, failure_of, interleave, ratio, spread
 from lip_resnet.ops import reference
 
 
@@ -17,7 +17,8 @@ def copy_bandwidth(batch: int, options: argparse.Namespace) -> float:
     """Bytes per second, read and written, of copying the largest site's features."""
     x = torch.randn(batch, 64, 112, 112, device=options.device)
     to = torch.empty_like(x)
-    return 2 * x.nbytes / statistics.median(interleave({"copy": lambda: to.copy_(x)}, options, 3)["copy"])
+    times, _ = interleave({"copy": lambda: to.copy_(x)}, options, 3)
+    return 2 * x.nbytes / statistics.median(times["copy"])
 
 
 def op_rows(options: argparse.Namespace) -> Iterator[Row]:
@@ -31,27 +32,32 @@ def op_rows(options: argparse.Namespace) -> Iterator[Row]:
                 print(f"batch {batch}, {layout}, {site}: done", file=sys.stderr)
 
 
-def truth_of(x: Tensor, logits: Tensor, make: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-    """y, dx and dlogits in float64, and the dy (made by ``make``) that they are of; a few images at a time."""
-    parts = []
-    for own in zip(x.split(16), logits.split(16), strict=True):
-        inputs = [t.double().requires_grad_() for t in own]
+def check_form(outputs: tuple[Tensor, ...], x: Tensor, logits: Tensor, dy: Tensor) -> float:
+    """The largest relative error of a form's (y, dx, dlogits) against float64 on the same device, 16 images at a time.
+
+    The square root of the summed squared errors over that of the summed squared truths, of each of the three.
+    """
+    squares = torch.zeros(2, 3, dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), 16):
+        images = slice(start, start + 16)
+        inputs = [t[images].detach().double().requires_grad_() for t in (x, logits)]
         y = reference.stable(*inputs, WINDOW)
-        dy = make(torch.randn(y.shape))
-        parts.append((y.detach(), *torch.autograd.grad(y, inputs, dy.double()), dy))
-    *truths, dy = (torch.cat(part) for part in zip(*parts, strict=True))
-    return *truths, make(dy)
+        truths = (y.detach(), *torch.autograd.grad(y, inputs, dy[images].double()))
+        for index, (output, truth) in enumerate(zip(outputs, truths, strict=True)):
+            squares[0, index] += (output[images].detach().double() - truth).square().sum()
+            squares[1, index] += truth.square().sum()
+    return (squares[0] / squares[1]).sqrt().max().item()
 
 
 def site_rows(options: argparse.Namespace, layout: str, batch: int, site: str, bandwidth: float) -> Iterator[Row]:
     (channels, size), dtype = SITES[site], DTYPES[options.precision]
 
-    def make(values: Tensor) -> Tensor:
-        return values.to(options.device, dtype).to(memory_format=LAYOUTS[layout])
+    def make(draw: Callable[..., Tensor], *shape: int) -> Tensor:
+        return draw(*shape, device=options.device).to(dtype, memory_format=LAYOUTS[layout])
 
-    x, logits = (make(t).requires_grad_() for t in (torch.randn(batch, channels, size, size),
-                                                    12 * torch.rand(batch, channels, size, size)))  # fmt: skip
-    *truths, dy = truth_of(x.detach(), logits.detach(), make)
+    x = make(torch.randn, batch, channels, size, size).requires_grad_()
+    logits = make(lambda *shape, device: 12 * torch.rand(*shape, device=device), *x.shape).requires_grad_()
+    dy = make(torch.randn, batch, channels, size // 2, size // 2)
     compile_anew()
 
     def forward(form):
@@ -62,13 +68,18 @@ def site_rows(options: argparse.Namespace, layout: str, batch: int, site: str, b
         y = form(x, logits)
         return y, *torch.autograd.grad(y, (x, logits), dy, allow_unused=True)
 
-    errors, running = {}, {}
-    for name in options.contestants:
-        failure = failure_of(lambda name=name: both(FORMS[name]))
-        if failure is None and name != "avg_pool2d":
-            errors[name] = max(relative_error(v, t) for v, t in zip(both(FORMS[name]), truths, strict=True))
+    errors: dict[str, float] = {}
+    running = {}
+
+    def check(name: str) -> None:
+        outputs = both(FORMS[name])
+        if name != "avg_pool2d":
+            errors[name] = check_form(outputs, x, logits, dy)
             if not errors[name] < TOLERANCES[dtype] and name != "textbook":
-                failure = f"wrong: relative error {errors[name]:.1e}"
+                raise WrongResult(f"relative error {errors[name]:.1e}")
+
+    for name in options.contestants:
+        failure = failure_of(lambda name=name: check(name))
         if failure is None:
             running[name] = FORMS[name]
         else:
@@ -78,7 +89,9 @@ def site_rows(options: argparse.Namespace, layout: str, batch: int, site: str, b
     counted = {"forward": 2 * inputs + outputs + kept, "forward + backward": 6 * inputs + 3 * outputs + 2 * kept}
     for (direction, size_in_bytes), step in zip(counted.items(), (forward, both), strict=True):
         steps = {name: lambda form=form: step(form) for name, form in running.items()}  # noqa: B023 (called within)
-        times = interleave(steps, options, repeats=max(1, int(4e6 / x.numel())))
+        times, failed = interleave(steps, options, repeats=max(1, int(4e6 / x.numel())))
+        for name, error in failed.items():
+            yield {"direction": direction, "form": name, "failed": error}
         for name, seconds in times.items():
             row = {"direction": direction, "form": name} | spread(seconds)
             row["speedup"] = ratio(times["textbook"], seconds) if "textbook" in times else None
