@@ -1,0 +1,144 @@
+"""Refresh the generated parts of README.md and docs/:  python scripts/make_docs.py
+
+A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+"""
+
+import ast
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import bad_images
+import bench_data
+import draw_operator
+import performance
+import scaling
+
+from lip_resnet import LAYERS, checkpoint, distributed, paper, results
+from lip_resnet import config as recipe_config
+from lip_resnet.config import Config, InputError
+
+ROOT = Path(__file__).parents[1]
+FIGURE = ROOT / "docs" / "figures" / "operator.svg"
+
+
+def zoo() -> str:
+    """The downsampling layers that a recipe can choose, a line each."""
+    lines = [f"| `{name}` | {layer.line} | {layer.source} |" for name, layer in LAYERS.items()]
+    return "\n".join(["| layer | what it does | source |", "|---|---|---|", *lines])
+
+
+def networks() -> str:
+    """The paper's networks with their counts and published accuracies."""
+    header = ["network", "`model.name`", "parameters (M)", "MACs (G)", "published top-1 / top-5 (%)"]
+    lines = []
+    for row in paper.load_paper(ROOT / "scripts" / "paper.yaml").rows:
+        if row.published is None or row.published.top5 is None:
+            continue
+        published = f"{row.published.top1:.2f} / {row.published.top5:.2f}"
+        counts = f"{row.params.value / 1e6:.2f}", f"{row.macs.value:.2f}"
+        lines.append([row.label, f"`{row.model}`", *counts, published])
+    return results.render(header, lines, [], "md").rstrip("\n")
+
+
+def recipe_keys() -> str:
+    """Every key of a recipe: its type, default and docstring."""
+    tables = []
+    for section, field in Config.model_fields.items():
+        model = field.annotation
+        schema, texts = model.model_json_schema()["properties"], _attribute_docstrings(model)
+        lines = [f"### {section}", "", model.__doc__, "", "| key | values | default | |", "|---|---|---|---|"]
+        for key, about in model.model_fields.items():
+            default = "required" if about.is_required() else f"`{_yaml(about.default)}`"
+            values = _values(schema[key]).replace("|", "\\|")
+            lines.append(f"| `{section}.{key}` | {values} | {default} | {texts.get(key, '').replace('|', '&#124;')} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _attribute_docstrings(model: type) -> dict[str, str]:
+    """Field -> the string literal below it, in one line."""
+    source = ast.parse(inspect.getsource(recipe_config))
+    body = next(node.body for node in source.body if isinstance(node, ast.ClassDef) and node.name == model.__name__)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def _yaml(value: Any) -> str:
+    """A default as a recipe would have it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_yaml, value))}]"
+    if isinstance(value, bool) or value is None or value == {}:
+        return {True: "true", False: "false", None: "null"}.get(value if value != {} else "", "{}")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """What a key takes, from its JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(_values(one) for one in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    kind = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
+    kind |= {"object": "mapping", "array": "list"}
+    limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[key]:,}".removesuffix(".0") for key, sign in limits.items() if key in schema]
+    return " ".join([kind[schema["type"]], ", ".join(bounds)]).strip()
+
+
+SECTIONS = {
+    "zoo": zoo,
+    "data": bench_data.section,
+    "bad-images": bad_images.table,
+    "performance": performance.section,
+    "networks": networks,
+    "recipe-keys": recipe_keys,
+}
+
+
+def _named(*names: str) -> dict[str, Callable[[], str]]:
+    return {name: SECTIONS[name] for name in names}
+
+
+PAGES = {
+    "README.md": _named("networks"),
+    "docs/recipes.md": _named("recipe-keys"),
+    "docs/layers.md": _named("zoo"),
+    "docs/data.md": _named("data", "bad-images"),
+    "docs/performance.md": _named("performance"),
+    "docs/scaling.md": scaling.sections(),
+}
+
+
+def refresh(text: str, sections: Mapping[str, Callable[[], str]] = SECTIONS) -> str:
+    """``text`` with every generated part made anew.
+
+    Raises:
+        InputError: a part's markers are missing.
+    """
+    for name, generate in sections.items():
+        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise InputError(f"the page lacks the markers <!-- {name}:begin --> and <!-- {name}:end -->")
+        body = generate()
+        text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
+    return text
+
+
+def main() -> None:
+    distributed.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    for name, sections in PAGES.items():
+        path = ROOT / name
+        text = refresh(path.read_text(encoding="utf-8"), sections)
+        checkpoint.write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    checkpoint.write_atomically(FIGURE, lambda file: file.write(draw_operator.draw().encode()))
+
+
+if __name__ == "__main__":
+    distributed.launch(main)
