@@ -9,7 +9,7 @@ THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) //
 # On CPUs everywhere: the README's figures, and no more processes than there are GPUs.
 TORCHRUN = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: install help demo test test-slow lint docs bench faults soak clean
+.PHONY: install help demo test test-slow lint docs dist bench faults soak clean
 
 install: $(READY) ## make .venv with the pinned versions
 
@@ -50,6 +50,9 @@ docs: .venv/ready-docs ## refresh the generated parts of the pages and build the
 .venv/ready-docs: requirements-docs.txt $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
 	touch $@
+
+dist: $(READY) ## build a wheel in dist/
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 bench: $(READY) ## measure the operator
 	$(BIN)/python scripts/benchmark.py op

@@ -45,27 +45,33 @@ def networks() -> str:
 
 
 def recipe_keys() -> str:
-    """Every key of a recipe: its type, default and docstring."""
-    tables = []
+    """Every key of a recipe: its type, default, docstring and effect."""
+    effects = list(getattr(recipe_config, "Effect", ()))
+    parts = [f"- *{effect.name.lower()}*: {effect.value}" for effect in effects]
+    parts = [f"The last column says what another value changes.\n\n{chr(10).join(parts)}"] if parts else []
     for section, field in Config.model_fields.items():
         model = field.annotation
         schema, texts = model.model_json_schema()["properties"], _attribute_docstrings(model)
-        lines = [f"### {section}", "", model.__doc__, "", "| key | values | default | |", "|---|---|---|---|"]
+        header = ["key", "values", "default", "meaning", *(["changes"] if effects else [])]
+        lines = []
         for key, about in model.model_fields.items():
             default = "required" if about.is_required() else f"`{_yaml(about.default)}`"
-            values = _values(schema[key]).replace("|", "\\|")
-            lines.append(f"| `{section}.{key}` | {values} | {default} | {texts.get(key, '').replace('|', '&#124;')} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+            cells = [f"`{section}.{key}`", _values(schema[key]), default, texts.get(key, "")]
+            cells += [item.name.lower() for item in about.metadata if item in effects]
+            lines.append([cell.replace("|", "&#124;") for cell in cells])
+        table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
+        parts.append("\n".join([f"### {section}", "", model.__doc__, "", *table]))
+    return "\n\n".join(parts)
 
 
 def _attribute_docstrings(model: type) -> dict[str, str]:
-    """Field -> the string literal below it, in one line."""
-    source = ast.parse(inspect.getsource(recipe_config))
-    body = next(node.body for node in source.body if isinstance(node, ast.ClassDef) and node.name == model.__name__)
+    """Field -> the string literal below it, in one line; inherited fields too."""
+    classes = {node.name: node for node in ast.parse(inspect.getsource(recipe_config)).body if hasattr(node, "name")}
     return {
         field.target.id: " ".join(text.value.value.split())
-        for field, text in itertools.pairwise(body)
+        for base in reversed(model.__mro__)
+        if base.__name__ in classes
+        for field, text in itertools.pairwise(classes[base.__name__].body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
 
