@@ -17,31 +17,39 @@ import draw_operator
 import performance
 import scaling
 
-from lip_resnet import LAYERS, checkpoint, distributed, paper, results
+from lip_resnet import LAYERS, checkpoint, distributed
 from lip_resnet import config as recipe_config
 from lip_resnet.config import Config, InputError
+from lip_resnet.paper import check_sizes, load_paper, render_table
+from lip_resnet.results import render
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "operator.svg"
 
 
-def zoo() -> str:
+def layers() -> str:
     """The downsampling layers that a recipe can choose, a line each."""
-    lines = [f"| `{name}` | {layer.line} | {layer.source} |" for name, layer in LAYERS.items()]
-    return "\n".join(["| layer | what it does | source |", "|---|---|---|", *lines])
+    rows = [[f"`{name}`", layer.line, layer.source] for name, layer in LAYERS.items()]
+    return render(["layer", "what it does", "source"], rows, [], "md")
+
+
+def paper() -> str:
+    """The paper's networks, counted by this code, and the published figures."""
+    figures = load_paper(ROOT / "scripts" / "paper.yaml")
+    return render_table(figures, {row.name: check_sizes(row) for row in figures.rows}, [])
 
 
 def networks() -> str:
     """The paper's networks with their counts and published accuracies."""
     header = ["network", "`model.name`", "parameters (M)", "MACs (G)", "published top-1 / top-5 (%)"]
     lines = []
-    for row in paper.load_paper(ROOT / "scripts" / "paper.yaml").rows:
+    for row in load_paper(ROOT / "scripts" / "paper.yaml").rows:
         if row.published is None or row.published.top5 is None:
             continue
         published = f"{row.published.top1:.2f} / {row.published.top5:.2f}"
         counts = f"{row.params.value / 1e6:.2f}", f"{row.macs.value:.2f}"
         lines.append([row.label, f"`{row.model}`", *counts, published])
-    return results.render(header, lines, [], "md").rstrip("\n")
+    return render(header, lines, [], "md")
 
 
 def recipe_keys() -> str:
@@ -98,31 +106,18 @@ def _values(schema: dict[str, Any]) -> str:
     return " ".join([kind[schema["type"]], ", ".join(bounds)]).strip()
 
 
-SECTIONS = {
-    "zoo": zoo,
-    "data": bench_data.section,
-    "bad-images": bad_images.table,
-    "performance": performance.section,
-    "networks": networks,
-    "recipe-keys": recipe_keys,
-}
-
-
-def _named(*names: str) -> dict[str, Callable[[], str]]:
-    return {name: SECTIONS[name] for name in names}
-
-
-PAGES = {
-    "README.md": _named("networks"),
-    "docs/recipes.md": _named("recipe-keys"),
-    "docs/layers.md": _named("zoo"),
-    "docs/data.md": _named("data", "bad-images"),
-    "docs/performance.md": _named("performance"),
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"networks": networks},
+    "docs/recipes.md": {"recipe-keys": recipe_keys},
+    "docs/layers.md": {"zoo": layers},
+    "docs/paper.md": {"paper-report": paper},
+    "docs/performance.md": {"performance": performance.section},
+    "docs/data.md": {"data": bench_data.section, "bad-images": bad_images.table},
     "docs/scaling.md": scaling.sections(),
 }
 
 
-def refresh(text: str, sections: Mapping[str, Callable[[], str]] = SECTIONS) -> str:
+def refresh(text: str, sections: Mapping[str, Callable[[], str]]) -> str:
     """``text`` with every generated part made anew.
 
     Raises:
@@ -132,7 +127,7 @@ def refresh(text: str, sections: Mapping[str, Callable[[], str]] = SECTIONS) -> 
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if not pattern.search(text):
             raise InputError(f"the page lacks the markers <!-- {name}:begin --> and <!-- {name}:end -->")
-        body = generate()
+        body = generate().rstrip()
         text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
     return text
 

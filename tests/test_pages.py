@@ -47,7 +47,7 @@ def test_picture_agrees_with_the_formula():
 
 def test_a_stale_part_is_noticed():
     page = TEXTS["docs/layers.md"]
-    stale = page.replace("| `softpool` |", "| `hardpool` |")
+    stale = page.replace("| `softpool` ", "| `hardpool` ")
     assert stale != page
     assert make_docs.refresh(stale, make_docs.PAGES["docs/layers.md"]) == page
     with pytest.raises(InputError, match="zoo:begin"):
@@ -111,7 +111,7 @@ def test_flags_in_commands_exist():
     commands = re.findall(r"\b\w+\.py( .*)$", ALL.replace("\\\n", " "), re.MULTILINE)
     flags = {flag for command in commands for flag in re.findall(r"(?<=\s)--[a-z-]+", command.partition("`")[0])}
     assert {"--config", "--checkpoint", "--wide", "--archives"} <= flags
-    assert not {flag for flag in flags if f'"{flag}"' not in code}
+    assert not {flag for flag in flags - {"--help"} if f'"{flag}"' not in code}
 
 
 def test_every_protocol_has_a_line():
