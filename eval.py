@@ -12,12 +12,13 @@ from typing import Any
 import timm
 import torch
 
-from lip_resnet import checkpoint, distributed, metrics, models, replace_downsampling, results, runlog
+from lip_resnet import checkpoint, distributed, metrics, results, runlog
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader, describe_source, testsets
 from lip_resnet.engine import evaluate
+from lip_resnet.models import registry
+from lip_resnet.models.weights import extract_weights, put_weights
 from lip_resnet.recipe import load_config, parse_config
-from lip_resnet.weights import extract_weights, put_weights
 
 
 def parse() -> Any:
@@ -80,7 +81,7 @@ def main() -> None:
     # TF32 rounds to 10 bits: counts would not be the float32 counts.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for config in configs:
-        models.check_size(model, config.data.eval_size)
+        registry.check_size(model, config.data.eval_size)
     layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     model.to(distributed.device(), memory_format=layout)
     start = 0
@@ -94,8 +95,8 @@ def main() -> None:
             row = {
                 **identify(options, recipe, trained),
                 **result,
-                "params": models.count_parameters(model),
-                "macs": models.count_macs(model, config.data.eval_size),
+                "params": registry.count_parameters(model),
+                "macs": registry.count_macs(model, config.data.eval_size),
                 "seed": trained.train.seed if trained else None,
                 "step": payload.get("step"),
                 "protocol": results.describe_protocol(
@@ -147,9 +148,9 @@ def describe(options: Any, payload: dict[str, Any], trained: Config | None) -> C
         config = timm_protocol(options.model, options.data or ".")
     else:
         raise InputError(f"{options.checkpoint} does not name its model; add --model NAME or --config FILE")
-    classes = models.create_model(config.model.name).num_classes if options.pretrained else None
+    classes = registry.create_model(config.model.name).num_classes if options.pretrained else None
     if payload:
-        head = models.create_model(config.model.name).default_cfg["classifier"]
+        head = registry.create_model(config.model.name).default_cfg["classifier"]
         weight = extract_weights(payload, options.checkpoint).get(f"{head}.weight")
         classes = None if weight is None else len(weight)
     if classes is None:
@@ -159,7 +160,7 @@ def describe(options: Any, payload: dict[str, Any], trained: Config | None) -> C
 
 def timm_protocol(name: str, root: str) -> Config:
     """How timm evaluates a model: size, crop, interpolation and normalisation of its ``pretrained_cfg``."""
-    model = models.create_model(name)
+    model = registry.create_model(name)
     protocol = timm.data.resolve_model_data_config(model)
     size = protocol["input_size"][-1]
     tree = {
@@ -209,8 +210,8 @@ def wants_ema(options: Any, trained: Config | None) -> bool:
 def build(config: Config, options: Any, payload: dict[str, Any], ema: bool) -> torch.nn.Module:
     """The network with the weights to evaluate."""
     if options.pretrained:
-        return models.create_model(config.model.name, pretrained=True)
-    model = models.build_model(config.model.model_copy(update={"weights": None}), replace_downsampling)
+        return registry.create_model(config.model.name, pretrained=True)
+    model = registry.build_model(config.model.model_copy(update={"weights": None}))
     put_weights(model, payload, options.checkpoint, ema=ema)
     return model
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from lip_resnet import checkpoint, distributed, models, replace_downsampling, run_folder, runlog
+from lip_resnet import checkpoint, distributed, run_folder, runlog
 from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
 from lip_resnet.engine import build_state
 from lip_resnet.interrupts import Interrupts
-from lip_resnet.pooling import logit_parameters
+from lip_resnet.layers.pooling import logit_parameters
+from lip_resnet.models import registry
 from lip_resnet.recipe import load_config
 from lip_resnet.run import Run, restore
 
@@ -48,8 +49,8 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
     train_source, val_source = build_sources(config.data, config.model.num_classes)
     loader = TrainLoader(train_source, config.data, config.optim.accumulate, config.train.seed)
     val_loader = EvalLoader(val_source, config.data)
-    model = models.build_model(config.model, replace_downsampling, **regularisers(config.train))
-    models.check_size(model, min(*config.data.sizes, config.data.eval_size))
+    model = registry.build_model(config.model, **regularisers(config.train))
+    registry.check_size(model, min(*config.data.sizes, config.data.eval_size))
     state = build_state(model, config, device)
 
     opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))

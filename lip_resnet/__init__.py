@@ -3,10 +3,11 @@
 Importing the package registers ``lip_resnet18`` to ``152`` and ``lip_densenet121`` to ``201`` with timm.
 """
 
-from lip_resnet import densenet, resnet
-from lip_resnet.lip import lip2d
-from lip_resnet.pooling import LAYERS, make_layer
-from lip_resnet.replace import replace_downsampling
-from lip_resnet.weights import load_weights
+from lip_resnet.layers import DOWNSAMPLING, make_layer, replace_downsampling
+from lip_resnet.models import load_weights
+from lip_resnet.ops import lip2d
 
-__all__ = ["LAYERS", "densenet", "lip2d", "load_weights", "make_layer", "replace_downsampling", "resnet"]
+LAYERS = DOWNSAMPLING
+"""The name of ``DOWNSAMPLING`` in version 0.1."""
+
+__all__ = ["DOWNSAMPLING", "LAYERS", "lip2d", "load_weights", "make_layer", "replace_downsampling"]

@@ -9,12 +9,13 @@ import timm
 import torch
 from torch import nn
 
-from lip_resnet import distributed, models, results
+from lip_resnet import distributed, results
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader, build_sources, locate
 from lip_resnet.engine import evaluate
+from lip_resnet.models import registry
+from lip_resnet.models.weights import extract_weights, put_weights
 from lip_resnet.recipe import load_config, parse_config
-from lip_resnet.weights import extract_weights, put_weights
 
 NETWORKS = (
     *(
@@ -50,7 +51,7 @@ class Network(NamedTuple):
             overlay |= {"input_size": (3, data.eval_size, data.eval_size), "pool_size": (-(-data.eval_size // 32),) * 2}
             overlay |= {"crop_pct": data.eval_size / data.eval_resize, "interpolation": data.interpolation}
             overlay |= {"mean": data.mean, "std": data.std}
-        return models.create_model(
+        return registry.create_model(
             self.model, num_classes=self.num_classes, pretrained_cfg_overlay=overlay, **self.args
         )
 

@@ -18,8 +18,9 @@ from pydantic import Field, ValidationError
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
-from lip_resnet import models, results, runlog
+from lip_resnet import results, runlog
 from lip_resnet.config import InputError, Section
+from lip_resnet.models import registry
 
 IMAGES_APART = 25
 """Of 50,000: how far kernels, image decoders and resizers of other versions may move a count of the same weights."""
@@ -153,7 +154,7 @@ def count_flops(model: nn.Module, size: int) -> int:
         module.register_forward_hook(add)
     with torch.no_grad():
         trial(torch.empty(1, 3, size, size, device="meta"))
-    return total + models.count_macs(model, size)
+    return total + registry.count_macs(model, size)
 
 
 class Check(NamedTuple):
@@ -174,11 +175,11 @@ class Check(NamedTuple):
 def check_sizes(row: Row) -> dict[str, Check]:
     """Build the network of a row and count: parameters exactly, multiply-adds to the last digit of each figure."""
     with torch.device("meta"):  # counting needs shapes alone
-        model = models.create_model(row.model, **row.args)
-    params = models.count_parameters(model)
+        model = registry.create_model(row.model, **row.args)
+    params = registry.count_parameters(model)
     checks = [
         Check("params", params, row.params.value, 0, row.params.source),
-        Check("macs", models.count_macs(model, 224) / 1e9, row.macs.value, 0.0005, row.macs.source),
+        Check("macs", registry.count_macs(model, 224) / 1e9, row.macs.value, 0.0005, row.macs.source),
     ]
     published = row.published
     if published is not None and published.params_millions is not None:

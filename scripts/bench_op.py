@@ -10,7 +10,7 @@ from bench_timing import DTYPES, LAYOUTS, Row, failure_of, interleave, ratio, sp
 from contestants import FORMS, SITES, TOLERANCES, WINDOW, compile_anew, relative_error
 from torch import Tensor
 
-from lip_resnet.kernels import plain
+from lip_resnet.ops import reference
 
 
 def copy_bandwidth(batch: int, options: argparse.Namespace) -> float:
@@ -36,7 +36,7 @@ def truth_of(x: Tensor, logits: Tensor, make: Callable[[Tensor], Tensor]) -> tup
     parts = []
     for own in zip(x.split(16), logits.split(16), strict=True):
         inputs = [t.double().requires_grad_() for t in own]
-        y = plain.stable(*inputs, WINDOW)
+        y = reference.stable(*inputs, WINDOW)
         dy = make(torch.randn(y.shape))
         parts.append((y.detach(), *torch.autograd.grad(y, inputs, dy.double()), dy))
     *truths, dy = (torch.cat(part) for part in zip(*parts, strict=True))

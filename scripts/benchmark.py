@@ -31,8 +31,9 @@ import torch
 from bench_timing import CLOCKS, LAYOUTS, Row
 from contestants import FORMS, NETWORKS, SITES
 
-from lip_resnet import checkpoint, distributed, kernels, runlog
+from lip_resnet import checkpoint, distributed, runlog
 from lip_resnet.config import InputError
+from lip_resnet.ops import dispatch
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 STEPS = bench_step.VARIANTS | bench_step.GPU_VARIANTS
@@ -141,7 +142,7 @@ def main() -> None:
     environment = runlog.describe_environment(options.device) | {
         "command": ["python", "scripts/benchmark.py", *words],
         "lip_kernels": os.environ.get("LIP_KERNELS", "auto"),
-        "fused_kernel": kernels.available(options.device),
+        "fused_kernel": dispatch.available(options.device),
         "load": round(os.getloadavg()[0], 2),
     }
     if options.what == "data":

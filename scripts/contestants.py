@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lip_resnet  # noqa: F401 (registers the networks)
 from lip_resnet import lip2d
-from lip_resnet.kernels import plain
-from lip_resnet.logits import BottleneckHead, Gate, InstanceNorm2d
-from lip_resnet.pooling import LIP2d
+from lip_resnet.layers.logits import BottleneckHead, Gate, InstanceNorm2d
+from lip_resnet.layers.pooling import LIP2d
+from lip_resnet.ops import reference
 
 WINDOW = (3, 2, 1)
 # Channels and height = width of the features that LIP-ResNet-50 pools at 224x224: the stem, then main path and shortcut
@@ -68,7 +68,7 @@ def full_float32() -> Iterator[None]:
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "textbook": textbook,
     "lip2d": lip2d,
-    "plain form": lambda x, logits: plain.pool(x.float(), logits.float(), WINDOW).to(x.dtype),
+    "plain form": lambda x, logits: reference.pool(x.float(), logits.float(), WINDOW).to(x.dtype),
     "textbook, torch.compile": lambda x, logits: _compiled()(x, logits),
     "avg_pool2d": lambda x, logits: F.avg_pool2d(x, *WINDOW),
 }

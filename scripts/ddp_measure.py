@@ -11,9 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ddp_model import MIB, Cluster, step, traffic
 
-from lip_resnet import distributed, models, runlog
+from lip_resnet import distributed, runlog
 from lip_resnet.config import InputError
 from lip_resnet.engine import autocast, build_state
+from lip_resnet.models import registry
 from lip_resnet.recipe import parse_config
 
 PROBES = (4096, 32 * MIB)
@@ -71,7 +72,7 @@ def measure(name: str, batch: int, size: int, precision: str, rounds: int) -> di
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
     load_before = os.getloadavg()[0]
     torch.manual_seed(0)
-    model = models.create_model(name)
+    model = registry.create_model(name)
     load = traffic(model, size)
     recipe = {
         "model": {"name": name},

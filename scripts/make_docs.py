@@ -17,9 +17,10 @@ import draw_operator
 import performance
 import scaling
 
-from lip_resnet import LAYERS, checkpoint, distributed
+from lip_resnet import checkpoint, distributed
 from lip_resnet import config as recipe_config
 from lip_resnet.config import Config, InputError
+from lip_resnet.layers.pooling import DOWNSAMPLING
 from lip_resnet.paper import check_sizes, load_paper, render_table
 from lip_resnet.results import render
 
@@ -29,7 +30,7 @@ FIGURE = ROOT / "docs" / "figures" / "operator.svg"
 
 def layers() -> str:
     """The downsampling layers that a recipe can choose, a line each."""
-    rows = [[f"`{name}`", layer.line, layer.source] for name, layer in LAYERS.items()]
+    rows = [[f"`{name}`", layer.summary, layer.source] for name, layer in DOWNSAMPLING.items()]
     return render(["layer", "what it does", "source"], rows, [], "md")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_resnet import checkpoint, distributed, fidelity, results
 from lip_resnet.config import InputError
+from lip_resnet.models.weights import load_weights
 from lip_resnet.paper import (
     IMAGES_APART,
     RETRAINED_APART,
@@ -26,7 +27,6 @@ from lip_resnet.paper import (
     render_report,
     render_table,
 )
-from lip_resnet.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 FIGURES = Path(__file__).with_name("paper.yaml")

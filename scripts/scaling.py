@@ -20,8 +20,9 @@ import torch
 from ddp_model import Cluster, Traffic, smallest_batch, step, traffic
 from torch import nn
 
-from lip_resnet import checkpoint, distributed, models
+from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
+from lip_resnet.models import registry
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 IMAGES = 1_281_167
@@ -49,7 +50,7 @@ def table(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> list[str]:
 def build(name: str) -> nn.Module:
     """A network that is never computed."""
     with torch.device("meta"):
-        return models.create_model(name)
+        return registry.create_model(name)
 
 
 @functools.cache
@@ -79,7 +80,7 @@ def network_table(names: Sequence[str]) -> list[str]:
     header += ["weights + gradients + momentum (GB)", "with LAMB and EMA (GB)"]
     lines = []
     for name in names:
-        load, count = sent(name), models.count_parameters(build(name))
+        load, count = sent(name), registry.count_parameters(build(name))
         sizes = ", ".join(f"{bucket.bytes / 1e6:.1f}" for bucket in load.buckets)
         ready = ", ".join(f"{bucket.ready:.0%}".rstrip("%") for bucket in load.buckets)
         memory = [f"{count * 4 * tensors / 1e9:.2f}" for tensors in (3, 5)]

@@ -18,11 +18,12 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
-from lip_resnet import checkpoint, distributed, fidelity, models, results, runlog
+from lip_resnet import checkpoint, distributed, fidelity, results, runlog
 from lip_resnet.config import InputError
+from lip_resnet.models import registry
+from lip_resnet.models.weights import put_weights
 from lip_resnet.paper import judge, load_paper
 from lip_resnet.recipe import parse_config
-from lip_resnet.weights import put_weights
 
 FIGURES = Path(__file__).with_name("paper.yaml")
 
@@ -57,7 +58,7 @@ def main() -> None:
     put_weights(model, payload, str(path), ema=ema)
     fidelity.check_finite(model, str(path))
     kind = ", averaged (EMA)" if ema else ""
-    count = models.count_parameters(model)
+    count = registry.count_parameters(model)
     say(f"mapped    {len(model.state_dict())} tensors, {count:,} parameters, all finite{kind}")
 
     accepted = options.data is None or check_accuracy(model, network, options)

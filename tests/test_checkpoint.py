@@ -12,7 +12,7 @@ import torch
 
 from lip_resnet import checkpoint
 from lip_resnet.config import InputError
-from lip_resnet.weights import load_weights
+from lip_resnet.models.weights import load_weights
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from lip_resnet import LAYERS, replace_downsampling
+from lip_resnet import DOWNSAMPLING
 from lip_resnet.config import InputError
 from lip_resnet.data.transforms import TrainTransform
-from lip_resnet.models import build_model
+from lip_resnet.models.registry import build_model
 from lip_resnet.recipe import load_config, parse_config
 from train import regularisers
 
@@ -62,14 +62,14 @@ def test_lip_and_baseline_differ_in_model_alone(path):
 
 def test_every_layer_of_the_zoo_has_a_recipe():
     recipes = {path.stem.removeprefix("resnet50_") for path in RECIPES if path.parent.name == "zoo"}
-    assert recipes == set(LAYERS) - {"lip"}  # plain `lip` is LIP-ResNet's own
+    assert recipes == set(DOWNSAMPLING) - {"lip"}  # plain `lip` is LIP-ResNet's own
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_builds_its_model(path):
     config = load_config(path)
     with torch.device("meta"):
-        model = build_model(config.model, replace_downsampling, **regularisers(config.train))
+        model = build_model(config.model, **regularisers(config.train))
     assert model.num_classes == config.model.num_classes
     TrainTransform(config.data)
 

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from lip_resnet.pooling import LIP2d
+from lip_resnet.layers.pooling import LIP2d
 
 
 def test_golden_lip_densenet121():

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from conftest import small_config
 
-from lip_resnet import distributed, models, replace_downsampling
+from lip_resnet import distributed
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, normalize
 from lip_resnet.engine import build_state, evaluate, train_one_epoch
+from lip_resnet.models import registry
 
 CPU = torch.device("cpu")
 
@@ -19,7 +20,7 @@ def prepare(**changes):
     config = small_config(**changes)
     torch.manual_seed(0)
     state = build_state(
-        models.build_model(config.model, replace_downsampling, drop_rate=config.train.drop), config, CPU
+        registry.build_model(config.model, drop_rate=config.train.drop), config, CPU
     )
     train, val = build_sources(config.data, config.model.num_classes)
     loader = TrainLoader(train, config.data, config.optim.accumulate, config.train.seed)

@@ -13,8 +13,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from lip_resnet.pooling import LAYERS, logit_parameters, make_layer
-from lip_resnet.resnet import LIPResNet
+from lip_resnet.layers.pooling import DOWNSAMPLING, logit_parameters, make_layer
+from lip_resnet.models.resnet import LIPResNet
 
 SIZES = [(2, 3, 64, 64), (1, 3, 97, 66)]
 BATCH = torch.export.Dim("batch", min=1, max=64)
@@ -82,7 +82,7 @@ def test_compile_has_no_graph_break():
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
 
 
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if not layer.startswith("lip")])
+@pytest.mark.parametrize("layer", [layer for layer in DOWNSAMPLING if not layer.startswith("lip")])
 def test_every_other_layer_compiles_and_exports(layer):
     torch.compiler.reset()
     module = awake(nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8), make_layer(layer, 8)))

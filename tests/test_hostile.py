@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, small_config
 
-from lip_resnet import checkpoint, models, replace_downsampling
+from lip_resnet import checkpoint
 from lip_resnet.config import InputError
 from lip_resnet.engine import build_state
+from lip_resnet.models import registry
 from lip_resnet.recipe import load_config, parse_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -24,7 +25,7 @@ SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8"]
 
 def fresh_state():
     config = load_config(ROOT / "configs" / "faults" / "digits.yaml", SMALL)
-    return build_state(models.build_model(config.model, replace_downsampling), config, torch.device("cpu")), config
+    return build_state(registry.build_model(config.model), config, torch.device("cpu")), config
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from conftest import run_python
 from lip_oracle import relative_error, slow_lip2d
 from test_lip import LAYOUTS, TOLERANCES, WINDOWS, make
 
-from lip_resnet import kernels, lip2d
-from lip_resnet.kernels import cpu, plain
-from lip_resnet.logits import BottleneckLogits, SimplifiedLogits
-from lip_resnet.pooling import logit_parameters
+from lip_resnet import lip2d
+from lip_resnet.layers.logits import BottleneckLogits, SimplifiedLogits
+from lip_resnet.layers.pooling import logit_parameters
+from lip_resnet.ops import cpu, dispatch, reference
 
 OP = torch.ops.lip_resnet.lip2d.default
 
@@ -27,7 +27,7 @@ def _needs_the_cpu_kernel(request):
     if "plain" not in request.node.name:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert kernels.available("cpu") == (os.environ.get("LIP_KERNELS", "auto") == "auto")
+            assert dispatch.available("cpu") == (os.environ.get("LIP_KERNELS", "auto") == "auto")
 
 
 def gradients(function, x, logits, dy):
@@ -40,7 +40,7 @@ def test_one_position_in_a_view_with_gaps(window):
     """torch calls such a map contiguous in every layout; the output may be larger than it."""
     x, logits = (torch.randn(2, 10, 1, 1)[:, :5] for _ in range(2))
     y = lip2d(x, logits, *window)
-    assert relative_error(y, plain.stable(x.double(), logits.double(), window)) < 1e-6
+    assert relative_error(y, reference.stable(x.double(), logits.double(), window)) < 1e-6
     assert relative_error(lip2d(x.contiguous(), logits.contiguous(), *window), y) < 1e-6
 
 
@@ -55,7 +55,7 @@ def test_many_channels_and_rows(dtype, layouts):
     dy = torch.randn(2, 37, 12, 21, dtype=torch.float64).to(dtype).contiguous(memory_format=LAYOUTS[layouts[1]])
     results = gradients(lambda a, b: OP(a, b, 3, 2, 1)[0], x, logits, dy)
     inputs = [t.detach().double().requires_grad_() for t in (x, logits)]
-    truths = gradients(lambda a, b: plain.stable(a, b, (3, 2, 1)), *inputs, dy.double())
+    truths = gradients(lambda a, b: reference.stable(a, b, (3, 2, 1)), *inputs, dy.double())
     for value, truth in zip(results, truths, strict=True):
         assert value.dtype == dtype
         assert value.is_contiguous(memory_format=LAYOUTS[layouts[0]])
@@ -76,7 +76,7 @@ def test_logits_of_every_size_in_one_tensor(window, channels, layout):
     y = lip2d(x, logits, *window)
     dy = torch.randn_like(y)
     inputs = [t.detach().double().requires_grad_() for t in (x, logits)]
-    truths = gradients(lambda a, b: plain.stable(a, b, window), *inputs, dy.double())
+    truths = gradients(lambda a, b: reference.stable(a, b, window), *inputs, dy.double())
     for value, truth in zip((y, *torch.autograd.grad(y, (x, logits), dy)), truths, strict=True):
         for rows, expected in zip(value.chunk(9, 2), truth.chunk(9, 2), strict=True):
             assert relative_error(rows, expected) < TOLERANCES[torch.float32]
@@ -115,7 +115,7 @@ def test_slow_loops(kernel_size, stride, padding, height, width, layout):
 
 
 @pytest.mark.parametrize("window", [(3, 2, 1), (2, 3, 1)])
-@pytest.mark.parametrize("form", [lambda *inputs: OP(*inputs)[0], lambda a, b, *window: plain.pool(a, b, window)])
+@pytest.mark.parametrize("form", [lambda *inputs: OP(*inputs)[0], lambda a, b, *window: reference.pool(a, b, window)])
 def test_derivatives(form, window):
     inputs = make((1, 2, 4, 5), low=-2, high=2)
     assert torch.autograd.gradcheck(lambda a, b: form(a, b, *window), inputs, eps=1e-6, atol=1e-8, rtol=1e-5)
@@ -137,7 +137,7 @@ def test_threads_change_nothing(threads, layout):
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("form", [plain.pool, plain.stable])
+@pytest.mark.parametrize("form", [reference.pool, reference.stable])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("kernel_size", "stride", "padding", "height", "width"), WINDOWS)
 def test_plain_forms(form, layout, kernel_size, stride, padding, height, width):
@@ -155,7 +155,7 @@ def test_plain_forms(form, layout, kernel_size, stride, padding, height, width):
 def test_plain_form_knows_where_the_textbook_fails(low, high):
     """Where exp overflows, underflows or swamps a window, the result is the stable loop's."""
     x, logits = make((2, 3, 9, 8), torch.float32, low=low, high=high)
-    y = plain.pool(x, logits, (3, 2, 1))
+    y = reference.pool(x, logits, (3, 2, 1))
     dy = torch.randn_like(y)
     for value, truth in zip(
         (y, *torch.autograd.grad(y, (x, logits), dy)), slow_lip2d(x, logits, dy, 3, 2, 1), strict=True
@@ -165,7 +165,7 @@ def test_plain_form_knows_where_the_textbook_fails(low, high):
 
 def test_window_larger_than_the_kernel_takes():
     x, logits = make((1, 2, 12, 11))
-    assert not kernels.supports(x, logits, 9)
+    assert not dispatch.supports(x, logits, 9)
     torch.testing.assert_close(lip2d(x, logits, 9, 2, 4), slow_lip2d(x, logits, None, 9, 2, 4)[0])
 
 
@@ -228,10 +228,10 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("LIP_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LIP_KERNELS", "auto")
     monkeypatch.delenv("CXX", raising=False)
-    kernels._available.cache_clear()
+    dispatch._available.cache_clear()
     cpu.library.cache_clear()
     yield monkeypatch
-    kernels._available.cache_clear()
+    dispatch._available.cache_clear()
     cpu.library.cache_clear()
 
 
@@ -245,7 +245,7 @@ def test_plain_without_a_compiler(fresh, tmp_path, compiler, reason):
         (folder / "c++").chmod(0o755)
     fresh.setenv("PATH", str(folder))
     x, logits = make((1, 2, 6, 7), torch.float32)
-    with pytest.warns(UserWarning, match=f"plain form, slower than the fused kernel: .*{reason}") as caught:
+    with pytest.warns(UserWarning, match=f"reference form, slower than the fused kernel: .*{reason}") as caught:
         y = [lip2d(x, logits) for _ in range(3)][-1]
     assert len(caught) == 1
     assert relative_error(y, slow_lip2d(x, logits, None, 3, 2, 1)[0]) < TOLERANCES[torch.float32]
@@ -254,11 +254,11 @@ def test_plain_without_a_compiler(fresh, tmp_path, compiler, reason):
 @pytest.mark.filterwarnings("error")
 def test_plain_by_choice(fresh):
     fresh.setenv("LIP_KERNELS", "plain")
-    assert not kernels.available("cpu")
-    kernels._available.cache_clear()
+    assert not dispatch.available("cpu")
+    dispatch._available.cache_clear()
     fresh.setenv("LIP_KERNELS", "fast")
     with pytest.raises(ValueError, match="LIP_KERNELS is 'fast'; it must be one of auto, plain"):
-        kernels.available("cpu")
+        dispatch.available("cpu")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads: the children use none
@@ -282,7 +282,7 @@ def test_two_processes_share_gradients(tmp_path):
         import sys
         import torch
         import torch.distributed as dist
-        from lip_resnet.pooling import make_layer
+        from lip_resnet.layers.pooling import make_layer
 
         def work(rank, path):
             dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)

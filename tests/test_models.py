@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 
-from lip_resnet import models, pooling, replace_downsampling
 from lip_resnet.config import InputError, ModelConfig
+from lip_resnet.layers import pooling
+from lip_resnet.models import registry
 
 
 @pytest.mark.parametrize(
@@ -18,14 +19,14 @@ from lip_resnet.config import InputError, ModelConfig
     ],
 )
 def test_counts(name, params, macs):
-    model = models.create_model(name)
-    assert models.count_parameters(model) == params
-    assert models.count_macs(model, 224) == pytest.approx(macs, rel=2e-4)
+    model = registry.create_model(name)
+    assert registry.count_parameters(model) == params
+    assert registry.count_macs(model, 224) == pytest.approx(macs, rel=2e-4)
 
 
 @pytest.mark.parametrize("name", ["lip_resnet50", "resnet50"])
 def test_initialisation_is_the_same_for_both(name):
-    model = models.build_model(ModelConfig(name=name), replace_downsampling)
+    model = registry.build_model(ModelConfig(name=name))
     assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert not model.fc.bias.any()
     last = [block.bn3.weight for stage in (model.layer1, model.layer4) for block in stage]
@@ -35,31 +36,31 @@ def test_initialisation_is_the_same_for_both(name):
 
 def test_unknown_names_and_keywords():
     with pytest.raises(InputError, match="near names: lip_resnet50"):
-        models.create_model("lip_resnet5O")
+        registry.create_model("lip_resnet5O")
     with pytest.raises(InputError, match="colour"):
-        models.create_model("resnet50", colour="red")
+        registry.create_model("resnet50", colour="red")
 
 
 def test_drop_path_reaches_the_model():
-    model = models.build_model(ModelConfig(name="lip_resnet50"), replace_downsampling, drop_path_rate=0.1)
+    model = registry.build_model(ModelConfig(name="lip_resnet50"), drop_path_rate=0.1)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
     assert max(rates) == pytest.approx(0.1)
     with pytest.raises(InputError, match="drop_path_rate"):
-        models.build_model(ModelConfig(name="vgg11"), replace_downsampling, drop_path_rate=0.1)
+        registry.build_model(ModelConfig(name="vgg11"), drop_path_rate=0.1)
 
 
 def test_too_small_images():
-    model = models.create_model("lip_resnet50")
-    models.check_size(model, 32)
+    model = registry.create_model("lip_resnet50")
+    registry.check_size(model, 32)
     with pytest.raises(InputError, match=r"16x16.*too small"):
-        models.check_size(model, 16)
+        registry.check_size(model, 16)
     assert not any(p.is_meta for p in model.parameters())
 
 
 def test_fine_tuning_starts_from_the_weights(tmp_path):
-    torch.save(models.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "seven.pth")
+    torch.save(registry.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "seven.pth")
     config = ModelConfig(name="test_resnet", num_classes=10, weights=str(tmp_path / "seven.pth"), new_head=True)
-    model = models.build_model(config, replace_downsampling)
+    model = registry.build_model(config)
     state = torch.load(tmp_path / "seven.pth", weights_only=True)
     assert torch.equal(model.conv1[0].weight, state["conv1.0.weight"])
     assert model.fc.out_features == 10
@@ -67,7 +68,7 @@ def test_fine_tuning_starts_from_the_weights(tmp_path):
 
 def test_downsampling_of_a_recipe():
     config = ModelConfig(name="resnet50", downsampling={"stem": "lip", "main": "softpool"})
-    model = models.build_model(config, replace_downsampling)
+    model = registry.build_model(config)
     assert isinstance(model.maxpool, pooling.LIP2d)
     assert isinstance(model.layer2[0].conv2.pool, pooling.SoftPool)
     assert model.layer2[0].downsample[0].stride == (2, 2)
@@ -77,4 +78,4 @@ def test_downsampling_of_a_recipe():
         ({"transition": "lip"}, "nothing"),
     ):
         with pytest.raises(InputError, match=words):
-            models.build_model(ModelConfig(name="resnet50", downsampling=sites), replace_downsampling)
+            registry.build_model(ModelConfig(name="resnet50", downsampling=sites))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from lip_oracle import relative_error
 
-from lip_resnet.kernels import norm
-from lip_resnet.logits import InstanceNorm2d
+from lip_resnet.layers.logits import InstanceNorm2d
+from lip_resnet.ops import norm
 
 
 @pytest.mark.parametrize("backend", ["built", "plain"])

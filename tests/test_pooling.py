@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BlurPool2d
 
-from lip_resnet.lip import lip2d
-from lip_resnet.logits import Gate, InstanceNorm2d
-from lip_resnet.pooling import LAYERS, LIP2d, LogitOptions, make_layer
+from lip_resnet.layers.logits import Gate, InstanceNorm2d
+from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions, make_layer
+from lip_resnet.ops.lip import lip2d
 
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 2, 0), (5, 2, 2), (7, 4, 3)]
 
@@ -113,7 +113,7 @@ def test_detail_preserving_is_written_out():
     close(layer(x), (inside * weight).sum(-1) / weight.sum(-1))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", DOWNSAMPLING)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_every_layer_has_one_shape_and_gradients(name, window):
     torch.manual_seed(0)
@@ -129,14 +129,14 @@ def test_every_layer_has_one_shape_and_gradients(name, window):
     assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("lip")])
+@pytest.mark.parametrize("name", [name for name in DOWNSAMPLING if name.startswith("lip")])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_lip_layers_start_as_average_pooling(name, window):
     x = features()
     close(make_layer(name, 4, *window).double()(x), F.avg_pool2d(x, *window, count_include_pad=False))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", DOWNSAMPLING)
 def test_bfloat16_and_float16(name):
     """Against float32 on the same values: three roundings of the format (2^-8, 2^-11) of the largest value."""
     torch.manual_seed(0)

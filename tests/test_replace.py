@@ -9,8 +9,8 @@ import torchvision
 from torch import nn
 
 from lip_resnet import replace_downsampling
-from lip_resnet.pooling import LAYERS, LIP2d
-from lip_resnet.replace import SITES
+from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d
+from lip_resnet.layers.replace import SITES
 
 NETWORKS = {
     # network: the layers that compute what it computed before, and how many are swapped.
@@ -54,7 +54,7 @@ def test_equivalent_layers_leave_the_outputs_unchanged(name):
         report = replace_downsampling(model, layers)
         got = model(x)
     assert len(report.swapped) == count, str(report)
-    assert not report.left
+    assert not report.kept
     assert list(model.state_dict()) == keys  # weights, and the names of weights, stay
     torch.testing.assert_close(got, want, rtol=0, atol=1e-11 * want.std().item())
 
@@ -83,7 +83,7 @@ def test_a_layer_for_every_site_of_resnet50():
     with torch.device("meta"):
         model = timm.create_model("resnet50")
     report = replace_downsampling(model, {"stem": "lip", "main": "lip", "shortcut": "average"})
-    assert report.left == {"conv1": "no layer was chosen for the site 'image'"}
+    assert report.kept == {"conv1": "no layer was chosen for the site 'image'"}
     assert report.swapped == {
         "maxpool": "stem, MaxPool2d 3/2 -> lip_simplified",
         **{f"layer{i}.0.conv2": "main, Conv2d 3/2 -> lip" for i in (2, 3, 4)},
@@ -94,7 +94,7 @@ def test_a_layer_for_every_site_of_resnet50():
     assert str(report).startswith("7 swapped, 1 left alone\n  maxpool: stem, ")
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", DOWNSAMPLING)
 def test_every_layer_of_the_zoo_fits(layer):
     model = network("timm:resnet18").eval()
     replace_downsampling(model, dict.fromkeys(SITES, layer))
@@ -131,12 +131,12 @@ def test_what_is_left_alone_says_why():
         "first": "'image'", "rectangle": "not square", "flat": "not square", "up": "ceil_mode",
         "dilated": "dilated", "unused": "does not call", "wide": "do not fit",
     }.items():  # fmt: skip
-        assert reason in report.left[name], name
+        assert reason in report.kept[name], name
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(model(x), reference(x))
     tf = replace_downsampling(network("timm:tf_efficientnet_b0"), "lip")
     assert not tf.swapped
-    assert set(tf.left.values()) == {"Conv2dSame is a kind of its own"}
+    assert set(tf.left.values()) == {"Conv2dSame is a subclass whose forward may do more than pool or convolve"}
 
 
 def test_a_shared_layer_is_swapped_everywhere():

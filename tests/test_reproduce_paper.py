@@ -15,10 +15,11 @@ from conftest import ROOT
 from golden import GOLDEN, released_state_dict
 from torch import nn
 
-from lip_resnet import distributed, fidelity, models, results
+from lip_resnet import distributed, fidelity, results
+from lip_resnet.models import registry
+from lip_resnet.models.weights import load_weights
 from lip_resnet.paper import Check, count_flops, load_paper
 from lip_resnet.recipe import load_config
-from lip_resnet.weights import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import reproduce_paper
@@ -90,7 +91,7 @@ def test_flops_rule_by_hand():
         *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 5)),
     )
     convolution, linear, outputs = 4 * 4 * 4 * 3 * 9, 16 * 5, 4 * 4 * 4
-    assert models.count_macs(model, 4) == convolution + linear
+    assert registry.count_macs(model, 4) == convolution + linear
     assert count_flops(model, 4) == convolution + linear + 2 * outputs + outputs + outputs
 
 

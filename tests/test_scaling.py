@@ -20,7 +20,7 @@ from lip_resnet import distributed
 from lip_resnet.config import InputError
 from lip_resnet.data import TrainLoader, build_sources
 from lip_resnet.engine import build_state, train_one_epoch
-from lip_resnet.models import initialize
+from lip_resnet.models.registry import initialize
 from lip_resnet.optim import build_optimizer
 from lip_resnet.recipe import load_config
 

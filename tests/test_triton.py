@@ -6,9 +6,8 @@ from conftest import run_python
 from test_lip import LAYOUTS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lip_resnet import kernels
-from lip_resnet.kernels import norm
-from lip_resnet.logits import Gate, InstanceNorm2d
+from lip_resnet.layers.logits import Gate, InstanceNorm2d
+from lip_resnet.ops import dispatch, norm
 
 
 def test_plain_where_triton_does_not_start(monkeypatch):
@@ -22,10 +21,12 @@ def test_plain_where_triton_does_not_start(monkeypatch):
     triton = pytest.importorskip("triton.runtime", reason="Triton is published for Linux only")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton, "driver", Driver())
-    kernels._available.cache_clear()
-    with pytest.warns(UserWarning, match=r"plain form, .*: Triton does not start: Failed to find C compiler\. Please"):
-        assert kernels.available("cuda") is False
-    kernels._available.cache_clear()
+    dispatch._available.cache_clear()
+    with pytest.warns(
+        UserWarning, match=r"reference form, .*: Triton does not start: Failed to find C"
+    ):
+        assert dispatch.available("cuda") is False
+    dispatch._available.cache_clear()
 
 
 def test_operator_in_the_interpreter():
@@ -39,7 +40,7 @@ def test_operator_in_the_interpreter():
         import torch
         from lip_oracle import relative_error, slow_lip2d
         from test_lip import LAYOUTS, make
-        from lip_resnet.kernels import gpu
+        from lip_resnet.ops import triton_lip
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy, on masked values
         tolerances = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3}
         cases = [
@@ -54,8 +55,8 @@ def test_operator_in_the_interpreter():
                     y = torch.empty((*shape[:2], h, w), dtype=dtype, memory_format=memory_format)
                     r = torch.empty_like(y, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
                     dy, dx, dl = torch.randn_like(y), torch.empty_like(x), torch.empty_like(logits)
-                    gpu.forward(x, logits, y, r, window)
-                    gpu.backward(dy, x, logits, y, r, dx, dl, window)
+                    triton_lip.forward(x, logits, y, r, window)
+                    triton_lip.backward(dy, x, logits, y, r, dx, dl, window)
                     for value, truth in zip((y, dx, dl), slow_lip2d(x, logits, dy, *window), strict=True):
                         if truth.norm() > 1e-9:
                             assert relative_error(value, truth) < tolerance, (layout, shape, window, dtype)
@@ -88,13 +89,19 @@ def compile_ahead(kernel, constants, types, default, capability):
 def test_operator_compiles_for_a_gpu(name, channels_last, capability):
     """Machine code for an A100 and an H100."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
-    from lip_resnet.kernels import gpu
+    from lip_resnet.ops import triton_lip
 
-    outer, inner = gpu.tile(64, 512)
-    constants = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "CHANNELS_LAST": channels_last, "SUM": gpu.SUMS[torch.float32]}
+    outer, inner = triton_lip.tile(64, 512)
+    constants = {
+        "KERNEL": 3,
+        "STRIDE": 2,
+        "PADDING": 1,
+        "CHANNELS_LAST": channels_last,
+        "SUM": triton_lip.SUMS[torch.float32],
+    }
     constants |= {"OUTER": outer, "INNER": inner} | ({"PLACES": 4} if name == "backward_kernel" else {})
     types = dict.fromkeys(("x", "logits", "y", "dy", "dx", "dl"), "*bf16") | {"r": "*fp32"}
-    compile_ahead(getattr(gpu, name), constants, types, "i32", capability)
+    compile_ahead(getattr(triton_lip, name), constants, types, "i32", capability)
 
 
 def test_instance_norm_in_the_interpreter():
@@ -108,8 +115,8 @@ def test_instance_norm_in_the_interpreter():
         import torch
         from lip_oracle import relative_error
         from test_lip import LAYOUTS
-        from lip_resnet.kernels import gpu_norm, norm
-        gpu_norm.ELEMENTS = 256  # several tiles of positions, and of channels
+        from lip_resnet.ops import norm, triton_norm
+        triton_norm.ELEMENTS = 256  # several tiles of positions, and of channels
         after = {"none": lambda t: t, "relu": torch.relu, "gate": lambda t: 12 * torch.sigmoid(t)}
         types = [(torch.float64, torch.float64, 1e-10), (torch.float32, torch.float32, 1e-5)]
         types += [(torch.float16, torch.float32, 1e-3)]
@@ -130,8 +137,8 @@ def test_instance_norm_in_the_interpreter():
             out, dz = torch.empty_like(z), torch.empty_like(z)
             statistics = [norm._like_statistics(z) for _ in range(4)]
             code = norm.ACTIVATIONS[activation]
-            gpu_norm.instance_norm([z, weight, bias, None, out, *statistics[:2], None, None], code, 1e-5, 12.0)
-            gpu_norm.instance_norm([z, weight, bias, dy, dz, *statistics], code, 0.0, 12.0)
+            triton_norm.instance_norm([z, weight, bias, None, out, *statistics[:2], None, None], code, 1e-5, 12.0)
+            triton_norm.instance_norm([z, weight, bias, dy, dz, *statistics], code, 0.0, 12.0)
             found = out, dz, statistics[3].sum(0), statistics[2].sum(0)
             for value, truth in zip(found, truths, strict=True):
                 assert relative_error(value, truth) < tolerance, (layout, activation, dtype, shape)
@@ -146,7 +153,7 @@ def test_instance_norm_takes_gpu_tensors(monkeypatch, dtype, layout):
     """On tensors of a GPU that is not there: the layer calls the operator, which keeps dtype and layout, both ways."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     monkeypatch.setenv("LIP_KERNELS", "auto")
-    kernels._available.cache_clear()
+    dispatch._available.cache_clear()
     with FakeTensorMode():
         layer = InstanceNorm2d(20, device="cuda")
         z = torch.empty(2, 20, 8, 6, dtype=dtype, device="cuda").contiguous(memory_format=LAYOUTS[layout])
@@ -158,7 +165,7 @@ def test_instance_norm_takes_gpu_tensors(monkeypatch, dtype, layout):
             assert t.dtype == dtype
             assert t.is_contiguous(memory_format=LAYOUTS[layout])
         assert dweight.dtype == torch.float32
-    kernels._available.cache_clear()
+    dispatch._available.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -167,11 +174,11 @@ def test_instance_norm_takes_gpu_tensors(monkeypatch, dtype, layout):
 def test_instance_norm_compiles_for_a_gpu(name, channels_last, capability):
     """Machine code for an A100 and an H100, bfloat16 features beside float32 weights."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
-    from lip_resnet.kernels import gpu, gpu_norm
+    from lip_resnet.ops import triton_lip, triton_norm
 
-    positions, channels = gpu_norm.tile(256, 128, 784, channels_last)
-    constants = {"ACTIVATION": 2, "CHANNELS_LAST": channels_last, "SUM": gpu.SUMS[torch.float32]}
+    positions, channels = triton_norm.tile(256, 128, 784, channels_last)
+    constants = {"ACTIVATION": 2, "CHANNELS_LAST": channels_last, "SUM": triton_lip.SUMS[torch.float32]}
     constants |= {"POSITIONS": positions, "CHANNELS": channels}
     types = dict.fromkeys(("z", "out", "dout", "dz"), "*bf16") | dict.fromkeys(("C", "area"), "i32")
     constants |= {"COEFFICIENT": 12.0} | ({"EPS": 1e-5} if name == "norm_forward_kernel" else {})
-    compile_ahead(getattr(gpu_norm, name), constants, types, "*fp32", capability)
+    compile_ahead(getattr(triton_norm, name), constants, types, "*fp32", capability)

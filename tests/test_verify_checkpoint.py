@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from lip_resnet import checkpoint, distributed, fidelity
 from lip_resnet.config import InputError
-from lip_resnet.weights import load_weights
+from lip_resnet.models.weights import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import verify_checkpoint

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lip_resnet.kernels.gpu import SUMS
+from lip_resnet.ops.triton_lip import SUMS
 
 WARPS = 8
 ELEMENTS = 4096  # of a tile: 16 a thread

@@ -1,4 +1,4 @@
-"""The operator in PyTorch's own calls: for every device, and for graphs that go elsewhere (export, ONNX).
+"""The operator in PyTorch's own calls: for every device, and for graphs that are exported (torch.export, ONNX).
 
 ``window`` is (kernel_size, stride, padding) throughout; ``lip_resnet.lip2d`` checks the arguments.
 """
@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lip_resnet.compat import functorch_is_active
+
 # Sums of exp(logits) that the textbook form may divide by: every product it makes stays far inside float32.
 SAFE = (1e-12, 1e12)
 LOG2_E = math.log2(math.e)
 
 
 def pool(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
-    """x, logits (B, C, H, W), float32 or float64 alike -> y (B, C, h, w): the faster form that is exact here."""
+    """x, logits (B, C, H, W), both float32 or float64 -> y (B, C, h, w): the textbook form where it is exact."""
     if _on_cpu_now(x):
         recorded = torch.is_grad_enabled() and (x.requires_grad or logits.requires_grad)
         y = _Average.apply(x, logits, *window) if recorded else _average(x, logits, window, False)[0]
@@ -25,7 +27,7 @@ def pool(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
 
 
 def stable(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
-    """As ``pool``, right for any finite logits: a loop over the window's offsets, each a strided view of the input."""
+    """As ``pool``, stable for any finite logits: a loop over the window's offsets, each a strided view of the input."""
     kernel_size, stride, padding = window
     # The maximum cancels in the ratio, so no gradient belongs to it.
     top = F.max_pool2d(logits.detach(), kernel_size, stride, padding)
@@ -44,11 +46,11 @@ def stable(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
 
 
 def double(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
-    """As ``pool``, for float64, the precision of verification: to the last bit the reference's arithmetic.
+    """As ``pool``, for float64, the precision of verification: bit for bit the reference code's arithmetic.
 
     Training amplifies a rounding error of 1e-16 to 1e-3 within five steps (measured on LIP-ResNet-50 with random
     weights), so a trajectory can be compared with the reference's only if every operation rounds as its own does.
-    Where exp could overflow, the stable loop stands in.
+    Where exp could overflow, ``stable`` is used.
     """
     safe = 300.0  # exp(+-300) times any sensible feature, and its gradient, are far from float64's limits
     importance = torch.exp(logits.clamp(-safe, safe))
@@ -58,30 +60,30 @@ def double(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
 
 
 def _on_cpu_now(x: Tensor) -> bool:
-    """Whether a number of x may be looked at: on the CPU, and run rather than recorded or transformed."""
+    """Whether x's values may be read without a device synchronisation: eager on the CPU, no tracing or transform."""
     return (
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
     )
 
 
 def _average(
     x: Tensor, logits: Tensor, window: tuple[int, int, int], keep: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """y, exp(logits) and their pooled sum; y is None where some sum lies outside ``SAFE``.
+    """y, exp(logits) and their pooled sum; y is None if some sum lies outside ``SAFE``.
 
-    Without ``keep`` the product is made where exp(logits) lies, which then is worth nothing.
+    Without ``keep`` the returned exp(logits) is overwritten by its product with x.
     """
     channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, logits = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout)
-    # a quarter of exp's time where PyTorch leaves exp to MKL, and at most 6e-8 |l| less exact
+    # exp2 takes a quarter of exp's time where PyTorch uses MKL for exp; its relative error grows by at most 6e-8 |l|
     weight = (logits * LOG2_E).exp2_()
     total = F.avg_pool2d(weight, *window)
-    # in the order of memory: a reduction over a channels-last tensor as such is 15 times slower
+    # flattened in memory order: reducing the channels-last tensor itself is 15 times slower
     flat = (total.permute(0, 2, 3, 1) if channels_last else total).reshape(-1)
     if flat.numel() and not (flat.amin().item() >= SAFE[0] and flat.amax().item() <= SAFE[1]):
         return None, weight, total
@@ -93,7 +95,7 @@ class _Average(torch.autograd.Function):
     """The textbook form, the ratio of two average poolings, with fewer passes over memory in its gradient.
 
     With s = pool(exp(l)) and U(g) = the gradient of pool for g: dx = exp(l) U(dy / s) and
-    dl = exp(l) (x U(dy / s) - U(y dy / s)). The result is None where some s lies outside ``SAFE``.
+    dl = exp(l) (x U(dy / s) - U(y dy / s)). The result is None if some s lies outside ``SAFE``.
     """
 
     @staticmethod

@@ -11,9 +11,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.densenet import DenseNet, DenseTransition
 from torch import Tensor, nn
 
-from lip_resnet.logits import GATE
-from lip_resnet.pooling import LIP2d, LogitOptions, check_layer, make_layer
-from lip_resnet.released import CFG, rename_keys
+from lip_resnet.layers.logits import GATE
+from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.models.key_map import CFG, rename_keys
 
 
 class LIPDenseNet(DenseNet):
@@ -28,7 +28,7 @@ class LIPDenseNet(DenseNet):
         drop_rate: dropout in front of the classifier, in [0, 1).
         proj_drop_rate: dropout after every dense layer, in [0, 1).
         drop_path_rate: only 0: a DenseNet has no residual branch that could be dropped.
-        stem, transition: the layer of ``pooling.LAYERS`` at the stem's pooling and at the end of the transitions.
+        stem, transition: the layer of ``DOWNSAMPLING`` at the stem's pooling and at the end of the transitions.
             ``lip`` is simplified logits in the stem.
         logit_module: what ``lip`` means in the transitions: bottleneck (published), simplified or projection.
         bottleneck_width: channels of the bottleneck logit modules (published: 128).
@@ -72,7 +72,7 @@ class LIPDenseNet(DenseNet):
             raise ValueError(f"init {init!r}; it must be reference or zero")
         options = LogitOptions(logit_module, bottleneck_width, gate_coefficient if gate else None)
         # timm 1.0.20 takes neither; newer versions take both.
-        dd = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        factory_kwargs = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         # Fan in for every convolution, PyTorch's default for the classifier, with bias 0: timm's as the reference's.
         super().__init__(
             growth_rate,
@@ -82,16 +82,16 @@ class LIPDenseNet(DenseNet):
             global_pool,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
-            **dd,
+            **factory_kwargs,
         )
         check_layer(stem, "stem")
         stem = "lip_simplified" if stem == "lip" else stem
-        self.features.pool0 = make_layer(stem, 2 * growth_rate, kernel_size or 3, options=options, **dd)
+        self.features.pool0 = make_layer(stem, 2 * growth_rate, kernel_size or 3, options=options, **factory_kwargs)
         check_layer(transition, "transition")
         for module in self.features:
             if isinstance(module, DenseTransition):
                 channels = module.conv.out_channels
-                module.pool = make_layer(transition, channels, kernel_size or 2, options=options, **dd)
+                module.pool = make_layer(transition, channels, kernel_size or 2, options=options, **factory_kwargs)
         self._init_logits(init)
 
     def _init_logits(self, init: str) -> None:

@@ -5,7 +5,7 @@ first block of stages 2 to 4 one logit trunk on the block's input serves two LIP
 convolution it replaces the 3x3 convolution of stride 2) and one in front of the shortcut's 1x1 convolution.
 All other blocks are the ordinary bottleneck. Source: paper section 4; reference ``imagenet/lip_resnet.py``.
 
-LIP-ResNet-18, 34 and 152 are ours, not the paper's. Any layer of ``pooling.LAYERS`` can stand at each of the three
+LIP-ResNet-18, 34 and 152 are ours, not the paper's. Any layer of ``DOWNSAMPLING`` can stand at each of the three
 sites.
 """
 
@@ -19,13 +19,13 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from lip_resnet.blocks import BasicBlock, Bottleneck, stride2_layers
-from lip_resnet.logits import GATE
-from lip_resnet.pooling import LIP2d, LogitOptions, check_layer, make_layer
-from lip_resnet.released import CFG, rename_keys
+from lip_resnet.compat import feature_indices
+from lip_resnet.layers.logits import GATE
+from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.models.blocks import BasicBlock, Bottleneck, stride2_layers
+from lip_resnet.models.key_map import CFG, rename_keys
 
 
 class LIPResNet(nn.Module):
@@ -38,7 +38,7 @@ class LIPResNet(nn.Module):
         global_pool: how (B, C, h, w) becomes (B, C) before the classifier: timm's names.
         drop_rate: dropout in front of the classifier, in [0, 1).
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first, in [0, 1).
-        stem, main, shortcut: the layer of ``pooling.LAYERS`` at the stem's pooling, and on the main path and the
+        stem, main, shortcut: the layer of ``DOWNSAMPLING`` at the stem's pooling, and on the main path and the
             shortcut of the stride-2 blocks. ``lip`` has simplified logits in the stem, elsewhere a head on the trunk.
         logit_module: what ``lip`` means in the blocks: bottleneck (published), simplified or projection.
         bottleneck_width: channels of the logit trunks (published: 128; ablations: 64 and 256).
@@ -77,17 +77,19 @@ class LIPResNet(nn.Module):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name} {rate!r}; it must be at least 0 and below 1")
         options = LogitOptions(logit_module, bottleneck_width, gate_coefficient if gate else None)
-        dd = {"device": device, "dtype": dtype}
+        factory_kwargs = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False, **dd)
-        self.bn1 = nn.BatchNorm2d(64, **dd)
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False, **factory_kwargs)
+        self.bn1 = nn.BatchNorm2d(64, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
         check_layer(stem, "stem")
-        self.pool = make_layer("lip_simplified" if stem == "lip" else stem, 64, kernel_size, options=options, **dd)
+        self.pool = make_layer(
+            "lip_simplified" if stem == "lip" else stem, 64, kernel_size, options=options, **factory_kwargs
+        )
         self.feature_info = [{"num_chs": 64, "reduction": 2, "module": "act1"}]
 
         rates = [drop_path_rate * index / (sum(layers) - 1) for index in range(sum(layers))]
@@ -99,8 +101,8 @@ class LIPResNet(nn.Module):
                 if stage and not index:
                     # What is pooled: conv1's output on the main path, the block's input on the shortcut.
                     pooled = {"main": (main, channels), "shortcut": (shortcut, in_channels)}
-                    sites = stride2_layers(pooled, in_channels, kernel_size, options, dd)
-                modules.append(block(in_channels, channels, rates.pop(0), **sites, **dd))
+                    sites = stride2_layers(pooled, in_channels, kernel_size, options, factory_kwargs)
+                modules.append(block(in_channels, channels, rates.pop(0), **sites, **factory_kwargs))
                 in_channels = channels * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*modules))
             self.feature_info.append({"num_chs": in_channels, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"})
@@ -185,7 +187,7 @@ class LIPResNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r}; only 'NCHW' is possible")
-        take, last = feature_take_indices(5, indices)
+        take, last = feature_indices(5, indices)
         x = self.act1(self.bn1(self.conv1(x)))
         features = [x] if 0 in take else []
         x = self.pool(x)
@@ -199,7 +201,7 @@ class LIPResNet(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last feature asked for, and the head; returns the indices kept."""
-        take, last = feature_take_indices(5, indices)
+        take, last = feature_indices(5, indices)
         for index in range(last + 1, 5):
             setattr(self, f"layer{index}", nn.Sequential())
         if last == 0:

@@ -1,7 +1,7 @@
-"""Instance norm with the activation behind it in PyTorch's own calls, for CPUs without a compiler: channels-last.
+"""Instance norm and a following activation in PyTorch's own calls, for channels-last on CPUs without a compiler.
 
-An instance norm of one image is a batch norm of a batch of one, and PyTorch's batch norm is fast in channels-last; its
-group norm's gradient takes seven times as long (2.14). One image at a time also stays in the cache.
+The instance norm of one image is a batch norm of a batch of one, and PyTorch's batch norm is fast in channels-last; the
+gradient of its group norm takes seven times as long (torch 2.14). One image at a time also stays in the cache.
 """
 
 import torch
@@ -24,11 +24,11 @@ def instance_norm(tensors: list[Tensor | None], activation: int, eps: float, coe
                 out[image].sigmoid_().mul_(coefficient)
             continue
         g, gain = dout[image], weight
-        if activation:  # of the norm's result, made again
+        if activation:  # recompute the norm's result
             t = torch.native_batch_norm(z[image], weight, bias, mean[i], rstd[i] ** -2, False, 0.0, 0.0)[0]
             if activation == 1:
                 g = torch.ops.aten.threshold_backward(g, t, 0)
-            else:  # all that follows is linear in g: the coefficient waits for what is small
+            else:  # everything below is linear in g, so the coefficient is applied to the small tensors instead
                 g, gain = torch.ops.aten.sigmoid_backward(g, t.sigmoid_()), weight * coefficient
         statistics = (None, None, mean[i], rstd[i])
         out[image], sum_gz[i], sum_g[i] = torch.ops.aten.native_batch_norm_backward(

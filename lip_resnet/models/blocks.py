@@ -8,18 +8,20 @@ from typing import Any
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from lip_resnet.logits import BottleneckHead, BottleneckTrunk
-from lip_resnet.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.layers.logits import BottleneckHead, BottleneckTrunk
+from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
 
 
 class Downsample(nn.Sequential):
     """A shortcut that changes the shape, (B, C, H, W) -> (B, out_channels, h, w): [layer ->] conv 1x1 -> BN."""
 
-    def __init__(self, in_channels: int, out_channels: int, pool: nn.Module | None = None, **dd: Any) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, pool: nn.Module | None = None, **factory_kwargs: Any
+    ) -> None:
         super().__init__()
         self.pool = pool or nn.Identity()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd)
-        self.bn = nn.BatchNorm2d(out_channels, **dd)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory_kwargs)
+        self.bn = nn.BatchNorm2d(out_channels, **factory_kwargs)
 
     def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
         return self.bn(self.conv(_pool(self.pool, x, trunk)))
@@ -47,25 +49,25 @@ class Bottleneck(nn.Module):
         trunk: nn.Module | None = None,
         pool: nn.Module | None = None,
         shortcut_pool: nn.Module | None = None,
-        **dd: Any,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
         out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False, **dd)
-        self.bn1 = nn.BatchNorm2d(channels, **dd)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False, **factory_kwargs)
+        self.bn1 = nn.BatchNorm2d(channels, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
         self.trunk = trunk
         self.pool = pool
         kernel = 3 if pool is None else 1
-        self.conv2 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False, **dd)
-        self.bn2 = nn.BatchNorm2d(channels, **dd)
+        self.conv2 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False, **factory_kwargs)
+        self.bn2 = nn.BatchNorm2d(channels, **factory_kwargs)
         self.act2 = nn.ReLU(inplace=True)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False, **dd)
-        self.bn3 = nn.BatchNorm2d(out_channels, **dd)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False, **factory_kwargs)
+        self.bn3 = nn.BatchNorm2d(out_channels, **factory_kwargs)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.downsample = None
         if pool is not None or in_channels != out_channels:
-            self.downsample = Downsample(in_channels, out_channels, shortcut_pool, **dd)
+            self.downsample = Downsample(in_channels, out_channels, shortcut_pool, **factory_kwargs)
         self.act3 = nn.ReLU(inplace=True)
 
     def zero_init_last(self) -> None:
@@ -100,20 +102,20 @@ class BasicBlock(nn.Module):
         trunk: nn.Module | None = None,
         pool: nn.Module | None = None,
         shortcut_pool: nn.Module | None = None,
-        **dd: Any,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False, **dd)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False, **factory_kwargs)
         self.trunk = trunk
         self.pool = pool
-        self.bn1 = nn.BatchNorm2d(channels, **dd)
+        self.bn1 = nn.BatchNorm2d(channels, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **dd)
-        self.bn2 = nn.BatchNorm2d(channels, **dd)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **factory_kwargs)
+        self.bn2 = nn.BatchNorm2d(channels, **factory_kwargs)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.downsample = None
         if pool is not None or in_channels != channels:
-            self.downsample = Downsample(in_channels, channels, shortcut_pool, **dd)
+            self.downsample = Downsample(in_channels, channels, shortcut_pool, **factory_kwargs)
         self.act2 = nn.ReLU(inplace=True)
 
     def zero_init_last(self) -> None:
@@ -132,7 +134,11 @@ class BasicBlock(nn.Module):
 
 
 def stride2_layers(
-    sites: dict[str, tuple[str, int]], in_channels: int, kernel_size: int, options: LogitOptions, dd: dict[str, Any]
+    sites: dict[str, tuple[str, int]],
+    in_channels: int,
+    kernel_size: int,
+    options: LogitOptions,
+    factory_kwargs: dict[str, Any],
 ) -> dict[str, nn.Module | None]:
     """The layers of a stride-2 block, as its keywords; ``sites``: main and shortcut, each a name and its channels.
 
@@ -141,9 +147,9 @@ def stride2_layers(
     layers = {}
     for site, (name, channels) in sites.items():
         if check_layer(name, site) == "lip" and options.module == "bottleneck":
-            layers[site] = LIP2d(BottleneckHead(options.width, channels, options.gate, **dd), kernel_size)
+            layers[site] = LIP2d(BottleneckHead(options.width, channels, options.gate, **factory_kwargs), kernel_size)
         else:
-            layers[site] = make_layer(name, channels, kernel_size, options=options, **dd)
+            layers[site] = make_layer(name, channels, kernel_size, options=options, **factory_kwargs)
     shared = any(isinstance(layer, LIP2d) and isinstance(layer.logits, BottleneckHead) for layer in layers.values())
-    trunk = BottleneckTrunk(in_channels, options.width, **dd) if shared else None
+    trunk = BottleneckTrunk(in_channels, options.width, **factory_kwargs) if shared else None
     return {"trunk": trunk, "pool": layers["main"], "shortcut_pool": layers["shortcut"]}

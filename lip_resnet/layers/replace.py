@@ -1,8 +1,8 @@
-"""Another downsampling in any convolutional network: pooling layers and strided convolutions are swapped in place.
+"""Replace the downsampling layers of any convolutional network in place.
 
-A pooling layer is replaced by a layer of the same window. A strided convolution becomes the same convolution at stride
-1, keeping its weights and their keys, followed by a layer; with ``strided`` the network computes what it did before.
-Only modules can be found: pooling that a forward method calls as a function stays as it is.
+A pooling layer is replaced by a layer with the same window. A strided convolution becomes the same convolution at
+stride 1, with its weights and keys, followed by a layer; with ``strided`` the network computes what it did before. Only
+modules are replaced: functional pooling in a ``forward`` method is not seen.
 """
 
 import copy
@@ -15,7 +15,7 @@ import torch
 from timm.layers import BlurPool2d
 from torch import Tensor, nn
 
-from lip_resnet.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
 
 SITES = ("image", "stem", "main", "shortcut", "transition")
 """image: the convolution that reads the image; stem: pooling in the stem; shortcut: beside a block's main path;
@@ -50,14 +50,19 @@ class Replacements:
     """What ``replace_downsampling`` did, by module name."""
 
     swapped: dict[str, str] = field(default_factory=dict)
-    """Name -> site, what stood there and what stands there now."""
-    left: dict[str, str] = field(default_factory=dict)
-    """Name -> why it stayed."""
+    """Name -> its site, the old layer and the new layer."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Name -> the reason why it was not replaced."""
+
+    @property
+    def left(self) -> dict[str, str]:
+        """The name of ``kept`` in version 0.1."""
+        return self.kept
 
     def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} swapped, {len(self.left)} left alone"]
-        lines += [f"  {name}: {what}" for name, what in self.swapped.items()]
-        lines += [f"  {name}: left alone, {why}" for name, why in self.left.items()]
+        lines = [f"{len(self.swapped)} swapped, {len(self.kept)} left alone"]
+        lines += [f"  {name}: {change}" for name, change in self.swapped.items()]
+        lines += [f"  {name}: left alone, {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
 
@@ -68,22 +73,22 @@ def replace_downsampling(
     input_size: tuple[int, int, int] | None = None,
     options: LogitOptions | None = None,
 ) -> Replacements:
-    """Swap the downsampling layers of ``model`` in place.
+    """Replace the downsampling layers of ``model`` in place.
 
     Args:
         model: any timm or torchvision CNN.
-        layers: a name of ``pooling.LAYERS`` for every site but ``image``, or a mapping of ``SITES`` to names; sites
-            that it lacks stay. New LIP layers start as average pooling; ``lip`` has simplified logits in the stem and
-            ``options.module`` elsewhere.
-        input_size: (channels, height, width) of an image the model takes, to learn what each layer sees (no
-            arithmetic is done); by default timm's configuration of the model, or (3, 224, 224).
+        layers: a key of ``DOWNSAMPLING`` for every site but ``image``, or a mapping of ``SITES`` to keys; sites that
+            are not in it keep their layers. New LIP layers start as average pooling; ``lip`` has simplified logits in
+            the stem and ``options.module`` elsewhere.
+        input_size: (channels, height, width) of an image that the model accepts; a forward pass on the meta device
+            finds each layer's channels with it. Default: timm's configuration of the model, or (3, 224, 224).
         options: of the logit modules.
 
     Returns:
-        What was swapped, and what was left alone and why. ``print`` it.
+        What was replaced, and what was kept and why; ``print`` shows it.
 
     Raises:
-        ValueError: unknown layer or site; nothing is swapped then.
+        ValueError: unknown layer or site; the model is unchanged.
     """
     chosen = dict.fromkeys(SITES[1:], layers) if isinstance(layers, str) else dict(layers)
     for site, name in chosen.items():
@@ -105,13 +110,13 @@ def replace_downsampling(
         if reason is None and site not in chosen:
             reason = f"no layer was chosen for the site {site!r}"
         if reason is not None:
-            report.left[name] = reason
+            report.kept[name] = reason
             continue
         layer = "lip_simplified" if chosen[site] == "lip" and site == "stem" else chosen[site]
         try:
             new[name] = _replacement(old, layer, channels[name], options, next(model.parameters()))
         except ValueError as error:
-            report.left[name] = str(error)
+            report.kept[name] = str(error)
             continue
         report.swapped[name] = f"{site}, {_describe(old)} -> {layer}"
     for name, module in new.items():
@@ -120,35 +125,35 @@ def replace_downsampling(
 
 
 def _replacement(old: nn.Module, layer: str, channels: int, options: LogitOptions, like: Tensor) -> nn.Module:
-    """What takes the place of ``old``, on the device, in the dtype and in the mode of the model."""
-    dd: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    """The module that replaces ``old``, with the model's device and dtype (those of ``like``) and ``old``'s mode."""
+    factory_kwargs: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     if isinstance(old, nn.Conv2d):
-        # The smallest window, centred on the sample, in which every position counts: 3 for stride 2.
+        # The smallest centred window that covers every position: 3 for stride 2.
         stride = old.stride[0]
-        pool = make_layer(layer, old.out_channels, 2 * stride - 1, stride, stride - 1, options, **dd)
+        pool = make_layer(layer, old.out_channels, 2 * stride - 1, stride, stride - 1, options, **factory_kwargs)
         return DownsampledConv2d(old, pool).train(old.training)
-    return make_layer(layer, channels, *_window(old), options, **dd).train(old.training)
+    return make_layer(layer, channels, *_window(old), options, **factory_kwargs).train(old.training)
 
 
 def _traced_channels(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Channels that every strided layer yields, in the order of the forward pass, from a copy without storage."""
+    """Output channels of every strided layer, in the order of the forward pass, from a copy on the meta device."""
     trial = copy.deepcopy(model).to("meta").eval()
-    found: dict[str, int] = {}
+    channels: dict[str, int] = {}
     names = {module: name for name, module in trial.named_modules() if _is_strided(module)}
 
     def note(module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        found.setdefault(names[module], out.shape[1])
+        channels.setdefault(names[module], out.shape[1])
 
     for module in names:
         module.register_forward_hook(note)
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
         trial(torch.empty(2, *input_size, device="meta", dtype=dtype))
-    return found
+    return channels
 
 
 def _is_strided(module: nn.Module) -> bool:
-    """A pooling layer or a convolution that takes bigger steps than 1."""
+    """Whether a module is a pooling layer or convolution with a stride above 1."""
     kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d, LIP2d)
     if not isinstance(module, kinds) or isinstance(module, DownsampledConv2d):
         return False
@@ -157,11 +162,11 @@ def _is_strided(module: nn.Module) -> bool:
 
 
 def _reason_to_stay(module: nn.Module, was_called: bool) -> str | None:
-    """Why a strided layer cannot be swapped; None if it can."""
+    """Why a strided layer cannot be replaced; None if it can."""
     if isinstance(module, LIP2d):
         return "it is LIP already"
     if type(module) not in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d):
-        return f"{type(module).__name__} is a kind of its own"
+        return f"{type(module).__name__} is a subclass whose forward may do more than pool or convolve"
     if not was_called:
         return "the forward pass does not call it"
     if _square(module.stride) is None:
@@ -178,7 +183,7 @@ def _reason_to_stay(module: nn.Module, was_called: bool) -> str | None:
 
 
 def _site(name: str, names: list[str], first: bool) -> str:
-    """The site of a layer, told from its name and its neighbours'."""
+    """The site of a layer, inferred from its name and its neighbours' names."""
     if first:
         return "image"
     parts = name.split(".")
@@ -201,7 +206,7 @@ def _square(value: int | tuple[int, ...] | list[int]) -> int | None:
 
 
 def _window(module: nn.Module) -> tuple[int | None, int | None, int | None]:
-    """Kernel size, stride and padding; None where a number differs between height and width."""
+    """Kernel size, stride and padding; None where height and width differ."""
     size = module.filt_size if isinstance(module, BlurPool2d) else module.kernel_size
     return _square(size), _square(module.stride), _square(module.padding)
 

@@ -1,8 +1,8 @@
 """``torch.ops.lip_resnet.instance_norm``: instance norm and the activation behind it in one operator.
 
-Backends: ``norm.cpp`` on CPUs (channels-last, float32 or float64), ``plain_norm.py`` where it is not to be had,
-``gpu_norm.py`` on GPUs (both layouts, float32, bfloat16 and float16, also beside float32 weights, as autocast has it).
-``norm_act`` takes PyTorch's calls for the rest.
+Backends: ``cpu/norm.cpp`` on CPUs (channels-last, float32 or float64), ``reference_norm.py`` without a compiler,
+``triton_norm.py`` on GPUs (both layouts; float32, bfloat16 and float16, also with float32 weights, as under autocast).
+``norm_act`` uses PyTorch's own calls for everything else.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lip_resnet import kernels
+from lip_resnet.ops import dispatch
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gate": 2}  # as in norm.cpp and gpu_norm.py
+ACTIVATIONS = {"none": 0, "relu": 1, "gate": 2}  # as in norm.cpp and triton_norm.py
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,7 +32,7 @@ def norm_act(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: st
 
 
 def _plain(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int, coefficient: float) -> Tensor:
-    # a group norm of C groups keeps channels-last on the CPU, F.instance_norm does not
+    # A group norm with C groups keeps channels-last on the CPU; F.instance_norm does not.
     t = F.group_norm(z, z.shape[1], weight, bias, eps)
     if activation == ACTIVATIONS["gate"]:
         return torch.sigmoid(t) * coefficient
@@ -40,12 +40,12 @@ def _plain(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int,
 
 
 def _fits(z: Tensor, weight: Tensor) -> bool:
-    if kernels.recorded():
+    if dispatch.recorded():
         return False
     channels_last = z.is_contiguous(memory_format=torch.channels_last)
     if z.device.type == "cuda":
         dense = channels_last or z.is_contiguous()
-        return dense and z.dtype in GPU_DTYPES and weight.dtype in GPU_DTYPES and kernels.available("cuda")
+        return dense and z.dtype in GPU_DTYPES and weight.dtype in GPU_DTYPES and dispatch.available("cuda")
     return (
         z.device.type == "cpu"
         and z.dtype == weight.dtype
@@ -53,23 +53,23 @@ def _fits(z: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and channels_last
         and not z.is_contiguous()
-        and (_is_built_for(z) or not torch.compiler.is_compiling())  # which fuses PyTorch's calls itself
+        and (_is_built_for(z) or not torch.compiler.is_compiling())  # torch.compile fuses PyTorch's calls itself
     )
 
 
 def _is_built_for(z: Tensor) -> bool:
-    """Whether ``norm.cpp`` takes these features: whole vectors of channels, and a compiler was found."""
-    return z.shape[1] % 16 == 0 and kernels.available("cpu")
+    """Whether ``norm.cpp`` supports z: a multiple of 16 channels, and a compiler was found."""
+    return z.shape[1] % 16 == 0 and dispatch.available("cpu")
 
 
 def _backend(z: Tensor) -> Callable[[list[Tensor | None], int, float, float], None]:
     if z.device.type == "cpu":
-        from lip_resnet.kernels import cpu, plain_norm
+        from lip_resnet.ops import cpu, reference_norm
 
-        return cpu.instance_norm if _is_built_for(z) else plain_norm.instance_norm
-    from lip_resnet.kernels import gpu_norm
+        return cpu.instance_norm if _is_built_for(z) else reference_norm.instance_norm
+    from lip_resnet.ops import triton_norm
 
-    return gpu_norm.instance_norm
+    return triton_norm.instance_norm
 
 
 def _like_statistics(z: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def instance_norm_backward(
     """-> dz (B, C, H, W) in z's layout, dweight and dbias (C,)."""
     dz, sum_g, sum_gz = torch.empty_like(z), _like_statistics(z), _like_statistics(z)
     if z.numel():
-        dout = dout.contiguous(memory_format=kernels.layout_of(z))
+        dout = dout.contiguous(memory_format=dispatch.layout_of(z))
         tensors = [z, weight.contiguous(), bias.contiguous(), dout, dz, mean, rstd, sum_g, sum_gz]
         _backend(z)(tensors, activation, 0.0, coefficient)
     return dz, sum_gz.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype)

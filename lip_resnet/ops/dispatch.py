@@ -1,8 +1,9 @@
-"""``torch.ops.lip_resnet.lip2d``: the fused operator, with its gradient, for the devices that have a kernel.
+"""``torch.ops.lip_resnet.lip2d``: the fused operator and its gradient, for devices that have a kernel.
 
-One pass over x and the logits forward, one backward; kept for the backward pass: x, logits, y and one number a window.
-Backends: ``cpu.py`` (C++) and ``gpu.py`` (Triton), neither loaded before a tensor of its device asks for it. The
-environment variable LIP_KERNELS=auto|plain chooses; ``plain`` never uses a kernel.
+One pass over x and the logits forward, one backward. Saved for the backward pass: x, logits, y and one number per
+window.
+Backends: ``cpu`` (C++) and ``triton_lip`` (Triton), each loaded when the first tensor of its device needs it. The
+environment variable LIP_KERNELS=auto|plain chooses; ``plain`` uses the reference form (``reference.py``) only.
 """
 
 import functools
@@ -15,7 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lip_resnet.kernels import plain
+from lip_resnet.compat import functorch_is_active
+from lip_resnet.ops import reference
 
 
 class KernelUnavailable(Exception):
@@ -29,7 +31,7 @@ MAX_KERNEL_SIZE = 8
 
 @torch.compiler.assume_constant_result
 def available(device_type: str) -> bool:
-    """Whether a fused kernel runs on this type of device; where one should but cannot, a warning says why, once."""
+    """Whether a fused kernel runs on this type of device; if one should but cannot, warn once with the reason."""
     return _available(device_type)
 
 
@@ -67,15 +69,15 @@ def _why_no_triton() -> str | None:
 
 
 def _warn(reason: str) -> None:
-    warnings.warn(f"lip2d runs in its plain form, slower than the fused kernel: {reason}", stacklevel=2)
+    warnings.warn(f"lip2d runs in its reference form, slower than the fused kernel: {reason}", stacklevel=2)
 
 
 def _backend(device_type: str) -> ModuleType:
-    return importlib.import_module(f"lip_resnet.kernels.{'cpu' if device_type == 'cpu' else 'gpu'}")
+    return importlib.import_module(f"lip_resnet.ops.{'cpu' if device_type == 'cpu' else 'triton_lip'}")
 
 
 def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
-    """Whether ``lip2d`` takes these tensors."""
+    """Whether the fused operator supports these tensors."""
     return (
         x.dtype in DTYPES
         and logits.dtype in DTYPES
@@ -86,13 +88,13 @@ def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
 
 
 def recorded() -> bool:
-    """Whether a graph for elsewhere is being recorded, or a transform runs that a kernel has no rule for."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    """Whether a graph is exported or traced, or a functorch transform runs: the kernels have no rule for these."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or functorch_is_active()
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """The layout that results take: x's own, where it has one; a view with gaps keeps the order of its dimensions."""
-    # A map of one position has no order of its own: torch calls it contiguous in both.
+    """The memory format of the results: channels-last if x, or the tensor it is a view of, is; else contiguous."""
+    # A map of one position is contiguous in both formats.
     positions = x.shape[2] * x.shape[3]
     channels_last = positions > 1 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -161,7 +163,7 @@ def _backward(ctx, dy, _):
         return None, None, None, None, None
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted
         x, logits = ctx.saved_tensors[:2]
-        return *plain.gradients(dy, x, logits, tuple(ctx.window)), None, None, None
+        return *reference.gradients(dy, x, logits, tuple(ctx.window)), None, None, None
     return *lip2d_backward(dy, *ctx.saved_tensors, *ctx.window), None, None, None
 
 

@@ -1,4 +1,4 @@
-"""The GPU kernels in Triton: one pass forward, one backward, no atomics, deterministic; the same sums as ``cpu.cpp``.
+"""``lip2d`` on GPUs, in Triton: one pass forward, one backward, no atomics, deterministic; as ``cpu/lip2d.cpp``.
 
 Both kernels work on tiles of two dimensions, the inner one contiguous in memory:
 
@@ -7,9 +7,9 @@ Both kernels work on tiles of two dimensions, the inner one contiguous in memory
     contiguous      planes (image, channel)     positions of a plane   1
 
 The backward pass gathers. Input row i belongs to cell q = (i + padding) // stride at place t = (i + padding) % stride,
-and the windows that hold it start at cells q - d, d = 0 .. (kernel - 1 - t) // stride: all bounds but the borders are
-known when the kernel is compiled. A tile of cells holds its stride x stride places as a third dimension, and visits
-each window once for all of them.
+and the windows that contain it start at cells q - d, d = 0 .. (kernel - 1 - t) // stride: all bounds but the borders
+are compile-time constants. A tile of cells has its stride x stride places as a third dimension and visits each window
+once for all of them.
 """
 
 import torch
@@ -128,7 +128,7 @@ def tile(inner: int, elements: int) -> tuple[int, int]:
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, r: Tensor, window: tuple[int, int, int]) -> None:
-    """Fill ``y`` and ``r`` (B, C, h, w); all four tensors dense and in one layout (see ``kernels.lip2d``)."""
+    """Fill ``y`` and ``r`` (B, C, h, w); all four tensors dense and in one layout (see ``dispatch.lip2d``)."""
     elements = THREADS * 16 // x.element_size()
     _launch(forward_kernel, (x, logits, y, r), x, y, r, window, tuple(y.shape[-2:]), (), elements)
 

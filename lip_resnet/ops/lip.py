@@ -6,8 +6,7 @@ Letters in the shapes: B images, C channels, H x W input positions, h x w output
 import torch
 from torch import Tensor
 
-from lip_resnet import kernels
-from lip_resnet.kernels import plain
+from lip_resnet.ops import dispatch, reference
 
 
 def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 1) -> Tensor:
@@ -40,10 +39,10 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
     _check(x, logits, kernel_size, stride, padding)
     window = (kernel_size, stride, padding)
     if x.dtype == torch.float64:
-        return plain.double(x, logits.double(), window)
-    if not kernels.recorded() and kernels.supports(x, logits, kernel_size):
+        return reference.double(x, logits.double(), window)
+    if not dispatch.recorded() and dispatch.supports(x, logits, kernel_size):
         return torch.ops.lip_resnet.lip2d(x, logits, *window)[0]
-    return plain.pool(x.float(), logits.float(), window).to(x.dtype)
+    return reference.pool(x.float(), logits.float(), window).to(x.dtype)
 
 
 def _check(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> None:

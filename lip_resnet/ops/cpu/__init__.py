@@ -1,8 +1,8 @@
-"""The CPU kernels, ``cpu.cpp`` and ``norm.cpp``: built once a machine by the C++ compiler found, called by ctypes.
+"""The CPU kernels ``lip2d.cpp`` and ``norm.cpp``: built by the machine's C++ compiler on first use, called by ctypes.
 
-The library lies in ``$LIP_KERNELS_CACHE`` (default ``$XDG_CACHE_HOME/lip_resnet``, else ``~/.cache/lip_resnet``), under
-a name that holds a hash of all it depends on: source, flags, compiler, CPU, PyTorch. Processes that start at once may
-each build it; the file appears by one rename, so none ever reads a half-written one.
+The library is cached in ``$LIP_KERNELS_CACHE`` (default ``$XDG_CACHE_HOME/lip_resnet``, else ``~/.cache/lip_resnet``)
+under a hash of everything it depends on: source, flags, compiler, CPU, PyTorch. Processes that start together may each
+build it; one rename puts the file in place, so none reads a partly written one.
 """
 
 import ctypes
@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lip_resnet.kernels import KernelUnavailable
+from lip_resnet.ops.dispatch import KernelUnavailable
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "norm.cpp", "rows.h", "vectors.h")]
-# OpenMP's library is the one that PyTorch has loaded already: one pool of threads for both.
+SOURCES = [Path(__file__).with_name(name) for name in ("lip2d.cpp", "norm.cpp", "rows.h", "vectors.h")]
+# The OpenMP runtime is the one that PyTorch has already loaded, so both share one thread pool.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded kernel, built first where this machine's cache has none.
+    """The loaded library, built first if the cache has none.
 
     Raises:
         KernelUnavailable: no compiler, a failed build, or no folder to write to.
@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL:
 
 
 def _cpu() -> bytes:
-    """What -march=native depends on: the CPU's model and features, so that a shared home serves several machines."""
+    """What -march=native depends on, the CPU's model and features, so that machines can share a home directory."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor().encode()
@@ -95,7 +95,7 @@ def _build(command: list[str], path: Path) -> None:
 
 
 def forward(x: Tensor, logits: Tensor, y: Tensor, r: Tensor, window: tuple[int, int, int]) -> None:
-    """Fill ``y`` and ``r`` (B, C, h, w); all four tensors dense and in one layout (see ``kernels.lip2d``)."""
+    """Fill ``y`` and ``r`` (B, C, h, w); all four tensors dense and in one layout (see ``dispatch.lip2d``)."""
     pointers = [t.data_ptr() for t in (x, logits, y, r)]
     library().lip2d_forward(*pointers, *_description(x, logits, y, r, window), torch.get_num_threads())
 

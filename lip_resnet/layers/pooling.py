@@ -1,8 +1,8 @@
 """Downsampling layers: LIP, and everything it is compared with, behind one interface.
 
 Every layer maps features (B, C, H, W) to (B, C, h, w), h = floor((H + 2 * padding - kernel_size) / stride) + 1, and is
-made by ``make_layer(name, channels, kernel_size, stride, padding)``; ``LAYERS``, at the end, lists the names. Most are
-one idea: the mean of a window, weighted by an importance F(x) > 0 of which only the logarithm, the logits, is needed:
+built by ``make_layer(name, channels, kernel_size, stride, padding)``; ``DOWNSAMPLING`` is the table of names. Most
+layers are the mean of a window weighted by an importance F(x) > 0, given by its logarithm, the logits:
 
     y[p] = sum_{q in W(p)} F(x)[q] * x[q]  /  sum_{q in W(p)} F(x)[q]  =  lip2d(x, log F(x))
 
@@ -22,11 +22,11 @@ from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lip_resnet.lip import lip2d
-from lip_resnet.logits import GATE, BottleneckHead, BottleneckLogits, ProjectionLogits, SimplifiedLogits
+from lip_resnet.layers.logits import GATE, BottleneckHead, BottleneckLogits, ProjectionLogits, SimplifiedLogits
+from lip_resnet.ops.lip import lip2d
 
-# The operator's checks read shapes, which torch.fx cannot follow: it stays one node of a traced graph. So do the
-# modules marked alike below.
+# torch.fx cannot trace the operator's shape checks, so the operator, and the modules registered below, stay single
+# nodes of a traced graph.
 register_notrace_function(lip2d)
 
 
@@ -36,7 +36,7 @@ class LIP2d(nn.Module):
     Args:
         logits: the logit module G. The convolution that makes the logits must be called ``conv``; it starts at zero,
             so that LIP starts as average pooling.
-        kernel_size, stride, padding: of the window, in positions; no padding given is (kernel_size - 1) // 2.
+        kernel_size, stride, padding: of the window, in positions; the default padding is (kernel_size - 1) // 2.
     """
 
     def __init__(self, logits: nn.Module, kernel_size: int = 3, stride: int = 2, padding: int | None = None) -> None:
@@ -46,11 +46,11 @@ class LIP2d(nn.Module):
         self.stride = stride
         self.padding = (kernel_size - 1) // 2 if padding is None else padding
         self.recompute = False
-        """Make the logits again in the backward pass instead of keeping them: less memory, one more branch."""
+        """Recompute the logits in the backward pass instead of keeping them: less memory, a second forward of G."""
         self.zero_logits()
 
     def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
-        """Pool ``x``; a head makes its logits from ``trunk`` (B, width, H, W), any other logit module from ``x``."""
+        """Pool ``x``; a ``BottleneckHead`` computes the logits from ``trunk`` (B, width, H, W), others from ``x``."""
         source = trunk if isinstance(self.logits, BottleneckHead) else x
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._pool, x, source, use_reentrant=False)
@@ -60,7 +60,7 @@ class LIP2d(nn.Module):
         return lip2d(x, self.logits(source), self.kernel_size, self.stride, self.padding)
 
     def zero_logits(self) -> None:
-        """Zero the convolution that makes the logits: they become constant, and LIP average pooling."""
+        """Zero the convolution that makes the logits: the logits become constant, so LIP becomes average pooling."""
         nn.init.zeros_(self.logits.conv.weight)
         if self.logits.conv.bias is not None:
             nn.init.zeros_(self.logits.conv.bias)
@@ -70,10 +70,10 @@ class LIP2d(nn.Module):
 
 
 def logit_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of the convolutions that make a network's logits; none for a network without LIP.
+    """Parameters of the convolutions that make a network's logits; empty for a network without LIP.
 
-    Zero at the start, in front of an instance norm of zero variance: at step 0 the norm multiplies their gradient by
-    1 / sqrt(eps) = 316, so a gradient norm is worth reading without them too.
+    They start at zero, so the instance norm after them has zero variance and multiplies their gradient by
+    1 / sqrt(eps) = 316 at step 0. Gradient norms are therefore logged with and without them.
     """
     for module in model.modules():
         if isinstance(module, LIP2d):
@@ -81,7 +81,7 @@ def logit_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 class Window(NamedTuple):
-    """Of a layer, in positions."""
+    """A layer's window, in positions."""
 
     kernel_size: int
     stride: int
@@ -105,7 +105,7 @@ class SoftPool(nn.Module):
 
 @register_notrace_module
 class Strided(nn.Module):
-    """x at the centre of every window (the left or upper one of two): importance 1 on a grid, 0 off it."""
+    """x at the centre of every window (of two centres the upper left): importance 1 on a grid, 0 off it."""
 
     def __init__(self, window: Window) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Strided(nn.Module):
 
 @register_notrace_module
 class StridedAverage(nn.Module):
-    """The mean of stride x stride positions, no overlap and no padding, whatever the site's window."""
+    """The mean of stride x stride positions without overlap or padding; the kernel size sets only the output size."""
 
     def __init__(self, window: Window) -> None:
         super().__init__()
@@ -131,10 +131,11 @@ class StridedAverage(nn.Module):
 
 
 class DetailPreserving(nn.Module):
-    """Importance alpha + (d^2 + eps^2)^(lambda / 2), d = x - mean of x in 3x3: grows with the distance from the mean.
+    """Importance alpha + (d^2 + eps^2)^(lambda / 2), d = x - mean of x in 3x3, eps = 1e-3.
 
-    alpha and lambda are positive and learnt, one a channel, from alpha = lambda = 1. This is the symmetric, "lite"
-    form (mean by a box filter) as local aggregation and normalisation: the mean is taken around q, not around p.
+    alpha and lambda are positive, learnt per channel and start at 1. This is the symmetric "lite" form (mean by a box
+    filter), with the mean taken around the input position q instead of the output position p, so that it is a local
+    weighted mean. Source: Saeedan et al., "Detail-Preserving Pooling in Deep Networks", CVPR 2018.
     """
 
     def __init__(self, channels: int, window: Window, device=None, dtype=None) -> None:
@@ -150,17 +151,20 @@ class DetailPreserving(nn.Module):
 
 
 class MaxAverage(nn.Module):
-    """a * max + (1 - a) * average of every window, a in (0, 1), from a = 1/2.
+    """a * max + (1 - a) * average of every window; a in (0, 1) starts at 1/2.
 
     mixed: one learnt a = sigmoid(m). gated: a = sigmoid(m + <mask, window>), one learnt mask for all channels.
+    Source: Lee, Gallagher, Tu, "Generalizing Pooling Functions", AISTATS 2016.
     """
 
     def __init__(self, window: Window, gated: bool, device=None, dtype=None) -> None:
         super().__init__()
         self.window = window
-        dd = {"device": device, "dtype": dtype}
-        self.mix = nn.Parameter(torch.zeros(1, **dd))
-        self.mask = nn.Parameter(torch.zeros(1, 1, window.kernel_size, window.kernel_size, **dd)) if gated else None
+        factory_kwargs = {"device": device, "dtype": dtype}
+        self.mix = nn.Parameter(torch.zeros(1, **factory_kwargs))
+        self.mask = (
+            nn.Parameter(torch.zeros(1, 1, window.kernel_size, window.kernel_size, **factory_kwargs)) if gated else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         largest = F.max_pool2d(x, *self.window)
@@ -172,17 +176,17 @@ class MaxAverage(nn.Module):
 
 
 class Blur(BlurPool2d):
-    """timm's binomial filter of the window's size, reflecting at the border, with the window's own padding."""
+    """timm's ``BlurPool2d`` (binomial filter, reflection padding) with the window's own kernel size and padding."""
 
     def __init__(self, channels: int, window: Window, device=None, dtype=None) -> None:
         super().__init__(channels, window.kernel_size, window.stride)
-        self.to(device, dtype)  # timm 1.0.20 takes neither as an argument
+        self.to(device, dtype)  # timm 1.0.20 has no arguments for them
         self.padding = [window.padding] * 4
 
 
 @dataclass(frozen=True)
 class LogitOptions:
-    """How the logits of LIP layers are made; the other layers have no use for it.
+    """Options of LIP's logit modules; other layers ignore them.
 
     Raises:
         ValueError: unknown module, width below 1, coefficient not positive and finite.
@@ -193,10 +197,10 @@ class LogitOptions:
     width: int = 128
     """Channels of the bottleneck's trunk (published: 128; ablations: 64 and 256)."""
     gate: float | None = GATE
-    """Bound of the logits; None leaves the gate out."""
+    """Upper bound of the logits; None omits the gate."""
 
     def __post_init__(self) -> None:
-        if f"lip_{self.module}" not in LAYERS:
+        if f"lip_{self.module}" not in DOWNSAMPLING:
             raise ValueError(f"logit module {self.module!r}; it must be projection, simplified or bottleneck")
         if not isinstance(self.width, int) or isinstance(self.width, bool) or self.width < 1:
             raise ValueError(f"bottleneck width {self.width!r}; it must be an integer of at least 1")
@@ -205,31 +209,32 @@ class LogitOptions:
 
 
 class Layer(NamedTuple):
-    """A row of ``LAYERS``: ``build(channels, window, options, device=..., dtype=...)``, what it does, where from."""
+    """An entry of ``DOWNSAMPLING``."""
 
     build: Callable[..., nn.Module]
-    line: str
+    """``build(channels, window, options, device=..., dtype=...)``."""
+    summary: str
     source: str
 
 
-def _projection(channels: int, window: Window, options: LogitOptions, **dd: Any) -> LIP2d:
-    return LIP2d(ProjectionLogits(channels, **dd), *window)
+def _projection(channels: int, window: Window, options: LogitOptions, **factory_kwargs: Any) -> LIP2d:
+    return LIP2d(ProjectionLogits(channels, **factory_kwargs), *window)
 
 
-def _simplified(channels: int, window: Window, options: LogitOptions, **dd: Any) -> LIP2d:
-    return LIP2d(SimplifiedLogits(channels, options.gate, **dd), *window)
+def _simplified(channels: int, window: Window, options: LogitOptions, **factory_kwargs: Any) -> LIP2d:
+    return LIP2d(SimplifiedLogits(channels, options.gate, **factory_kwargs), *window)
 
 
-def _bottleneck(channels: int, window: Window, options: LogitOptions, **dd: Any) -> LIP2d:
-    return LIP2d(BottleneckLogits(channels, options.width, options.gate, **dd), *window)
+def _bottleneck(channels: int, window: Window, options: LogitOptions, **factory_kwargs: Any) -> LIP2d:
+    return LIP2d(BottleneckLogits(channels, options.width, options.gate, **factory_kwargs), *window)
 
 
 _LIP = "Gao, Wang, Wu, ICCV 2019"
 _LEE = "Lee, Gallagher, Tu, AISTATS 2016"
 
-LAYERS: dict[str, Layer] = {
+DOWNSAMPLING: dict[str, Layer] = {
     "lip": Layer(
-        lambda c, w, o, **dd: LAYERS[f"lip_{o.module}"].build(c, w, o, **dd),
+        lambda c, w, o, **factory_kwargs: DOWNSAMPLING[f"lip_{o.module}"].build(c, w, o, **factory_kwargs),
         "learnt importance, with the site's published logit module (or the one asked for)",
         _LIP,
     ),
@@ -237,39 +242,57 @@ LAYERS: dict[str, Layer] = {
     "lip_simplified": Layer(_simplified, "learnt importance, logits from a 3x3 convolution, norm and gate", _LIP),
     "lip_bottleneck": Layer(_bottleneck, "learnt importance, logits from a bottleneck of three convolutions", _LIP),
     "average": Layer(
-        lambda c, w, o, **dd: nn.AvgPool2d(*w, count_include_pad=False), "importance 1: the window's mean", "classical"
+        lambda c, w, o, **factory_kwargs: nn.AvgPool2d(*w, count_include_pad=False),
+        "importance 1: the window's mean",
+        "classical",
     ),
-    "max": Layer(lambda c, w, o, **dd: nn.MaxPool2d(*w), "the window's maximum, LIP's limit for a * x", "classical"),
-    "strided": Layer(lambda c, w, o, **dd: Strided(w), "the window's centre, as in a strided convolution", "classical"),
+    "max": Layer(
+        lambda c, w, o, **factory_kwargs: nn.MaxPool2d(*w), "the window's maximum, LIP's limit for a * x", "classical"
+    ),
+    "strided": Layer(
+        lambda c, w, o, **factory_kwargs: Strided(w), "the window's centre, as in a strided convolution", "classical"
+    ),
     "strided_average": Layer(
-        lambda c, w, o, **dd: StridedAverage(w), "stride x stride mean (ResNet-D)", "He et al., CVPR 2019"
+        lambda c, w, o, **factory_kwargs: StridedAverage(w), "stride x stride mean (ResNet-D)", "He et al., CVPR 2019"
     ),
     "blur": Layer(
-        lambda c, w, o, **dd: Blur(c, w, **dd), "binomial low-pass filter, then sampling", "Zhang, ICML 2019"
+        lambda c, w, o, **factory_kwargs: Blur(c, w, **factory_kwargs),
+        "binomial low-pass filter, then sampling",
+        "Zhang, ICML 2019",
     ),
     "softpool": Layer(
-        lambda c, w, o, **dd: SoftPool(w), "importance exp(x): G(x) = x", "Stergiou, Poppe, Kalliatakis, ICCV 2021"
+        lambda c, w, o, **factory_kwargs: SoftPool(w),
+        "importance exp(x): G(x) = x",
+        "Stergiou, Poppe, Kalliatakis, ICCV 2021",
     ),
     "detail_preserving": Layer(
-        lambda c, w, o, **dd: DetailPreserving(c, w, **dd),
+        lambda c, w, o, **factory_kwargs: DetailPreserving(c, w, **factory_kwargs),
         "importance grows with the distance from the local mean",
         "Saeedan, Weber, Goesele, Roth, CVPR 2018",
     ),
-    "mixed": Layer(lambda c, w, o, **dd: MaxAverage(w, False, **dd), "learnt mixture of maximum and mean", _LEE),
-    "gated": Layer(lambda c, w, o, **dd: MaxAverage(w, True, **dd), "mixture that depends on the window", _LEE),
+    "mixed": Layer(
+        lambda c, w, o, **factory_kwargs: MaxAverage(w, False, **factory_kwargs),
+        "learnt mixture of maximum and mean",
+        _LEE,
+    ),
+    "gated": Layer(
+        lambda c, w, o, **factory_kwargs: MaxAverage(w, True, **factory_kwargs),
+        "mixture that depends on the window",
+        _LEE,
+    ),
 }
 
 
 def check_layer(name: str, site: str = "layer") -> str:
-    """``name`` if ``LAYERS`` has it.
+    """Return ``name`` if it is a key of ``DOWNSAMPLING``.
 
     Raises:
-        ValueError: it has not; the message has the nearest and all names.
+        ValueError: it is not; the message names the nearest and all keys.
     """
-    if name not in LAYERS:
-        near = difflib.get_close_matches(str(name), LAYERS, n=1)
+    if name not in DOWNSAMPLING:
+        near = difflib.get_close_matches(str(name), DOWNSAMPLING, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{site}: unknown downsampling layer {name!r}{hint} Known: {', '.join(LAYERS)}")
+        raise ValueError(f"{site}: unknown downsampling layer {name!r}{hint} Known: {', '.join(DOWNSAMPLING)}")
     return name
 
 
@@ -280,21 +303,31 @@ def make_layer(
     stride: int = 2,
     padding: int | None = None,
     options: LogitOptions | None = None,
-    **dd: Any,
+    **factory_kwargs: Any,
 ) -> nn.Module:
-    """A layer of ``LAYERS`` for (B, channels, H, W); ``dd``: device and dtype of its parameters.
+    """Build a layer of ``DOWNSAMPLING``: (B, channels, H, W) -> (B, channels, h, w).
+
+    Args:
+        name: a key of ``DOWNSAMPLING``.
+        channels: of the features.
+        kernel_size, stride, padding: of the window, in positions; the default padding is (kernel_size - 1) // 2.
+        options: of LIP's logit module.
+        factory_kwargs: ``device`` and ``dtype`` of the parameters.
 
     Raises:
-        ValueError: unknown name, or a window that the layer cannot have.
+        ValueError: unknown name, or a window that the layer does not support.
     """
     check_layer(name)
     for value in (channels, kernel_size, stride, padding or 0):
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{name}: channels, kernel_size, stride and padding are integers, not {value!r}")
     window = Window(kernel_size, stride, (kernel_size - 1) // 2 if padding is None else padding)
-    # A window's centre and its stride x stride mean have to lie in the map; sums over the window may be cut off.
-    inside = name in {"strided", "strided_average"}
-    smallest = 2 if name == "blur" else 1
-    if kernel_size < smallest or stride < 1 or not 0 <= window.padding <= (kernel_size - inside) // 2:
-        raise ValueError(f"{name}: kernel_size {kernel_size}, stride {stride}, padding {window.padding} do not fit")
-    return LAYERS[name].build(channels, window, options or LogitOptions(), **dd)
+    # strided and strided_average read fixed positions, which must lie in the map; other windows may overlap the border.
+    fixed = name in {"strided", "strided_average"}
+    smallest, most_padding = 2 if name == "blur" else 1, (kernel_size - fixed) // 2
+    if kernel_size < smallest or stride < 1 or not 0 <= window.padding <= most_padding:
+        raise ValueError(
+            f"{name}: kernel_size {kernel_size}, stride {stride}, padding {window.padding} do not fit; kernel_size "
+            f"must be at least {smallest}, stride at least 1, and padding from 0 to {max(most_padding, 0)}"
+        )
+    return DOWNSAMPLING[name].build(channels, window, options or LogitOptions(), **factory_kwargs)

@@ -1,8 +1,7 @@
-"""Names to networks: LIP nets and timm's baselines through one door, with one initialisation."""
+"""Names to networks: LIP networks and timm's baselines, built and initialised by the same rules."""
 
 import copy
 import difflib
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -11,9 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lip_resnet.config import InputError, ModelConfig
-from lip_resnet.weights import load_weights
-
-Replace = Callable[[nn.Module, Mapping[str, str]], Any]
+from lip_resnet.layers.replace import replace_downsampling
+from lip_resnet.models.weights import load_weights
 
 
 def create_model(name: str, **keywords: Any) -> nn.Module:
@@ -32,12 +30,15 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
         raise InputError(f"model {name} does not take {keywords}: {line}") from None
 
 
-def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Module:
-    """The network of a recipe, initialised, with its starting weights if it names any.
+def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
+    """The network of a recipe, initialised, with its initial weights if it names any.
 
     Args:
-        replace: swaps downsampling layers of a model in place, for ``model.downsampling``.
-        keywords: further ones of the model.
+        config: the recipe's ``model`` section.
+        keywords: further keyword arguments of the model.
+
+    Raises:
+        InputError: unknown model, keyword or layer, or weights that do not fit.
     """
     keywords["num_classes"] = config.num_classes
     if taken := sorted(config.args.keys() & {*keywords, "pretrained", "features_only", "checkpoint_path"}):
@@ -46,7 +47,7 @@ def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Mo
     initialize(model)
     if config.downsampling:
         try:
-            report = replace(model, config.downsampling)
+            report = replace_downsampling(model, config.downsampling)
         except ValueError as error:
             raise InputError(f"model.downsampling: {error}") from None
         swapped = {what.partition(",")[0] for what in report.swapped.values()}

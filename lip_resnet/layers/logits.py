@@ -8,7 +8,7 @@ the convolution that makes the logits is called ``conv``.
     bottleneck   trunk: conv 1x1 to the width -> norm -> ReLU -> conv 3x3 -> norm -> ReLU
                  head:  conv 1x1 to C' -> norm -> gate                       (published: width 128)
 
-In a stride-2 block of LIP-ResNet one trunk serves two heads, hence the two classes beside the whole.
+In a stride-2 block of LIP-ResNet one trunk is shared by two heads, hence separate classes for trunk and head.
 Source: paper section 4; reference ``imagenet/lip_resnet.py``.
 """
 
@@ -16,17 +16,17 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from lip_resnet.kernels.norm import norm_act
+from lip_resnet.ops.norm import norm_act
 
 GATE = 12.0  # the reference's "coefficient"
 
 
-@register_notrace_module  # its check reads shapes, which torch.fx cannot follow
+@register_notrace_module  # forward checks shapes, which torch.fx cannot trace
 class InstanceNorm2d(nn.InstanceNorm2d):
     """(B, C, H, W) -> (B, C, H, W): every channel of every image to mean 0 and variance 1, then an affine map.
 
-    ``nn.InstanceNorm2d`` (affine, no running statistics, eps 1e-5), which on the CPU keeps channels-last where the
-    original makes a contiguous copy. ``forward(x, activation)`` takes the ReLU or Gate behind it along.
+    ``nn.InstanceNorm2d`` (affine, no running statistics, eps 1e-5) that keeps channels-last, where PyTorch's makes a
+    contiguous copy. ``forward(x, activation)`` also applies a following ReLU or Gate, in the same pass over memory.
 
     Raises:
         ValueError: the map has one position; its variance is zero and the norm would return its bias.
@@ -41,8 +41,9 @@ class InstanceNorm2d(nn.InstanceNorm2d):
                 f"instance norm of a {x.shape[-2]}x{x.shape[-1]} feature map; it needs at least 2 positions: "
                 "the image is too small for the network"
             )
-        # Rounds as the reference does, so that trajectories can be compared. Not one image: there PyTorch's gradient is
-        # wrong where the gradient from above is channels-last (2.14, CPU: it takes one memory order for the other).
+        # In float64 PyTorch's own norm, which rounds as the reference does, so that training trajectories can be
+        # compared. Not for a batch of one, where its gradient is wrong if the incoming gradient is channels-last
+        # (torch 2.14, CPU: it reads the memory in the wrong order).
         if x.dtype == torch.float64 and x.shape[0] > 1:
             x = super().forward(x)
             return x if activation is None else activation(x)
@@ -64,19 +65,6 @@ class Gate(nn.Module):
         return f"coefficient={self.coefficient}"
 
 
-class _Chain(nn.Sequential):
-    """Its modules one after another; an instance norm takes the activation behind it along, in one pass over memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        modules, taken = list(self), None
-        for module, following in zip(modules, [*modules[1:], None], strict=True):
-            if isinstance(module, InstanceNorm2d) and isinstance(following, nn.ReLU | Gate):
-                x, taken = module(x, following), following
-            elif module is not taken:
-                x = module(x)
-        return x
-
-
 def _gate(coefficient: float | None) -> nn.Module:
     return nn.Identity() if coefficient is None else Gate(coefficient)
 
@@ -89,48 +77,61 @@ class ProjectionLogits(nn.Sequential):
         self.conv = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
 
 
-class SimplifiedLogits(_Chain):
-    """Logits (B, C, H, W) from x (B, C, H, W): gate(norm(conv3x3(x))). ``gate=None`` leaves the gate out."""
+class SimplifiedLogits(nn.Module):
+    """Logits (B, C, H, W) from x (B, C, H, W): gate(norm(conv3x3(x))). ``gate=None`` omits the gate."""
 
     def __init__(self, channels: int, gate: float | None = GATE, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
+        factory_kwargs = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **dd)
-        self.norm = InstanceNorm2d(channels, **dd)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **factory_kwargs)
+        self.norm = InstanceNorm2d(channels, **factory_kwargs)
         self.gate = _gate(gate)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x), self.gate)
 
-class BottleneckTrunk(_Chain):
+
+class BottleneckTrunk(nn.Module):
     """x (B, C, H, W) -> (B, width, H, W): the part of the bottleneck logit module that sites can share."""
 
     def __init__(self, channels: int, width: int = 128, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
+        factory_kwargs = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 1, bias=False, **dd)
-        self.norm1 = InstanceNorm2d(width, **dd)
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False, **factory_kwargs)
+        self.norm1 = InstanceNorm2d(width, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **dd)
-        self.norm2 = InstanceNorm2d(width, **dd)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **factory_kwargs)
+        self.norm2 = InstanceNorm2d(width, **factory_kwargs)
         self.act2 = nn.ReLU(inplace=True)
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x), self.act1)
+        return self.norm2(self.conv2(x), self.act2)
 
-class BottleneckHead(_Chain):
+
+class BottleneckHead(nn.Module):
     """Trunk features (B, width, H, W) -> logits (B, channels, H, W): gate(norm(conv1x1(trunk)))."""
 
     def __init__(self, width: int, channels: int, gate: float | None = GATE, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
+        factory_kwargs = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv = nn.Conv2d(width, channels, 1, bias=False, **dd)
-        self.norm = InstanceNorm2d(channels, **dd)
+        self.conv = nn.Conv2d(width, channels, 1, bias=False, **factory_kwargs)
+        self.norm = InstanceNorm2d(channels, **factory_kwargs)
         self.gate = _gate(gate)
+
+    def forward(self, trunk: Tensor) -> Tensor:
+        return self.norm(self.conv(trunk), self.gate)
 
 
 class BottleneckLogits(BottleneckTrunk):
-    """Logits (B, C, H, W) from x (B, C, H, W): a trunk and a head of its own, in one."""
+    """Logits (B, C, H, W) from x (B, C, H, W): the whole bottleneck logit module, trunk and head."""
 
     def __init__(self, channels: int, width: int = 128, gate: float | None = GATE, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(channels, width, **dd)
-        self.conv = nn.Conv2d(width, channels, 1, bias=False, **dd)
-        self.norm = InstanceNorm2d(channels, **dd)
+        factory_kwargs = {"device": device, "dtype": dtype}
+        super().__init__(channels, width, **factory_kwargs)
+        self.conv = nn.Conv2d(width, channels, 1, bias=False, **factory_kwargs)
+        self.norm = InstanceNorm2d(channels, **factory_kwargs)
         self.gate = _gate(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(super().forward(x)), self.gate)

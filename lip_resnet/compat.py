@@ -1,0 +1,78 @@
+"""Private names of torch, timm, torchvision and TensorBoard that the package uses, each with the versions it was seen in.
+
+Nothing else in the package imports a private name of another library.
+"""
+
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only  # torch 2.11 to 2.14
+
+__all__ = [
+    "copy_tensors_",
+    "feature_indices",
+    "functorch_is_active",
+    "is_compiled",
+    "is_tensorboard_thread",
+    "move_towards_",
+    "stack_frames",
+    "torchvision_files",
+    "tree_leaves",
+    "tree_map_only",
+]
+
+
+def functorch_is_active() -> bool:
+    """Whether a functorch transform (vmap, jvp, ...) is running; torch 2.11 to 2.14."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model.compile()`` was called; torch 2.11 to 2.14."""
+    return model._compiled_call_impl is not None
+
+
+def copy_tensors_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target, in few kernels; torch 2.11 to 2.14."""
+    torch._foreach_copy_(targets, sources)
+
+
+def move_towards_(targets: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:
+    """targets += weight * (ends - targets), in few kernels; torch 2.11 to 2.14."""
+    change = torch._foreach_sub(ends, targets)
+    torch._foreach_mul_(change, weight)
+    torch._foreach_add_(targets, change)
+
+
+def feature_indices(num_features: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """The features that ``indices`` selects (an int: the last n), and the largest of them; timm 1.0.20 to 1.0.31."""
+    from timm.models._features import feature_take_indices
+
+    return feature_take_indices(num_features, indices)
+
+
+def is_tensorboard_thread(thread: Any) -> bool:
+    """Whether a thread is TensorBoard's writer; TensorBoard 2.16 to 2.21."""
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    return isinstance(thread, _AsyncWriterThread)
+
+
+def torchvision_files(dataset: Any) -> list[tuple[Any, int]] | None:
+    """(path, label) of the sets whose ``__getitem__`` decodes; None for others; torchvision 0.26 to 0.29."""
+    from torchvision import datasets
+
+    if isinstance(dataset, datasets.GTSRB):
+        return dataset._samples
+    if isinstance(dataset, datasets.OxfordIIITPet):
+        return list(zip(dataset._images, dataset._labels, strict=True))
+    return None
+
+
+def stack_frames() -> dict[int, FrameType]:
+    """The current frame of every thread by its identifier; CPython 3.10 to 3.14."""
+    return sys._current_frames()

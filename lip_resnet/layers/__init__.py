@@ -1,0 +1,19 @@
+"""Layers: LIP's logit modules, the table of downsampling layers, and their placement in any convolutional network.
+
+``make_layer`` builds a layer by its name in ``DOWNSAMPLING``; ``replace_downsampling`` puts layers into a network.
+Built on ``ops`` and timm's layers; knows no whole network and no training.
+"""
+
+from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions, logit_parameters, make_layer
+from lip_resnet.layers.replace import SITES, Replacements, replace_downsampling
+
+__all__ = [
+    "DOWNSAMPLING",
+    "SITES",
+    "LIP2d",
+    "LogitOptions",
+    "Replacements",
+    "logit_parameters",
+    "make_layer",
+    "replace_downsampling",
+]
