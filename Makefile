@@ -9,9 +9,12 @@ THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) //
 # On CPUs everywhere: the README's figures, and no more processes than there are GPUs.
 TORCHRUN = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: install demo test test-slow lint bench faults soak clean
+.PHONY: install help demo test test-slow lint docs dist bench faults soak clean
 
-install: $(READY)
+install: $(READY) ## make .venv with the pinned versions
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -25,34 +28,45 @@ $(READY): requirements.txt pyproject.toml
 .PRECIOUS: $(RUN)/%/eval.json
 
 # Both digits recipes are trained, evaluated and compared. A finished part is not repeated; a killed one goes on.
-demo: $(RUN)/lip_resnet50/eval.json $(RUN)/resnet50/eval.json
+demo: $(RUN)/lip_resnet50/eval.json $(RUN)/resnet50/eval.json ## train and compare LIP-ResNet-50 and ResNet-50 on digits
 	$(BIN)/python scripts/make_table.py $(RUN)/lip_resnet50 $(RUN)/resnet50 --output $(RUN)/table.md --force
 
 $(RUN)/%/eval.json: | $(READY)
 	$(TORCHRUN) train.py --config configs/digits/$*.yaml --output $(RUN)/$* --resume auto
 	$(TORCHRUN) eval.py --checkpoint $(RUN)/$*
 
-test: $(READY)
+test: $(READY) ## run the quick tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(READY)
+test-slow: $(READY) ## run the long tests
 	$(BIN)/python -m pytest -m slow
 
-lint: $(READY)
+lint: $(READY) ## run the linters
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: $(READY)
+docs: .venv/ready-docs ## refresh the generated parts of the pages and build the site
+	$(BIN)/python scripts/make_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/ready-docs: requirements-docs.txt $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
+	touch $@
+
+dist: $(READY) ## build a wheel in dist/
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+bench: $(READY) ## measure the operator
 	$(BIN)/python scripts/benchmark.py op
 
 # Both go on where they were stopped, and leave nothing running.
-faults: $(READY)
+faults: $(READY) ## kill runs, fill disks, break files (docs/faults.md)
 	$(BIN)/python tests/faults/inject.py
 
-soak: $(READY)
+soak: $(READY) ## train under repeated kills and look for leaks
 	$(BIN)/python tests/faults/soak.py
 
 # Only what the targets above have made: an environment that was there before them stays, and other runs too.
-clean:
+clean: ## remove .venv and the demo's runs, if make has made them
 	test ! -e .venv/made-by-make || rm -rf .venv
 	rm -rf runs/demo/lip_resnet50 runs/demo/resnet50 runs/demo/table.md
 	test ! -d runs/demo || rmdir --ignore-fail-on-non-empty runs/demo

@@ -1,27 +1,34 @@
-"""Write the generated parts of the documentation:  python scripts/make_docs.py
+"""Refresh the generated parts of README.md and docs/:  python scripts/make_docs.py
 
-A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. Measurements come from ``results/``;
-nothing is measured here.
+A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 """
 
+import ast
+import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import draw_operator
 from bench import performance
 
-from lip_resnet import LAYERS, checkpoint, distributed
-from lip_resnet.config import InputError
+from lip_resnet import checkpoint, distributed
+from lip_resnet import config as recipe_config
+from lip_resnet.config import Config, InputError
+from lip_resnet.layers.pooling import DOWNSAMPLING
 from lip_resnet.paper import check_sizes, load_paper, render_table
 from lip_resnet.results import render
 
 ROOT = Path(__file__).parents[1]
+FIGURE = ROOT / "docs" / "figures" / "operator.svg"
 
 
 def layers() -> str:
     """The downsampling layers that a recipe can choose, a line each."""
-    rows = [[f"`{name}`", layer.line, layer.source] for name, layer in LAYERS.items()]
+    rows = [[f"`{name}`", layer.summary, layer.source] for name, layer in DOWNSAMPLING.items()]
     return render(["layer", "what it does", "source"], rows, [], "md")
 
 
@@ -31,6 +38,19 @@ def paper() -> str:
     return render_table(figures, {row.name: check_sizes(row) for row in figures.rows}, [])
 
 
+def networks() -> str:
+    """The paper's networks with their counts and published accuracies."""
+    header = ["network", "`model.name`", "parameters (M)", "MACs (G)", "published top-1 / top-5 (%)"]
+    lines = []
+    for row in load_paper(ROOT / "scripts" / "paper.yaml").rows:
+        if row.published is None or row.published.top5 is None:
+            continue
+        published = f"{row.published.top1:.2f} / {row.published.top5:.2f}"
+        counts = f"{row.params.value / 1e6:.2f}", f"{row.macs.value:.2f}"
+        lines.append([row.label, f"`{row.model}`", *counts, published])
+    return render(header, lines, [], "md")
+
+
 def bad_images() -> str:
     """The outcome for each kind of broken or unusual image."""
     text = (ROOT / "results" / "bad_images.jsonl").read_text(encoding="utf-8")
@@ -38,16 +58,72 @@ def bad_images() -> str:
     return render(["a file named .JPEG that is", "training, `exact`", "training, `fast`", "validation"], rows, [], "md")
 
 
+def recipe_keys() -> str:
+    """Every key of a recipe: its type, default, docstring and effect."""
+    effects = list(getattr(recipe_config, "Effect", ()))
+    parts = [f"- *{effect.name.lower()}*: {effect.value}" for effect in effects]
+    parts = [f"The last column says what another value changes.\n\n{chr(10).join(parts)}"] if parts else []
+    for section, field in Config.model_fields.items():
+        model = field.annotation
+        schema, texts = model.model_json_schema()["properties"], _attribute_docstrings(model)
+        header = ["key", "values", "default", "meaning", *(["changes"] if effects else [])]
+        lines = []
+        for key, about in model.model_fields.items():
+            default = "required" if about.is_required() else f"`{_yaml(about.default)}`"
+            cells = [f"`{section}.{key}`", _values(schema[key]), default, texts.get(key, "")]
+            cells += [item.name.lower() for item in about.metadata if item in effects]
+            lines.append([cell.replace("|", "&#124;") for cell in cells])
+        table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
+        parts.append("\n".join([f"### {section}", "", model.__doc__, "", *table]))
+    return "\n\n".join(parts)
+
+
+def _attribute_docstrings(model: type) -> dict[str, str]:
+    """Field -> the string literal below it, in one line; inherited fields too."""
+    classes = {node.name: node for node in ast.parse(inspect.getsource(recipe_config)).body if hasattr(node, "name")}
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for base in reversed(model.__mro__)
+        if base.__name__ in classes
+        for field, text in itertools.pairwise(classes[base.__name__].body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def _yaml(value: Any) -> str:
+    """A default as a recipe would have it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_yaml, value))}]"
+    if isinstance(value, bool) or value is None or value == {}:
+        return {True: "true", False: "false", None: "null"}.get(value if value != {} else "", "{}")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """What a key takes, from its JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(_values(one) for one in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    kind = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
+    kind |= {"object": "mapping", "array": "list"}
+    limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[key]:,}".removesuffix(".0") for key, sign in limits.items() if key in schema]
+    return " ".join([kind[schema["type"]], ", ".join(bounds)]).strip()
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "docs/performance.md": {"performance": performance.section},
-    "docs/paper.md": {"paper-report": paper},
+    "README.md": {"networks": networks},
+    "docs/recipes.md": {"recipe-keys": recipe_keys},
     "docs/layers.md": {"zoo": layers},
+    "docs/paper.md": {"paper-report": paper},
+    "docs/performance.md": {"performance": performance.section},
     "docs/data.md": {"data": performance.loaders, "bad-images": bad_images},
 }
 
 
 def refresh(text: str, sections: Mapping[str, Callable[[], str]]) -> str:
-    """``text`` with the parts named by ``sections`` generated again.
+    """``text`` with every generated part made anew.
 
     Raises:
         InputError: a part's markers are missing.
@@ -67,6 +143,7 @@ def main() -> None:
         path = ROOT / name
         text = refresh(path.read_text(encoding="utf-8"), sections)
         checkpoint.write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    checkpoint.write_atomically(FIGURE, lambda file: file.write(draw_operator.draw().encode()))
 
 
 if __name__ == "__main__":

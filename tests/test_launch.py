@@ -302,6 +302,7 @@ CONTAINER = {
     "volumeMounts": [{"name!": str, "mountPath!": str, "readOnly": bool}],
 }
 POD = {"terminationGracePeriodSeconds!": int, "containers!": [CONTAINER], "volumes": [VOLUME]}
+POD["securityContext"] = {"runAsUser": int, "fsGroup": int}
 REPLICAS = {
     "replicas!": int,
     "restartPolicy!": {"Always", "OnFailure", "Never", "ExitCode"},
@@ -374,6 +375,10 @@ def test_pytorchjob_hangs_together():
     mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
     assert mounts["shm"]["mountPath"] == "/dev/shm"
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert f"WORKDIR {container['workingDir']}\n" in image
+    assert f"useradd --uid {pod['securityContext']['runAsUser']} " in image
+    assert "ENTRYPOINT" not in image
     config = load_config(ROOT / flags["--config"], options.training_script_args[-2:])
     assert config.data.root.startswith(mounts["data"]["mountPath"])
     assert flags["--output"].startswith(mounts["runs"]["mountPath"])

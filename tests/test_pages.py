@@ -1,20 +1,154 @@
-"""The pages of docs/ name recipes and scripts that exist."""
+"""README and pages: what they name exists, their Python runs, links have targets, generated parts are current."""
 
 import re
+import subprocess
+import sys
 
 import pytest
+import timm
+import torch
+import yaml
 from conftest import ROOT
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+import lip_resnet.data
+from lip_resnet.config import Config, InputError
+from lip_resnet.recipe import load_config
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import draw_operator
+import make_docs
+
+NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/README.md")
+PAGES = [ROOT / name for name in NAMES] + sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+ALL = "\n".join(TEXTS.values())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_pages_name_what_exists(page):
-    text = page.read_text(encoding="utf-8")
-    for name in set(re.findall(r"configs/[\w/*]+\.yaml", text)):
-        assert list(ROOT.glob(name)), name
-    for name in set(re.findall(r"(?<![\w/.])(?:scripts/|tests/)?(?:\w+/)*\w+\.(?:sbatch|sh|py)\b", text)):
-        assert list(ROOT.rglob(name)) or name == "lars_util.py", name  # lars_util.py is the TPU code's
+def test_readme_is_short_and_says_no_nots():
+    text = TEXTS["README.md"]
+    assert len(text.encode()) <= 9216
+    assert not re.search(r"not (yet )?measured|means nothing|not yet", text)
+
+
+def test_generated_parts_are_current():
+    for name, sections in make_docs.PAGES.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert make_docs.refresh(text, sections) == text, name
+    assert make_docs.FIGURE.read_text(encoding="utf-8") == draw_operator.draw()
+
+
+def test_picture_agrees_with_the_formula():
+    values = re.findall(r'class="middle bold">([\d.]+)</text>', draw_operator.draw())
+    features = [x for row in draw_operator.FEATURES for x in row]
+    weights = [2.718281828**z for row in draw_operator.LOGITS for z in row]
+    lip = sum(w * x for w, x in zip(weights, features, strict=True)) / sum(weights)
+    assert values == [f"{sum(features) / 9:.1f}", f"{max(features):.1f}", f"{lip:.1f}"]
+
+
+def test_a_stale_part_is_noticed():
+    page = TEXTS["docs/layers.md"]
+    stale = page.replace("| `softpool` ", "| `hardpool` ")
+    assert stale != page
+    assert make_docs.refresh(stale, make_docs.PAGES["docs/layers.md"]) == page
+    with pytest.raises(InputError, match="zoo:begin"):
+        make_docs.refresh("nothing", make_docs.PAGES["docs/layers.md"])
+
+
+def test_python_blocks_run():
+    (block,) = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)
+    values: dict = {}
+    exec(compile(block, "README.md", "exec"), values)
+    assert values["logits"].shape == (2, 10)
+    assert values["y"].shape == values["pool"](values["x"]).shape == (2, 64, 28, 28)
+    torch.testing.assert_close(values["y"], lip_resnet.make_layer("softpool", 64)(values["x"]))
+    blocks = re.findall(r"```python\n(.*?)```", TEXTS["docs/layers.md"], re.DOTALL)
+    values = {}
+    for block in blocks:
+        exec(compile(block, "docs/layers.md", "exec"), values)
+    assert values["report"].swapped
+    assert values["y"].shape == values["pool"](values["x"]).shape == (2, 256, 7, 7)
+
+
+def test_links_lead_somewhere():
+    for name, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("http"):
+                continue
+            path, _, anchor = target.partition("#")
+            page = (ROOT / name).parent / path if path else ROOT / name
+            assert page.exists(), f"{name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+                slugs = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+                assert anchor in slugs, f"{name}: {target}"
+
+
+def test_every_page_is_in_the_site_and_in_the_readme():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name in text
+        assert path.name == "index.md" or f"docs/{path.name}" in TEXTS["README.md"], path.name
+
+
+def test_recipes_scripts_and_targets_exist():
+    for name in set(re.findall(r"configs/[\w/]+\.yaml", ALL)) - {"configs/zoo/resnet50_NAME.yaml"}:
+        load_config(ROOT / name)
+    for name in set(re.findall(r"scripts/\w+\.(?:py|sh|sbatch|yaml)\b", ALL)):
+        assert (ROOT / name).is_file(), name
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    commands = set(re.findall(r"^    make ([a-z-]+)|`make ([a-z-]+)`", ALL, re.MULTILINE))
+    assert {first or second for first, second in commands} - {"train-lip_resnet50", "val-lip_resnet50"} <= targets
+
+
+def test_flags_in_commands_exist():
+    sources = [
+        ROOT / "train.py",
+        ROOT / "eval.py",
+        *(ROOT / "scripts").rglob("*.py"),
+        *(ROOT / "lip_resnet").rglob("*.py"),
+    ]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    commands = re.findall(r"\b\w+\.py( .*)$", ALL.replace("\\\n", " "), re.MULTILINE)
+    flags = {flag for command in commands for flag in re.findall(r"(?<=\s)--[a-z-]+", command.partition("`")[0])}
+    assert {"--config", "--checkpoint", "--wide", "--archives"} <= flags
+    assert not {flag for flag in flags - {"--help"} if f'"{flag}"' not in code}
+
+
+def test_every_protocol_has_a_line():
+    for text in (TEXTS["configs/README.md"], TEXTS["docs/recipes.md"]):
+        for folder in (path.name for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name != "faults"):
+            assert f"{folder}/" in text
+        for path in (ROOT / "configs" / "imagenet").glob("*.yaml"):
+            assert path.stem.rpartition("_")[2].rstrip("0123456789k")[:4] in text, path.name
+
+
+def test_recipe_keys_and_models_named_exist():
+    sections = {name: set(field.annotation.model_fields) for name, field in Config.model_fields.items()}
+    for section, key in set(re.findall(r"[\s`](model|data|optim|train)\.(?!py\b)([a-z]\w*)[=`:]", ALL)):
+        if (section, key) != ("model", "safetensors"):
+            assert key in sections[section] or hasattr(lip_resnet.data, key), f"{section}.{key}"
+    for name in set(re.findall(r"\blip_(?:resnet|densenet)\d+\b", ALL)):
+        assert timm.is_model(name), name
+    assert all(hasattr(lip_resnet, name) for name in re.findall(r"\blip_resnet\.(make_\w+|lip2d|load_\w+)\(", ALL))
+
+
+def test_make_help_lists_every_target():
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
+    assert [line.split()[0] for line in shown.splitlines()] == phony
+
+
+def test_workflows_run_targets_that_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        runs = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+        named = {name for run in runs for name in re.findall(r"^make ([a-z-]+)$", run)}
+        for job in jobs.values():
+            named |= set(job.get("strategy", {}).get("matrix", {}).get("target", []))
+        assert named
+        assert named <= targets, path.name
 
 
 def test_scaling_is_short():
