@@ -20,7 +20,7 @@ import torch
 from ddp_model import Cluster, Traffic, smallest_batch, step, traffic
 from torch import nn
 
-from lip_resnet import checkpoint, distributed, models
+from lip_resnet import checkpoint, cost, distributed, models
 from lip_resnet.config import InputError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -79,7 +79,7 @@ def network_table(names: Sequence[str]) -> list[str]:
     header += ["weights + gradients + momentum (GB)", "with LAMB and EMA (GB)"]
     lines = []
     for name in names:
-        load, count = sent(name), models.count_parameters(build(name))
+        load, count = sent(name), cost.count_parameters(build(name))
         sizes = ", ".join(f"{bucket.bytes / 1e6:.1f}" for bucket in load.buckets)
         ready = ", ".join(f"{bucket.ready:.0%}".rstrip("%") for bucket in load.buckets)
         memory = [f"{count * 4 * tensors / 1e9:.2f}" for tensors in (3, 5)]

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from lip_resnet import models, pooling, replace_downsampling
+from lip_resnet import cost, models, pooling, replace_downsampling
 from lip_resnet.config import InputError, ModelConfig
 
 
@@ -19,8 +19,8 @@ from lip_resnet.config import InputError, ModelConfig
 )
 def test_counts(name, params, macs):
     model = models.create_model(name)
-    assert models.count_parameters(model) == params
-    assert models.count_macs(model, 224) == pytest.approx(macs, rel=2e-4)
+    assert cost.count_parameters(model) == params
+    assert cost.count_macs(model, 224) == pytest.approx(macs, rel=2e-4)
 
 
 @pytest.mark.parametrize("name", ["lip_resnet50", "resnet50"])

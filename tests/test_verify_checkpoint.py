@@ -13,8 +13,9 @@ from golden import GOLDEN, images, released_state_dict
 from PIL import Image
 from torchvision.transforms import v2
 
-from lip_resnet import checkpoint, distributed, fidelity
+from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
+from lip_resnet.identify import Network, identify
 from lip_resnet.weights import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -66,8 +67,8 @@ def densenet(tmp_path_factory):
 def test_released_keys_name_the_network(golden, model, args):
     shapes = GOLDEN[golden]["state_dict"]
     state = {f"module.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert fidelity.identify({"state_dict": state, "best_acc1": torch.tensor(78.2)}, "x") == (model, args, 1000)
-    network = fidelity.identify({key.removeprefix("module."): value for key, value in state.items()}, "x")
+    assert identify({"state_dict": state, "best_acc1": torch.tensor(78.2)}, "x") == (model, args, 1000)
+    network = identify({key.removeprefix("module."): value for key, value in state.items()}, "x")
     assert network == (model, args, 1000)
 
 
@@ -75,7 +76,7 @@ def test_released_keys_name_the_network(golden, model, args):
 def test_torchvision_keys_name_the_network(name):
     with torch.device("meta"):
         state = torchvision.models.get_model(name, num_classes=7).state_dict()
-    assert fidelity.identify(state, "x") == (name, {}, 7)
+    assert identify(state, "x") == (name, {}, 7)
 
 
 def test_what_fits_nothing_is_compared_with_the_nearest():
@@ -83,9 +84,9 @@ def test_what_fits_nothing_is_compared_with_the_nearest():
         state = timm.create_model("lip_resnet50", bottleneck_width=64).state_dict()
         del state["layer3.2.conv1.weight"]
         with pytest.raises(InputError, match=r"1 keys missing \(layer3.2.conv1.weight\).* lip_resnet50 \(bottleneck_w"):
-            fidelity.identify(state, "x")
+            identify(state, "x")
         with pytest.raises(InputError, match="not the weights of this"):
-            fidelity.identify(timm.create_model("resnet18").state_dict(), "x")
+            identify(timm.create_model("resnet18").state_dict(), "x")
 
 
 def test_without_data_all_but_the_accuracy(run, densenet):
@@ -151,7 +152,7 @@ def test_export_of_a_run(run, tmp_path):
 
 
 def test_export_of_a_plain_network_describes_the_reference_protocol(tmp_path):
-    network = fidelity.Network("resnet50", {}, 5)
+    network = Network("resnet50", {}, 5)
     verify_checkpoint.write(tmp_path / "export", network.build(), network)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True)
     assert loaded.num_classes == 5

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lip_resnet import distributed, seeding
-from lip_resnet.config import DataConfig, InputError
+from lip_resnet.config import DataConfig, EvalDataConfig, InputError
 from lip_resnet.data.decode import BadImage
 from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Parcel, on_this_gpu
@@ -122,7 +122,7 @@ class _TrainBatches(Dataset):
 class _EvalBatches(Dataset):
     """An order, (None, range of indices), to a packet: every image by PIL, and any that does not decode is an error."""
 
-    def __init__(self, source: Any, config: DataConfig, held: Held) -> None:
+    def __init__(self, source: Any, config: EvalDataConfig, held: Held) -> None:
         self.source, self.held, self.transform = source, held, eval_transform(config)
 
     def __getitems__(self, order: tuple[None, range]) -> tuple[Tensor, Tensor] | str:
@@ -288,7 +288,7 @@ class EvalLoader:
         InputError: an image does not decode, whatever ``data.on_error`` says, or a worker died.
     """
 
-    def __init__(self, source: Any, config: DataConfig) -> None:
+    def __init__(self, source: Any, config: EvalDataConfig) -> None:
         self.source, self.batch_size, self.batches = source, config.eval_batch_size, []
         self.choose(range(len(source)))
         self.held = Held(config.workers)
