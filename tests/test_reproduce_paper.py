@@ -13,6 +13,7 @@ import torchvision
 import yaml
 from conftest import ROOT
 from golden import GOLDEN, released_state_dict
+from test_data_huggingface import parquet  # noqa: F401 (a fixture)
 from torch import nn
 
 from lip_resnet import distributed, fidelity, results
@@ -214,7 +215,7 @@ def test_rows_of_eval(run, small, tmp_path):
         assert f"not compared, its protocol is not the paper's: {words}" in out
 
 
-def test_weights(run, small, tmp_path, image_folder):
+def test_weights(run, small, tmp_path, image_folder, parquet):  # noqa: F811
     state = released_state_dict("lip_densenet121")
     for key in ("classifier.weight", "classifier.bias"):
         state[key] = state[key][:3].clone()
@@ -230,7 +231,8 @@ def test_weights(run, small, tmp_path, image_folder):
         ("--weights", 26, 1, "OFF (counts: differs)"),  # the option's earlier name
     ):
         small({"correct": {"source": "readme", "top1": top1 + apart, "top5": 11}}, images=11, classes=3)
-        got, out, _ = run(option, f"lip_densenet121={path}", "--data", image_folder, "--workers", 0)
+        data = (image_folder,) if option == "--checkpoints" else (parquet, "--data-name", "huggingface")
+        got, out, _ = run(option, f"lip_densenet121={path}", "--workers", 0, "--data", *data)
         assert (got, words in out) == (code, True), out
     small()
     code, _, err = run("--checkpoints", f"lip_densenet121={path}", "--data", image_folder)

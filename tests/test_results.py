@@ -147,6 +147,18 @@ def test_bad_rows(tmp_path):
         read_rows([str(tmp_path)])
 
 
+def test_old_rows_were_centre_crops():
+    """Rows from before the key ``crop_mode``: deltas and seeds as ever, and no delta to another crop."""
+    old, seed = row("resnet50", 97.0, 0), row("resnet50", 96.0, 1)
+    assert old["protocol"].pop("crop_mode") == "center"
+    assert not {key for key in old["protocol"]["training"] if "crop_mode" in key}
+    lines, notes = table([row("lip_resnet50", 98.0), old, seed])
+    assert (lines["lip_resnet50"]["delta top-1"], lines["resnet50"]["seeds"], notes) == ("+1.50", "2", [])
+    lines, notes = table([row("lip_resnet50", 98.0, data__crop_mode="squash"), old])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert "crop_mode: squash against center" in notes[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT
 from golden import GOLDEN, images, released_state_dict
 from PIL import Image
+from test_data_huggingface import parquet  # noqa: F401 (a fixture)
 from torchvision.transforms import v2
 
 from lip_resnet import checkpoint, distributed
@@ -193,14 +194,14 @@ def figures(path, top1: int, top5: int, total: int):
     return path
 
 
-def test_verdicts(run, monkeypatch, tmp_path, densenet, image_folder):
+def test_verdicts(run, monkeypatch, tmp_path, densenet, image_folder, parquet):  # noqa: F811
     top1, top5 = count_by_hand(densenet, image_folder / "val")
     assert (top5, 0 < top1 < 11) == (11, True)
     export = tmp_path / "export"
     for apart, code, verdict in (((0, 0), 0, "identical"), ((25, -1), 0, "within 25 images"), ((0, 26), 1, "differs")):
         path = figures(tmp_path / "paper.yaml", top1 + apart[0], top5 + apart[1], 11)
         monkeypatch.setattr(verify_checkpoint, "FIGURES", path)
-        data = image_folder if verdict == "identical" else image_folder / "val"
+        data = {"identical": image_folder, "within 25 images": image_folder / "val", "differs": parquet}[verdict]
         arguments = ("--export", export) if verdict == "differs" else ()
         got, out, _ = run(densenet, "--data", data, "--workers", 0, *arguments)
         assert got == code, out
