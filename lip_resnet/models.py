@@ -37,7 +37,7 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
     """
     _check_name(name)
     try:
-        return timm.models.get_pretrained_cfg(name).to_dict()
+        return (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).to_dict()
     except RuntimeError as error:
         raise InputError(f"model.name: {name}: {error}") from error
 

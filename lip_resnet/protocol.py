@@ -48,7 +48,7 @@ def timm_protocol(name: str, pretrained_cfg: dict[str, Any]) -> EvalConfig:
             "on square images of 3 channels: give a recipe with --config, with an eval_size of its own"
         )
     tree = {
-        "model": {"name": name, "num_classes": max(1, pretrained_cfg["num_classes"])},
+        "model": {"name": name, "num_classes": pretrained_cfg.get("num_classes") or 1},
         "data": {
             "root": ".",
             "eval_size": height,

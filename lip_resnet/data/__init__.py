@@ -2,7 +2,6 @@
 
 from lip_resnet.data.fingerprint import describe_source
 from lip_resnet.data.loaders import Batch, EvalLoader, TrainLoader
-from lip_resnet.data.location import locate
 from lip_resnet.data.prefetch import prefetch
 from lip_resnet.data.sources import build_sources
 from lip_resnet.data.transforms import normalize, to_device
@@ -13,7 +12,6 @@ __all__ = [
     "TrainLoader",
     "build_sources",
     "describe_source",
-    "locate",
     "normalize",
     "prefetch",
     "to_device",
