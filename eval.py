@@ -59,11 +59,13 @@ def main() -> None:
     ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
     recipe = choose_protocol(options, payload, trained)
     keys = ("precision", "eval_size", "eval_resize", "crop_mode", "interpolation", "eval_batch_size", "workers")
-    changes, configs, sets = {key: getattr(options, key) for key in keys}, [], []
-    for name in names:
-        config, split = adapt(recipe, name, options.data, alone=len(names) == 1, kind=options.data_name, **changes)
-        configs.append(config)
-        sets.append(testsets.open_set(name, config.data, split, config.model.num_classes, options.partial))
+    changes, alone = {key: getattr(options, key) for key in keys}, len(names) == 1
+    plans = [adapt(recipe, name, options.data, alone=alone, kind=options.data_name, **changes) for name in names]
+    configs = [config for config, _ in plans]
+    sets = [
+        testsets.open_set(name, config.data, split, config.model.num_classes, options.partial)
+        for name, (config, split) in zip(names, plans, strict=True)
+    ]
     # First: its workers are forked before other threads start.
     loader = EvalLoader(testsets.Joined(sets), configs[0].data)
     model = build(recipe, options, payload, ema)
@@ -72,8 +74,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for config in configs:
         models.check_size(model, config.data.eval_size)
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    model.to(distributed.device(), memory_format=layout)
+    model.to(distributed.device(), memory_format=torch.channels_last if recipe.channels_last else None)
     start = 0
     for data, config, output in zip(sets, configs, outputs, strict=True):
         result = evaluate_set(model, data, loader, config, start)
