@@ -61,8 +61,8 @@ class ModelConfig(Section):
     """Leave the classifier of `weights` out and start it afresh (fine-tuning)."""
 
 
-class DataConfig(Section):
-    """Files to batches."""
+class EvalDataConfig(Section):
+    """A set of images, and how an evaluation reads it."""
 
     name: Literal["folder", "shards", "huggingface", "digits", "synthetic", TorchvisionSet] = "folder"
     """folder: class folders under root/train and root/val; shards: tar files there, in WebDataset layout; huggingface:
@@ -77,10 +77,55 @@ class DataConfig(Section):
     classes: str | None = None
     """A text file: a class folder's name a line keeps those classes alone (in sorted order); lines that are image
     files (folder/name or name) keep those training images alone. Validation keeps every image of the classes."""
-    batch_size: Positive
-    """Images per optimizer step over all processes and accumulated parts; must divide by processes x accumulate."""
+    images: Positive = 12800
+    """For `synthetic`: how many training images to pretend; a tenth as many for validation."""
     eval_batch_size: Positive = 256
     """Images per batch of the evaluation, on one process."""
+    eval_size: Positive = 224
+    """Side of the evaluation's centre crop, pixels."""
+    eval_resize: Positive = 256
+    """The evaluation first resizes an image's shorter side to this, pixels (other crop modes: other sides)."""
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    """How the evaluation resizes before its centre crop, as in timm. center: the shorter side to eval_resize; squash:
+    both sides to eval_resize, whatever the aspect ratio; border: the longer side to eval_resize, and what is then
+    smaller than eval_size is padded with the mean colour."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of every resize, with PIL's antialiasing."""
+    mean: Colour = (0.485, 0.456, 0.406)
+    std: Colour = (0.229, 0.224, 0.225)
+    """Of the pixels in [0, 1]; images are normalised on the device."""
+    workers: Count = 8
+    """Loader processes of each process; 0 loads in the process itself."""
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> "EvalDataConfig":
+        if self.name not in ("digits", "synthetic") and not self.root:
+            needed = {
+                "folder": "the directory that holds train/ and val/",
+                "shards": "the directory or URL that holds train/ and val/",
+                "huggingface": "a folder of Parquet files, or the hub's name of the set",
+            }
+            raise ValueError(
+                f"root is missing; data.name: {self.name} needs {needed.get(self.name, 'the directory of the set')}"
+            )
+        if self.download and self.name not in get_args(TorchvisionSet):
+            raise ValueError(f"download belongs to torchvision's sets; the name is {self.name}")
+        if self.label_column and self.name != "huggingface":
+            raise ValueError(f"label_column belongs to name: huggingface; the name is {self.name}")
+        if self.classes and self.name != "folder":
+            raise ValueError(f"classes needs data.name: folder; the name is {self.name}")
+        if self.eval_size > self.eval_resize:
+            raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {list(self.std)}; each must be greater than 0")
+        return self
+
+
+class DataConfig(EvalDataConfig):
+    """Files to batches: an evaluation's keys, and training's."""
+
+    batch_size: Positive
+    """Images per optimizer step over all processes and accumulated parts; must divide by processes x accumulate."""
     last_batch: Literal["keep", "drop"] = "keep"
     """What happens to the images left over when the set does not divide by batch_size: a smaller step, or none."""
     repeats: Positive = 1
@@ -90,12 +135,6 @@ class DataConfig(Section):
     """Side of the training images, pixels."""
     size_schedule: Annotated[tuple[SizeFrom, ...], Field(strict=False)] = ()
     """Progressive resizing: [epoch, size] pairs; from an epoch (the first is 0) on, training images have that side."""
-    eval_size: Positive = 224
-    """Side of the evaluation's centre crop, pixels."""
-    eval_resize: Positive = 256
-    """The evaluation first resizes an image's shorter side to this, pixels."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Of every resize, with PIL's antialiasing."""
     decode: Literal["exact", "fast", "gpu"] = "exact"
     """Of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no further
     than the crop needs and resized by torch, within a level or two of PIL's pixels; gpu: the same crops, decoded and
@@ -115,43 +154,17 @@ class DataConfig(Section):
     """timm's RandAugment string, such as rand-m7-mstd0.5-inc1."""
     random_erasing: Fraction = 0.0
     """Probability of erasing a random rectangle."""
-    mean: Colour = (0.485, 0.456, 0.406)
-    std: Colour = (0.229, 0.224, 0.225)
-    """Of the pixels in [0, 1]; images are normalised on the device."""
-    workers: Count = 8
-    """Loader processes of each training process; 0 loads in the training process itself."""
-    images: Positive = 12800
-    """For `synthetic`: how many training images to pretend; a tenth as many for validation."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "DataConfig":
-        if self.name not in ("digits", "synthetic") and not self.root:
-            needed = {
-                "folder": "the directory that holds train/ and val/",
-                "shards": "the directory or URL that holds train/ and val/",
-                "huggingface": "a folder of Parquet files, or the hub's name of the set",
-            }
-            raise ValueError(
-                f"root is missing; data.name: {self.name} needs {needed.get(self.name, 'the directory of the set')}"
-            )
-        if self.download and self.name not in get_args(TorchvisionSet):
-            raise ValueError(f"download belongs to torchvision's sets; the name is {self.name}")
-        if self.label_column and self.name != "huggingface":
-            raise ValueError(f"label_column belongs to name: huggingface; the name is {self.name}")
+    def _check_training(self) -> "DataConfig":
         if self.decode == "gpu":
             for key in ("color_jitter", "rand_augment", "random_erasing"):
                 if getattr(self, key):
                     raise ValueError(f"{key} needs decode: exact or fast; decode: gpu only crops and flips")
-        if self.classes and self.name != "folder":
-            raise ValueError(f"classes needs data.name: folder; the name is {self.name}")
         for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
             low, high = getattr(self, key)
             if not 0 < low <= high <= top:
                 raise ValueError(f"{key} is [{low}, {high}]; it must be 0 < lowest <= highest <= {top:g}")
-        if self.eval_size > self.eval_resize:
-            raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std is {list(self.std)}; each must be greater than 0")
         if self.batch_size % self.repeats:
             raise ValueError(f"batch_size {self.batch_size} does not divide by repeats {self.repeats}")
         epochs = [epoch for epoch, _ in self.size_schedule]
@@ -245,7 +258,7 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights, with this decay per step."""
     rules: Literal["model", "ema"] = "model"
-    """Which weights choose `best` and stand in tables."""
+    """Whose top-1 chooses the best checkpoint, and which weights eval.py evaluates by default."""
     sync_bn: bool = False
     """Batch statistics over all processes (GPUs only). The host then waits for the device in every layer."""
     eval_every: Positive = 1

@@ -1,4 +1,4 @@
-"""The loops: one epoch of training, one evaluation. They know tensors and callables, no files and no LIP."""
+"""The training loop: one epoch. It knows tensors and callables, no files and no LIP."""
 
 import contextlib
 import math
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, InputError
-from lip_resnet.data import Batch, EvalLoader, TrainLoader, normalize, prefetch
-from lip_resnet.metrics import Counts, cross_entropy
+from lip_resnet.data import Batch, TrainLoader, prefetch, to_device
+from lip_resnet.evaluate import autocast
+from lip_resnet.metrics import AccuracyCounts
 from lip_resnet.numerics import Sentinel, check_scale, step_optimizer, update_average
-from lip_resnet.objective import Objective, place
+from lip_resnet.objective import Objective
 from lip_resnet.optim import build_optimizer, lr_at
 
-_DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COMPRESSION = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
 
 
@@ -37,7 +37,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
-    window: Counts
+    window: AccuracyCounts
     """This process's counts since the last log step."""
     sentinel: Sentinel
     step: int = 0
@@ -136,7 +136,7 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
         if train.gradient_compression != "none":
             wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
-    return TrainState(model, wrapped, optimizer, scaler, ema, Counts(device), Sentinel(model, train))
+    return TrainState(model, wrapped, optimizer, scaler, ema, AccuracyCounts(device), Sentinel(model, train))
 
 
 def rehearse(state: TrainState, config: Config) -> None:
@@ -150,7 +150,7 @@ def rehearse(state: TrainState, config: Config) -> None:
     device = next(state.model.parameters()).device
     buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
     size, side = config.data.batch_size // (world * config.optim.accumulate), config.data.sizes[0]
-    images = place(torch.zeros(size, 3, side, side), device, config.train.channels_last)
+    images = to_device(torch.zeros(size, 3, side, side), device, config.train.channels_last)
     state.wrapped.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with autocast(device, config.train.precision):
@@ -160,11 +160,6 @@ def rehearse(state: TrainState, config: Config) -> None:
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The forward's context: autocast to ``precision``, or nothing at float32 and tf32."""
-    return torch.autocast(device.type, _DTYPES[precision], enabled=_DTYPES[precision] != torch.float32)
 
 
 def train_one_epoch(
@@ -318,30 +313,3 @@ class TrainStep:
 
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: EvalLoader, config: Config) -> dict[str, float]:
-    """Top-1, top-5 (percent) and mean cross entropy over every image once; the same counts on any number of processes.
-
-    Runs the plain module, on rank 0's BN buffers. Precision and layout are ``config.train``'s.
-    """
-    if distributed.world_size() > 1:
-        distribute_bn(model, distributed.world_size(), reduce=False)
-    parameter = next(model.parameters())
-    device = parameter.device
-    mean, std = (torch.tensor(values, device=device) for values in (config.data.mean, config.data.std))
-    was_training = model.training
-    model.eval()
-    counts = Counts(device)
-    for images, labels in loader:
-        images = normalize(place(images, device, config.train.channels_last), mean, std)
-        labels = labels.to(device, non_blocking=True)
-        with autocast(device, config.train.precision):
-            logits = model(images).float()
-        counts.add(logits, labels, cross_entropy(logits, labels))
-    model.train(was_training)
-    result = counts.reduce()
-    if result["images"] != loader.samples:
-        raise RuntimeError(f"evaluated {result['images']} images of {loader.samples}")
-    return result

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lip_resnet import distributed
 
 
-class Counts:
+class AccuracyCounts:
     """Correct predictions, loss and images, summed on ``device`` without a synchronisation.
 
     Top-5 of fewer than five classes is top-k with k the number of classes.
@@ -71,7 +71,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class ClassLogits(nn.Module):
-    """A network that is asked about some of its classes alone: images -> logits (B, len(classes)), in that order."""
+    """Restricts a network's logits to some of its classes: images -> logits (B, len(classes)), in their order."""
 
     def __init__(self, model: nn.Module, classes: list[int]) -> None:
         super().__init__()
@@ -89,31 +89,31 @@ def corruption_errors(parts: dict[str, dict[str, float]], alexnet: dict[str, flo
     the mean of the CEs. All in percent.
 
     Args:
-        parts: corruption/severity -> what ``Counts.reduce`` gave; each of the same number of images.
+        parts: corruption/severity -> what ``AccuracyCounts.reduce`` gave; each of the same number of images.
         alexnet: corruption -> AlexNet's error, a fraction: those that count.
 
     Returns:
-        What ``Counts.reduce`` gives, over all images of the corruptions that count; ``mean_error``, 100 - top1;
+        What ``AccuracyCounts.reduce`` gives, over all images of the corruptions that count; ``mean_error``, 100 - top1;
         ``mce``, where every severity of each is there; and ``corruptions``, each with its ``errors`` by severity, and
         ``error`` and ``ce`` where it has all five.
 
     Source: Hendrycks and Dietterich, ICLR 2019, section 4.
     """
-    found: dict[str, dict[str, Any]] = {}
+    corruptions: dict[str, dict[str, Any]] = {}
     for part, result in parts.items():
         name, severity = part.split("/")
-        found.setdefault(name, {"errors": {}})["errors"][severity] = 100 - result["top1"]
-    for name, entry in found.items():
-        if len(entry["errors"]) == 5:
-            entry["error"] = statistics.fmean(entry["errors"].values())
+        corruptions.setdefault(name, {"errors": {}})["errors"][severity] = 100 - result["top1"]
+    for name, figures in corruptions.items():
+        if len(figures["errors"]) == 5:
+            figures["error"] = statistics.fmean(figures["errors"].values())
             if name in alexnet:
-                entry["ce"] = entry["error"] / alexnet[name]
+                figures["ce"] = figures["error"] / alexnet[name]
     counted = [result for part, result in parts.items() if part.split("/")[0] in alexnet]
     sums = [sum(result[key] for result in counted) for key in ("correct1", "correct5")]
     loss = sum(result["loss"] * result["images"] for result in counted)
     total = _rates(*sums, loss, sum(result["images"] for result in counted))
     total["mean_error"] = 100 - total["top1"]
-    errors = [found[name]["ce"] for name in alexnet if "ce" in found.get(name, {})]
+    errors = [corruptions[name]["ce"] for name in alexnet if "ce" in corruptions.get(name, {})]
     if len(errors) == len(alexnet):
         total["mce"] = statistics.fmean(errors)
-    return total | {"corruptions": found}
+    return total | {"corruptions": corruptions}

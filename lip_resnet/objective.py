@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from lip_resnet import distributed, seeding
 from lip_resnet.config import Config, TrainConfig
-from lip_resnet.data import normalize
+from lip_resnet.data import normalize, to_device
 
 
 class Objective:
@@ -27,7 +27,7 @@ class Objective:
         Leaves the generators as the forward of this part must find them. ``step`` counts from 0.
         """
         train = self.train
-        images = normalize(place(images, self.device, train.channels_last), self.mean, self.std)
+        images = normalize(to_device(images, self.device, train.channels_last), self.mean, self.std)
         labels = labels.to(self.device, non_blocking=True)
         targets = _dense(labels, self.classes, train.label_smoothing) if self.dense else labels
         if self.mixing is not None:
@@ -43,12 +43,6 @@ class Objective:
         if self.train.loss == "binary_cross_entropy":
             return F.binary_cross_entropy_with_logits(logits, targets)
         return F.cross_entropy(logits, targets, label_smoothing=0.0 if self.dense else self.train.label_smoothing)
-
-
-def place(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """To the device in the layout of the network, without waiting."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(device, non_blocking=True).contiguous(memory_format=layout)
 
 
 def _build_mixing(config: TrainConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

@@ -3,13 +3,15 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lip_resnet.config import Config, InputError
+from lip_resnet.config import Config, InputError, Section
+
+T = TypeVar("T", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -99,13 +101,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return parse_config(tree, str(path))
 
 
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Validate a mapping, such as the config stored in a checkpoint; ``source`` names it in errors."""
+def parse_config(tree: dict[str, Any], source: str, schema: type[T] = Config) -> T:
+    """Validate a mapping, such as the config stored in a checkpoint, against a schema; ``source`` names it in errors.
+
+    Raises:
+        InputError: one line, as ``load_config``'s.
+    """
     try:
         _check_plain(tree)
-        return Config.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise _refusal(f"{source}: {_explain(error.errors()[0])}") from None
+        raise _refusal(f"{source}: {_explain(error.errors()[0], schema)}") from error
     except ValueError as error:
         raise _refusal(f"{source}: {error}") from None
 
@@ -122,12 +128,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[keys[-1]] = _parse_yaml(value, f"override {override[:200]!r}")
 
 
-def _explain(error: ErrorDetails) -> str:
+def _explain(error: ErrorDetails, section: type[Section]) -> str:
     """pydantic's account of one error as half a line: key, what was given, what is allowed."""
     location = [str(part)[:100] for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        section = Config
         for part in location[:-1]:
             section = section.model_fields[part].annotation
         allowed = list(section.model_fields)

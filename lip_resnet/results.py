@@ -1,20 +1,19 @@
 """Rows of eval.py to tables: seeds grouped, deltas computed, and refused where protocols or test sets differ."""
 
-import csv
-import io
 import json
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lip_resnet.config import Config, InputError
 from lip_resnet.data.testsets import IMAGES
+from lip_resnet.protocol import EvalConfig
 
 PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
 """Keywords of the published networks; a recipe may spell them out."""
 
-_NEEDED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
+_ADDED_LATER = {"crop_mode": "center"}
+"""Keys of a protocol that old rows lack, and what they were."""
 
 
 def describe_training(config: Config, processes: list[int]) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def describe_training(config: Config, processes: list[int]) -> dict[str, Any]:
         processes: the numbers of processes that did, in order; usually one.
     """
     tree = config.model_dump(mode="json")
-    free = {"root", "workers", "download", "images", "eval_batch_size", "eval_size", "eval_resize"}
+    free = {"root", "workers", "download", "images", "eval_batch_size", "eval_size", "eval_resize", "crop_mode"}
     free |= {"seed", "log_every", "profile", "eval_every"}
     free |= {"checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error", "hang_minutes"}
     training = {
@@ -42,7 +41,7 @@ def describe_training(config: Config, processes: list[int]) -> dict[str, Any]:
 
 
 def describe_protocol(
-    config: Config, training: dict[str, Any] | None, test_set: dict[str, Any] | None = None
+    config: EvalConfig, training: dict[str, Any] | None, test_set: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """All that must be equal before two accuracies may be subtracted: data, evaluation and training.
 
@@ -51,39 +50,11 @@ def describe_protocol(
         training: ``describe_training`` of the weights; None where it is unknown.
         test_set: ``EvalSet.protocol``: its name and scoring, where it is not a recipe's validation set.
     """
-    tree = config.model_dump(mode="json")
-    data = tree["data"]
-    evaluation = {key: data[key] for key in ("eval_size", "eval_resize", "interpolation", "mean", "std")}
-    evaluation |= {"precision": tree["train"]["precision"], "decode": "exact", "views": "one centre crop"}
+    data = config.data.model_dump(mode="json")
     about = {"data": data["name"], "classes": config.model.num_classes, **(test_set or {})}
+    evaluation = {key: data[key] for key in ("eval_size", "eval_resize", "crop_mode", "interpolation", "mean", "std")}
+    evaluation |= {"precision": config.precision, "decode": "exact", "views": "one centre crop"}
     return {**about, **evaluation, "training": training}
-
-
-def read_rows(paths: list[str]) -> list[dict[str, Any]]:
-    """Rows from JSON files, or from run folders: eval.json, and eval-NAME.json of other test sets.
-
-    Raises:
-        InputError: no such file, or it is no row of eval.py.
-    """
-    rows, files = [], []
-    for name in paths:
-        path = Path(name)
-        found = sorted(path.glob("eval.json")) + sorted(path.glob("eval-*.json")) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{name} holds no eval.json; make it with: python eval.py --checkpoint {name}")
-        files += found
-    for path in files:
-        try:
-            row = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: cannot read: {error.strerror}") from None
-        except ValueError:
-            raise InputError(f"{path}: not JSON") from None
-        missing = [key for key in _NEEDED if key not in row] if isinstance(row, dict) else list(_NEEDED)
-        if missing:
-            raise InputError(f"{path}: not a row of eval.py; it lacks {', '.join(missing)}")
-        rows.append(row)
-    return rows
 
 
 @dataclass(frozen=True)
@@ -158,7 +129,7 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
             row.get("selected_on_val"),
             row["images"],
             [_digest(row, key) for key in ("names", "content")],
-            row["protocol"],
+            {**_ADDED_LATER, **row["protocol"]},
         ]
         if row.get("seed") is None:
             identity.append(row.get("checkpoint"))
@@ -182,6 +153,7 @@ def _digest(row: dict[str, Any], key: str) -> str | None:
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """The first thing in which two protocols differ, or None."""
+    ours, theirs = {**_ADDED_LATER, **ours}, {**_ADDED_LATER, **theirs}
     for part, other in ((ours, theirs), (ours.get("training") or {}, theirs.get("training") or {})):
         for key in sorted(part.keys() | other.keys()):
             if key != "training" and part.get(key) != other.get(key):
@@ -189,8 +161,8 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     return None
 
 
-def _no_delta(ours: Entry, theirs: Entry) -> str | None:
-    """Why two accuracies may not be subtracted, or None where a delta is honest."""
+def _incomparable(ours: Entry, theirs: Entry) -> str | None:
+    """Why two accuracies may not be subtracted, or None where they may."""
     if ours.protocol["training"] is None or theirs.protocol["training"] is None:
         return "unknown training protocol"
     for key in ("images", "weights", "selected_on_val"):
@@ -212,7 +184,7 @@ def _delta(entry: Entry, entries: list[Entry], key: str) -> tuple[str | None, st
         for other in entries
         if other.model == entry.baseline and not other.rows[0].get("downsampling") and other.test_set == entry.test_set
     ]
-    differences = [_no_delta(entry, other) for other in partners]
+    differences = [_incomparable(entry, other) for other in partners]
     if None in differences:
         return f"{entry.mean(key) - partners[differences.index(None)].mean(key):+.2f}", None
     if not partners:
@@ -265,22 +237,21 @@ def build_wide(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], 
     order = [*IMAGES, *(entry.test_set for entry in entries)]
     sets = sorted({entry.test_set for entry in entries}, key=order.index)
     networks: dict[str, dict[str, Entry]] = {}
-    of_a_set = {"data", "classes", "test_set", "scoring", "lacks", "eval_size", "eval_resize"}
+    of_a_set = {"data", "classes", "test_set", "scoring", "lacks", "eval_size", "eval_resize", "crop_mode"}
     for entry in entries:
         protocol = {key: value for key, value in entry.protocol.items() if key not in of_a_set}
-        found = networks.setdefault(json.dumps([entry.label, protocol], sort_keys=True), {})
-        if entry.test_set in found:
-            why = (
-                difference(entry.protocol, found[entry.test_set].protocol) or "they are of other checkpoints or images"
-            )
+        by_set = networks.setdefault(json.dumps([entry.label, protocol], sort_keys=True), {})
+        if entry.test_set in by_set:
+            other = by_set[entry.test_set].protocol
+            why = difference(entry.protocol, other) or "they are of other checkpoints or images"
             raise InputError(f"{entry.label} has two figures on {entry.test_set}, give one of them: {why}")
-        found[entry.test_set] = entry
+        by_set[entry.test_set] = entry
     lines = []
-    for found in networks.values():
-        first = next(iter(found.values()))
+    for by_set in networks.values():
+        first = next(iter(by_set.values()))
         cells = []
         for name in sets:
-            entry = found.get(name)
+            entry = by_set.get(name)
             key = "mce" if name == "imagenet-c" else "top1"
             if entry is None or key not in entry.rows[0]:
                 cells.append("-")
@@ -290,7 +261,7 @@ def build_wide(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], 
             notes += [note] if note else []
             if (entry.rows[0].get("dataset") or {}).get("whole") is False:
                 notes.append(f"{name}: {entry.rows[0]['images']:,} images, which is not all of it")
-        seeds = sorted({len(entry.rows) for entry in found.values()})
+        seeds = sorted({len(entry.rows) for entry in by_set.values()})
         lines.append([first.label, f"{first.mean('params') / 1e6:.2f}", *cells, " or ".join(map(str, seeds))])
     columns = [f"{name} {'mCE' if name == 'imagenet-c' else 'top-1'} (%)" for name in sets]
     return ["model", "params (M)", *columns, "seeds"], lines, list(dict.fromkeys(notes))
@@ -304,24 +275,3 @@ def _is_imagenet(entry: Entry) -> bool:
 def _with_deviation(entry: Entry, key: str) -> str:
     deviation = entry.deviation(key)
     return f"{entry.mean(key):.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
-
-
-def render(header: list[str], lines: list[list[str]], notes: list[str], style: str) -> str:
-    """A table as ``md``, ``csv`` or ``latex`` text."""
-    if style == "csv":
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerows([header, *lines])
-        return buffer.getvalue()
-    if style == "latex":
-        escape = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$"})
-        body = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in [header, *lines]]
-        body = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\hline", body[0], r"\hline", *body[1:]]
-        return "\n".join([*body, r"\hline", r"\end{tabular}", *(f"% {note}" for note in notes)]) + "\n"
-    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
-    rule = ["-" * (widths[0])] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    table = []
-    for line in [header, rule, *lines]:
-        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        table.append("| " + " | ".join([line[0].ljust(widths[0]), *numbers]) + " |")
-    return "\n".join([*table, "", *notes]).rstrip() + "\n"

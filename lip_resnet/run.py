@@ -11,7 +11,8 @@ from torch import nn
 from lip_resnet import checkpoint, distributed, run_folder, runlog
 from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader
-from lip_resnet.engine import TrainState, evaluate, rehearse, train_one_epoch
+from lip_resnet.engine import TrainState, rehearse, train_one_epoch
+from lip_resnet.evaluate import evaluate
 from lip_resnet.interrupts import SAVE, SETTLE, STOP, Interrupts
 from lip_resnet.numerics import Rollback
 from lip_resnet.recipe import parse_config
@@ -219,9 +220,10 @@ class Run:
         networks = {"val": self.state.model}
         if self.state.ema is not None:
             networks["val_ema"] = self.state.ema.module
-        values = {}
+        data, train, values = self.config.data, self.config.train, {}
+        how = {"precision": train.precision, "channels_last": train.channels_last, "mean": data.mean, "std": data.std}
         for prefix, network in networks.items():
-            result = evaluate(network, self.val_loader, self.config)
+            result = evaluate(network, self.val_loader, **how)
             values |= {f"{prefix}/{name}": result[name] for name in ("loss", "top1", "top5")}
         return values
 

@@ -21,6 +21,7 @@ from lip_resnet.data import testsets
 from lip_resnet.data.decode import BadImage, check_scan, decode_exact
 from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.fingerprint import FILE, digest, names_of
+from lip_resnet.data.location import layout
 from lip_resnet.data.shards import Shards
 from lip_resnet.data.sources import Folder
 
@@ -50,7 +51,7 @@ def look(index: int) -> tuple[int, str, str | None]:
 
 def open_split(root: Path) -> Encoded:
     """Class folders or shards, whichever a directory holds."""
-    if testsets.layout(root) == "shards":
+    if layout(root) == "shards":
         return Shards(root)
     return Folder(root, sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from lip_resnet import checkpoint, distributed, results
 from lip_resnet.config import InputError
 from lip_resnet.paper import load_paper
+from lip_resnet.rows import read_rows
+from lip_resnet.tables import STYLES, render
 
 
 def main() -> None:
     parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="+", help="JSON rows of eval.py, or folders that hold eval.json, eval-NAME.json")
-    parser.add_argument("--format", choices=("md", "csv", "latex"), default="md")
+    parser.add_argument("--format", choices=STYLES, default="md")
     parser.add_argument("--wide", action="store_true", help="a line a network, a column a test set: top-1, or the mCE")
     parser.add_argument("--output", help="write the table here too; an existing file is replaced only with --force")
     parser.add_argument("--force", action="store_true")
@@ -19,13 +21,13 @@ def main() -> None:
     output = Path(options.output) if options.output else None
     if output is not None and output.exists() and not options.force:
         raise InputError(f"{output} exists; choose another --output or add --force")
-    rows = results.read_rows(options.rows)
+    rows = read_rows(options.rows)
     if options.wide:
         header, lines, notes = results.build_wide(rows)
     else:
         paper = load_paper(Path(__file__).with_name("paper.yaml")).accuracies()
         header, lines, notes = results.build_table(rows, paper)
-    text = results.render(header, lines, notes, options.format)
+    text = render(header, lines, notes, options.format)
     print(text, end="")
     if options.format == "csv":  # which has no place for them
         print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)

@@ -18,11 +18,12 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
-from lip_resnet import checkpoint, distributed, fidelity, results, runlog
-from lip_resnet.config import InputError
-from lip_resnet.models import registry
+from lip_resnet import checkpoint, cost, distributed, fidelity, runlog
+from lip_resnet.config import Config, InputError
+from lip_resnet.data.location import DATA_HELP, DATA_NAME_HELP, KINDS
+from lip_resnet.identify import Network, check_finite, identify
 from lip_resnet.models.weights import put_weights
-from lip_resnet.paper import judge, load_paper
+from lip_resnet.paper import compare_counts, load_paper
 from lip_resnet.recipe import parse_config
 
 FIGURES = Path(__file__).with_name("paper.yaml")
@@ -36,7 +37,8 @@ def say(line: str) -> None:
 def main() -> None:
     parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="a .pth, .pt or .safetensors file: released or ours; or a run folder")
-    parser.add_argument("--data", help="the directory that holds ImageNet's val/, or that folder")
+    parser.add_argument("--data", help=f"ImageNet, or the network's other set: {DATA_HELP}")
+    parser.add_argument("--data-name", choices=KINDS, metavar="NAME", help=DATA_NAME_HELP)
     parser.add_argument("--export", help="a new directory for model.safetensors and timm's config.json")
     parser.add_argument("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
     parser.add_argument("--workers", type=int, default=8, help="loader processes of each process")
@@ -52,16 +54,16 @@ def main() -> None:
     say(f"holds     {describe(payload)}")
     trained = parse_config(payload["config"], str(path)) if "config" in payload else None
     ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
-    network = fidelity.identify(payload, str(path), ema)
-    say(f"network   {results.label(network.model, network.args)}, {network.num_classes} classes")
+    network = identify(payload, str(path), ema)
+    say(f"network   {network}, {network.num_classes} classes")
     model = network.build(trained)
     put_weights(model, payload, str(path), ema=ema)
-    fidelity.check_finite(model, str(path))
+    check_finite(model, str(path))
     kind = ", averaged (EMA)" if ema else ""
-    count = registry.count_parameters(model)
+    count = cost.count_parameters(model)
     say(f"mapped    {len(model.state_dict())} tensors, {count:,} parameters, all finite{kind}")
 
-    accepted = options.data is None or check_accuracy(model, network, options)
+    accepted = options.data is None or check_accuracy(model, network, trained, options)
     if options.data is None:
         say("accuracy  NOT checked: give --data DIR; all else is in order")
     if export is not None and accepted:
@@ -71,22 +73,23 @@ def main() -> None:
         sys.exit(1)
 
 
-def check_accuracy(model: nn.Module, network: fidelity.Network, options: Any) -> bool:
+def check_accuracy(model: nn.Module, network: Network, trained: Config | None, options: Any) -> bool:
     """Evaluate, compare with what is published, print both; False where the counts differ."""
     paper = load_paper(FIGURES)
     row = paper.find(network.model, network.args) if network.num_classes == paper.classes else None
     published = row.correct if row else None
     images = paper.images if published else None
-    result = fidelity.evaluate_reference(model, network, images, options.data, options.workers)
+    config = fidelity.reference_protocol(network.model, network.num_classes, trained)
+    result = fidelity.evaluate_reference(model, config, options.data, options.workers, images, options.data_name)
     say(f"* Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
     say(f"correct   top-1 {result['correct1']:,}, top-5 {result['correct5']:,} of {result['images']:,}")
     if published is None:
         say("verdict   none: no counts are published for this network")
         return True
-    verdict = judge(result, published)
+    verdict = compare_counts(result, published)
     say(f"published top-1 {published.top1:,}, top-5 {published.top5:,} ({paper.sources[published.source]})")
-    apart = (result["correct1"] - published.top1, result["correct5"] - published.top5)
-    say(f"apart     top-1 {apart[0]:+d}, top-5 {apart[1]:+d} images")
+    top1, top5 = result["correct1"] - published.top1, result["correct5"] - published.top5
+    say(f"apart     top-1 {top1:+d}, top-5 {top5:+d} images")
     environment = runlog.describe_environment() | {"pillow": PIL.__version__}
     names = ("python", "torch", "torchvision", "timm", "pillow", "cuda", "hardware")
     say("versions  " + ", ".join(f"{name} {environment[name]}" for name in names if environment[name]))
@@ -114,7 +117,7 @@ def check_new(folder: Path) -> None:
         raise InputError(f"--export {folder}: {folder.parent} is not a directory")
 
 
-def write(folder: Path, model: nn.Module, network: fidelity.Network) -> None:
+def write(folder: Path, model: nn.Module, network: Network) -> None:
     """model.safetensors and config.json as timm's push_to_hf_hub writes them; the folder appears whole or not."""
     folder = folder.resolve()
     try:
@@ -128,7 +131,7 @@ def write(folder: Path, model: nn.Module, network: fidelity.Network) -> None:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"--export {folder}: cannot write: {error.strerror or error}") from None
+        raise InputError(f"--export {folder}: cannot write: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

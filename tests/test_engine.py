@@ -10,7 +10,8 @@ from conftest import small_config
 
 from lip_resnet import distributed
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, normalize
-from lip_resnet.engine import build_state, evaluate, train_one_epoch
+from lip_resnet.engine import build_state, train_one_epoch
+from lip_resnet.evaluate import evaluate
 from lip_resnet.models import registry
 
 CPU = torch.device("cpu")
@@ -23,6 +24,12 @@ def prepare(**changes):
     train, val = build_sources(config.data, config.model.num_classes)
     loader = TrainLoader(train, config.data, config.optim.accumulate, config.train.seed)
     return config, state, loader, EvalLoader(val, config.data)
+
+
+def how(config):
+    """The keywords of ``evaluate``."""
+    data, train = config.data, config.train
+    return {"precision": train.precision, "channels_last": train.channels_last, "mean": data.mean, "std": data.std}
 
 
 def run(config, state, loader, watched=()):
@@ -70,9 +77,9 @@ def test_accumulated_steps_are_whole_steps():
 
 def test_loss_falls_and_numbers_are_logged():
     config, state, loader, val_loader = prepare(train__epochs=1, optim__lr=0.1)
-    before = evaluate(state.model, val_loader, config)
+    before = evaluate(state.model, val_loader, **how(config))
     logged = run(config, state, loader)
-    after = evaluate(state.model, val_loader, config)
+    after = evaluate(state.model, val_loader, **how(config))
     assert len(logged) == math.ceil(len(loader) / 5)
     assert set(logged[0]) == {f"train/{n}" for n in ("loss", "top1", "top5", "lr", "images_per_second", "data_wait")}
     assert logged[-1]["train/loss"] < logged[0]["train/loss"]
@@ -94,7 +101,7 @@ def test_evaluation_counts_by_hand():
         hits += sum(int(order[i, 0] == labels[i]) for i in range(len(labels)))
         hits5 += sum(int(labels[i] in order[i, :5]) for i in range(len(labels)))
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
-    result = evaluate(state.model, val_loader, config)
+    result = evaluate(state.model, val_loader, **how(config))
     assert (result["correct1"], result["correct5"]) == (hits, hits5)
     assert result["loss"] == pytest.approx(loss / 355, rel=1e-5)
 

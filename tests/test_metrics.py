@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from lip_resnet.metrics import Counts, cross_entropy
+from lip_resnet.metrics import AccuracyCounts, cross_entropy
 
 
 def test_counts_by_hand():
-    counts = Counts(torch.device("cpu"))
+    counts = AccuracyCounts(torch.device("cpu"))
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 0]])
     counts.add(logits, torch.tensor([0, 1, 5]), torch.tensor(2.0))  # first; fifth; sixth place
     counts.add(logits[:1], torch.tensor([1]), torch.tensor(6.0))  # second place
@@ -21,14 +21,14 @@ def test_counts_by_hand():
 
 
 def test_top5_of_three_classes_is_top3():
-    counts = Counts(torch.device("cpu"))
+    counts = AccuracyCounts(torch.device("cpu"))
     counts.add(torch.tensor([[3.0, 2, 1], [1, 2, 3]]), torch.tensor([2, 2]), torch.tensor(0.0))
     result = counts.reduce()
     assert (result["top1"], result["top5"]) == (50, 100)
 
 
 def test_large_counts_stay_exact():
-    counts = Counts(torch.device("cpu"))
+    counts = AccuracyCounts(torch.device("cpu"))
     counts.sums[3] = 2.0**24
     counts.add(torch.tensor([[1.0, 0]]), torch.tensor([0]), torch.tensor(0.0))
     assert counts.reduce()["images"] == 2**24 + 1
@@ -38,7 +38,7 @@ def test_any_of_several_labels_is_right():
     """By hand: labels padded with -1; the loss is -log of the right classes' summed probability."""
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]])
     labels = torch.tensor([[1, 0], [2, -1], [1, 0]])
-    counts = Counts(torch.device("cpu"))
+    counts = AccuracyCounts(torch.device("cpu"))
     loss = cross_entropy(logits, labels)
     counts.add(logits, labels, loss)
     result = counts.reduce()

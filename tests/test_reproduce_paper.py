@@ -12,12 +12,15 @@ import torchvision
 import yaml
 from conftest import ROOT
 from golden import GOLDEN, released_state_dict
+from test_data_huggingface import parquet  # noqa: F401 (a fixture)
 from torch import nn
 
 from lip_resnet import distributed, fidelity, results
-from lip_resnet.models import registry
+from lip_resnet.cost import count_flops, count_macs
+from lip_resnet.identify import Network
 from lip_resnet.models.weights import load_weights
-from lip_resnet.paper import Check, count_flops, load_paper
+from lip_resnet.paper import Check, load_paper
+from lip_resnet.protocol import EvalConfig
 from lip_resnet.recipe import load_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -90,7 +93,7 @@ def test_flops_rule_by_hand():
         *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 5)),
     )
     convolution, linear, outputs = 4 * 4 * 4 * 3 * 9, 16 * 5, 4 * 4 * 4
-    assert registry.count_macs(model, 4) == convolution + linear
+    assert count_macs(model, 4) == convolution + linear
     assert count_flops(model, 4) == convolution + linear + 2 * outputs + outputs + outputs
 
 
@@ -126,11 +129,11 @@ def test_report(run, tmp_path):
     assert [row["name"] for row in report["rows"]] == list(ROWS)
     for row in report["rows"]:
         sizes = {check["what"]: check for check in row["sizes"]}
-        assert sizes["params"]["found"] == ROWS[row["name"]].params.value
-        assert sizes["macs"]["found"] == pytest.approx(ROWS[row["name"]].macs.value, abs=5e-4)
+        assert sizes["params"]["measured"] == ROWS[row["name"]].params.value
+        assert sizes["macs"]["measured"] == pytest.approx(ROWS[row["name"]].macs.value, abs=5e-4)
         published = ROWS[row["name"]].published
         if published and published.flops:
-            assert round(sizes["flops"]["found"], 2) == published.flops
+            assert round(sizes["flops"]["measured"], 2) == published.flops
         command = f"train.py --config {ROWS[row['name']].recipe} data.root=DIR"
         assert command in row["train"]
         assert command in out
@@ -172,7 +175,9 @@ def trained_row(path: Path, top1: float, processes: int | None = 8, **changes: o
         },
         **{"top1": top1, "top5": 93.2, "images": 50000, "params": 8690920, "macs": 4083343360, "seed": 0},
         **{
-            "protocol": results.describe_protocol(config, processes and results.describe_training(config, [processes])),
+            "protocol": results.describe_protocol(
+                EvalConfig.from_recipe(config), processes and results.describe_training(config, [processes])
+            ),
             **changes,
         },
     }
@@ -202,25 +207,27 @@ def test_rows_of_eval(run, small, tmp_path):
         assert f"not compared, its protocol is not the paper's: {words}" in out
 
 
-def test_weights(run, small, tmp_path, image_folder):
+def test_weights(run, small, tmp_path, image_folder, parquet):  # noqa: F811
     state = released_state_dict("lip_densenet121")
     for key in ("classifier.weight", "classifier.bias"):
         state[key] = state[key][:3].clone()
     path = tmp_path / "lip_densenet_121.pth"
     torch.save(state, path, _use_new_zipfile_serialization=False)
-    network = fidelity.Network("lip_densenet121", {}, 3)
+    network = Network("lip_densenet121", {}, 3)
     model = network.build()
     load_weights(model, path)
-    top1 = fidelity.evaluate_reference(model, network, 11, str(image_folder), 0)["correct1"]
-    for apart, code, words in (
-        (0, 0, "agrees (counts: identical)"),
-        (26, 1, "OFF (counts: differs)"),
+    protocol = fidelity.reference_protocol("lip_densenet121", 3)
+    top1 = fidelity.evaluate_reference(model, protocol, str(image_folder), 0, 11)["correct1"]
+    for option, apart, code, words in (
+        ("--checkpoints", 0, 0, "agrees (counts: identical)"),
+        ("--weights", 26, 1, "OFF (counts: differs)"),  # the option's earlier name
     ):
         small({"correct": {"source": "readme", "top1": top1 + apart, "top5": 11}}, images=11, classes=3)
-        got, out, _ = run("--weights", f"lip_densenet121={path}", "--data", image_folder, "--workers", 0)
+        data = (image_folder,) if option == "--checkpoints" else (parquet, "--data-name", "huggingface")
+        got, out, _ = run(option, f"lip_densenet121={path}", "--workers", 0, "--data", *data)
         assert (got, words in out) == (code, True), out
     small()
-    code, _, err = run("--weights", f"lip_densenet121={path}", "--data", image_folder)
+    code, _, err = run("--checkpoints", f"lip_densenet121={path}", "--data", image_folder)
     assert code == 2
     assert "the file holds lip_densenet121 of 3 classes" in err
 
@@ -233,9 +240,9 @@ def test_refusals(run, small, tmp_path):
     assert (tmp_path / "report.md").read_text() == "mine"
     assert run("--output", tmp_path, "--force")[0] == 0
     assert (tmp_path / "report.md").read_text().startswith("# The paper")
-    assert "belong together" in run("--weights", "lip_densenet121=x")[2]
-    assert "must be NAME=FILE" in run("--weights", "resnet5=x", "--data", tmp_path)[2]
-    assert "no such file" in run("--weights", f"lip_densenet121={tmp_path}/none", "--data", tmp_path)[2]
+    assert "belong together" in run("--checkpoints", "lip_densenet121=x")[2]
+    assert "must be NAME=FILE" in run("--checkpoints", "resnet5=x", "--data", tmp_path)[2]
+    assert "no such file" in run("--checkpoints", f"lip_densenet121={tmp_path}/none", "--data", tmp_path)[2]
     shutil.copy(ROOT / "LICENSE", tmp_path / "plain.md")
     assert "it has no lines" in run("--readme", tmp_path / "plain.md")[2]
     other = trained_row(tmp_path / "row.json", 70.0, model="resnet18")

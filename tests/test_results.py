@@ -9,6 +9,9 @@ from conftest import small_config
 
 from lip_resnet import results
 from lip_resnet.config import InputError
+from lip_resnet.protocol import EvalConfig
+from lip_resnet.rows import read_rows
+from lip_resnet.tables import render
 
 PAPER = {"lip_resnet50": {"top1": 78.186, "top5": 93.964}}
 
@@ -18,7 +21,12 @@ def row(model: str, top1: float, seed: int | None = 0, **changes) -> dict:
     return {
         **{"model": model, "args": {}, "checkpoint": f"{model}-{seed}", "weights": "model", "selected_on_val": False},
         **{"top1": top1, "top5": 99.0, "loss": 0.1, "images": 355, "params": 23_864_232, "macs": 5_299_830_784},
-        **{"seed": seed, "protocol": results.describe_protocol(config, results.describe_training(config, [2]))},
+        **{
+            "seed": seed,
+            "protocol": results.describe_protocol(
+                EvalConfig.from_recipe(config), results.describe_training(config, [2])
+            ),
+        },
     }
 
 
@@ -64,7 +72,9 @@ def test_no_delta_between_protocols(changes, words):
 
 def test_no_delta_between_batch_norms_of_other_sizes():
     ours, theirs = row("lip_resnet50", 98.0), row("resnet50", 97.0)
-    theirs["protocol"] = results.describe_protocol(small_config(), results.describe_training(small_config(), [1]))
+    theirs["protocol"] = results.describe_protocol(
+        EvalConfig.from_recipe(small_config()), results.describe_training(small_config(), [1])
+    )
     lines, notes = table([ours, theirs])
     assert lines["lip_resnet50"]["delta top-1"] == "-"
     assert "images_per_batch_norm: 32 against 64" in notes[0]
@@ -78,7 +88,7 @@ def test_hardware_is_not_protocol():
 def test_unknown_training_has_no_delta():
     ours, theirs = row("lip_resnet50", 98.0, None), row("resnet50", 97.0, None)
     for one in (ours, theirs):
-        one["protocol"] = results.describe_protocol(small_config(), None)
+        one["protocol"] = results.describe_protocol(EvalConfig.from_recipe(small_config()), None)
     lines, notes = table([ours, theirs])
     assert lines["lip_resnet50"]["delta top-1"] == "-"
     assert "unknown training" in notes[0]
@@ -110,11 +120,11 @@ def test_best_and_ema_are_labelled():
 def test_formats():
     rows = [row("lip_resnet50", 98.0), row("resnet50", 97.0)]
     header, lines, notes = results.build_table(rows, PAPER)
-    csv = results.render(header, lines, notes, "csv").splitlines()
+    csv = render(header, lines, notes, "csv").splitlines()
     assert csv[1] == "lip_resnet50,23.86,5.300,98.00,99.00,+1.00,1,355"
-    latex = results.render(header, lines, notes, "latex")
+    latex = render(header, lines, notes, "latex")
     assert r"lip\_resnet50 & 23.86 & 5.300 & 98.00 & 99.00 & +1.00 & 1 & 355 \\" in latex
-    markdown = results.render(header, lines, notes, "md").splitlines()
+    markdown = render(header, lines, notes, "md").splitlines()
     assert len({len(line) for line in markdown}) == 1
     assert markdown[0].split("|")[1].strip() == "model"
 
@@ -130,11 +140,23 @@ def test_bad_rows(tmp_path):
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=words):
-            results.read_rows([str(tmp_path / name)])
+            read_rows([str(tmp_path / name)])
     with pytest.raises(InputError, match="No such file"):
-        results.read_rows([str(tmp_path / "none.json")])
+        read_rows([str(tmp_path / "none.json")])
     with pytest.raises(InputError, match=r"holds no eval\.json"):
-        results.read_rows([str(tmp_path)])
+        read_rows([str(tmp_path)])
+
+
+def test_old_rows_were_centre_crops():
+    """Rows from before the key ``crop_mode``: deltas and seeds as ever, and no delta to another crop."""
+    old, seed = row("resnet50", 97.0, 0), row("resnet50", 96.0, 1)
+    assert old["protocol"].pop("crop_mode") == "center"
+    assert not {key for key in old["protocol"]["training"] if "crop_mode" in key}
+    lines, notes = table([row("lip_resnet50", 98.0), old, seed])
+    assert (lines["lip_resnet50"]["delta top-1"], lines["resnet50"]["seeds"], notes) == ("+1.50", "2", [])
+    lines, notes = table([row("lip_resnet50", 98.0, data__crop_mode="squash"), old])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert "crop_mode: squash against center" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -233,4 +255,4 @@ def test_the_papers_figures_are_not_those_of_sketch():
 def test_a_run_folder_holds_a_row_for_each_set(tmp_path):
     for name, one in (("eval", ROWS[0]), ("eval-imagenet-v2", ROWS[2])):
         (tmp_path / f"{name}.json").write_text(json.dumps(one))
-    assert results.read_rows([str(tmp_path)]) == [ROWS[0], ROWS[2]]
+    assert read_rows([str(tmp_path)]) == [ROWS[0], ROWS[2]]

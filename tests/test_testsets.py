@@ -7,7 +7,6 @@ import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from lip_resnet import distributed, metrics
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import EvalLoader, describe_source, testsets
 from lip_resnet.data.encoded import Encoded
+from lip_resnet.rows import row_path
 
 # The network's answer to every image: these classes, in this order.
 RANKING = [10, 2, 795, 6, 1, 11, 13, 15, 17, 809]
@@ -144,7 +144,7 @@ def test_restricted_logits_are_the_authors(sets, images):
         ]
         == FIRST_OF_R
     )
-    loader, counts = EvalLoader(testsets.Joined([chosen]), config), metrics.Counts(torch.device("cpu"))
+    loader, counts = EvalLoader(testsets.Joined([chosen]), config), metrics.AccuracyCounts(torch.device("cpu"))
     network = metrics.ClassLogits(model, chosen.classes)
     with torch.no_grad():
         for pixels, labels in loader:
@@ -367,12 +367,9 @@ def test_shards_are_found_by_what_the_folder_holds(image_folder, tmp_path, monke
 
 def test_where_rows_go(tmp_path):
     """A run folder keeps a file for each set; a bare file's rows go where --output says, or nowhere."""
-    run = SimpleNamespace(checkpoint=str(tmp_path), output=None)
-    names = {name: eval_command.choose_output(run, name, 3).name for name in (None, "imagenet", "imagenet-c")}
+    names = {name: row_path(str(tmp_path), None, name, alone=False).name for name in (None, "imagenet", "imagenet-c")}
     assert names == {None: "eval.json", "imagenet": "eval.json", "imagenet-c": "eval-imagenet-c.json"}
-    bare = SimpleNamespace(checkpoint=str(tmp_path / "bare.pth"), output=None)
-    assert eval_command.choose_output(bare, "imagenet-c", 1) is None
-    bare.output = str(tmp_path)
-    assert eval_command.choose_output(bare, "imagenet-a", 2) == tmp_path / "eval-imagenet-a.json"
-    bare.output = str(tmp_path / "row.json")
-    assert eval_command.choose_output(bare, "imagenet-a", 1) == tmp_path / "row.json"
+    bare = str(tmp_path / "bare.pth")
+    assert row_path(bare, None, "imagenet-c", alone=True) is None
+    assert row_path(bare, str(tmp_path), "imagenet-a", alone=False) == tmp_path / "eval-imagenet-a.json"
+    assert row_path(bare, str(tmp_path / "row.json"), "imagenet-a", alone=True) == tmp_path / "row.json"

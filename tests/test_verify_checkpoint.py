@@ -11,10 +11,12 @@ import yaml
 from conftest import ROOT
 from golden import GOLDEN, images, released_state_dict
 from PIL import Image
+from test_data_huggingface import parquet  # noqa: F401 (a fixture)
 from torchvision.transforms import v2
 
-from lip_resnet import checkpoint, distributed, fidelity
+from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
+from lip_resnet.identify import Network, identify
 from lip_resnet.models.weights import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -66,8 +68,8 @@ def densenet(tmp_path_factory):
 def test_released_keys_name_the_network(golden, model, args):
     shapes = GOLDEN[golden]["state_dict"]
     state = {f"module.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert fidelity.identify({"state_dict": state, "best_acc1": torch.tensor(78.2)}, "x") == (model, args, 1000)
-    network = fidelity.identify({key.removeprefix("module."): value for key, value in state.items()}, "x")
+    assert identify({"state_dict": state, "best_acc1": torch.tensor(78.2)}, "x") == (model, args, 1000)
+    network = identify({key.removeprefix("module."): value for key, value in state.items()}, "x")
     assert network == (model, args, 1000)
 
 
@@ -75,7 +77,7 @@ def test_released_keys_name_the_network(golden, model, args):
 def test_torchvision_keys_name_the_network(name):
     with torch.device("meta"):
         state = torchvision.models.get_model(name, num_classes=7).state_dict()
-    assert fidelity.identify(state, "x") == (name, {}, 7)
+    assert identify(state, "x") == (name, {}, 7)
 
 
 def test_what_fits_nothing_is_compared_with_the_nearest():
@@ -83,9 +85,9 @@ def test_what_fits_nothing_is_compared_with_the_nearest():
         state = timm.create_model("lip_resnet50", bottleneck_width=64).state_dict()
         del state["layer3.2.conv1.weight"]
         with pytest.raises(InputError, match=r"1 keys missing \(layer3.2.conv1.weight\).* lip_resnet50 \(bottleneck_w"):
-            fidelity.identify(state, "x")
+            identify(state, "x")
         with pytest.raises(InputError, match="not the weights of this"):
-            fidelity.identify(timm.create_model("resnet18").state_dict(), "x")
+            identify(timm.create_model("resnet18").state_dict(), "x")
 
 
 def test_without_data_all_but_the_accuracy(run, densenet):
@@ -151,7 +153,7 @@ def test_export_of_a_run(run, tmp_path):
 
 
 def test_export_of_a_plain_network_describes_the_reference_protocol(tmp_path):
-    network = fidelity.Network("resnet50", {}, 5)
+    network = Network("resnet50", {}, 5)
     verify_checkpoint.write(tmp_path / "export", network.build(), network)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True)
     assert loaded.num_classes == 5
@@ -192,14 +194,14 @@ def figures(path, top1: int, top5: int, total: int):
     return path
 
 
-def test_verdicts(run, monkeypatch, tmp_path, densenet, image_folder):
+def test_verdicts(run, monkeypatch, tmp_path, densenet, image_folder, parquet):  # noqa: F811
     top1, top5 = count_by_hand(densenet, image_folder / "val")
     assert (top5, 0 < top1 < 11) == (11, True)
     export = tmp_path / "export"
     for apart, code, verdict in (((0, 0), 0, "identical"), ((25, -1), 0, "within 25 images"), ((0, 26), 1, "differs")):
         path = figures(tmp_path / "paper.yaml", top1 + apart[0], top5 + apart[1], 11)
         monkeypatch.setattr(verify_checkpoint, "FIGURES", path)
-        data = image_folder if verdict == "identical" else image_folder / "val"
+        data = {"identical": image_folder, "within 25 images": image_folder / "val", "differs": parquet}[verdict]
         arguments = ("--export", export) if verdict == "differs" else ()
         got, out, _ = run(densenet, "--data", data, "--workers", 0, *arguments)
         assert got == code, out

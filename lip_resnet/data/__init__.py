@@ -4,8 +4,7 @@ from lip_resnet.data.fingerprint import describe_source
 from lip_resnet.data.loaders import Batch, EvalLoader, TrainLoader
 from lip_resnet.data.prefetch import prefetch
 from lip_resnet.data.sources import build_sources
-from lip_resnet.data.testsets import locate
-from lip_resnet.data.transforms import normalize
+from lip_resnet.data.transforms import normalize, to_device
 
 __all__ = [
     "Batch",
@@ -13,7 +12,7 @@ __all__ = [
     "TrainLoader",
     "build_sources",
     "describe_source",
-    "locate",
     "normalize",
     "prefetch",
+    "to_device",
 ]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from lip_resnet import distributed
-from lip_resnet.config import DataConfig, InputError
+from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import BadImage, read_file
 from lip_resnet.data.encoded import Encoded
 
@@ -36,7 +36,7 @@ class Table(Encoded):
         return data
 
 
-def table_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Table]:
+def table_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Table]:
     """The splits of the set ``data.root``; rank 0 fetches and converts it first.
 
     Raises:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lip_resnet import distributed, seeding
-from lip_resnet.config import DataConfig, InputError
+from lip_resnet.config import DataConfig, EvalDataConfig, InputError
 from lip_resnet.data.decode import BadImage
 from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Parcel, on_this_gpu
@@ -129,7 +129,7 @@ def _prefetch(source: Any, indices: Sequence[int]) -> None:
 class _EvalBatches(Dataset):
     """A request, (None, range of indices), to a batch: every image by PIL, and any that does not decode is an error."""
 
-    def __init__(self, source: Any, config: DataConfig, in_flight: InFlightSamples) -> None:
+    def __init__(self, source: Any, config: EvalDataConfig, in_flight: InFlightSamples) -> None:
         self.source, self.in_flight, self.transform = source, in_flight, eval_transform(config)
 
     def __getitems__(self, request: tuple[None, range]) -> tuple[Tensor, Tensor] | str:
@@ -296,7 +296,7 @@ class EvalLoader:
         InputError: an image does not decode, whatever ``data.on_error`` says, or a worker died.
     """
 
-    def __init__(self, source: Any, config: DataConfig) -> None:
+    def __init__(self, source: Any, config: EvalDataConfig) -> None:
         self.source, self.batch_size, self.batches = source, config.eval_batch_size, []
         self.choose(range(len(source)))
         self.in_flight = InFlightSamples(config.workers)

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from lip_resnet import distributed
-from lip_resnet.config import DataConfig, InputError
+from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.arrays import Arrays
 from lip_resnet.data.decode import read_file
 from lip_resnet.data.encoded import Encoded
@@ -72,7 +72,7 @@ NAMED = {
 """A recipe's ``data.name`` -> the set."""
 
 
-def named_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Dataset]:
+def named_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Dataset]:
     """The splits of a named set at ``data.root``, which rank 0 downloads first if ``data.download`` says so.
 
     Raises:
@@ -88,7 +88,7 @@ def named_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Dataset]:
     return [_source(config, split) for split in splits]
 
 
-def _open(config: DataConfig, split: str, download: bool) -> list[Any]:
+def _open(config: EvalDataConfig, split: str, download: bool) -> list[Any]:
     """torchvision's datasets that make up one of our splits."""
     named, root = NAMED[config.name], Path(config.root).expanduser()
     options = {"root": str(root), "download": download, **(named.options or {})}
@@ -105,7 +105,7 @@ def _open(config: DataConfig, split: str, download: bool) -> list[Any]:
         ) from None
 
 
-def _source(config: DataConfig, split: str) -> Dataset:
+def _source(config: EvalDataConfig, split: str) -> Dataset:
     parts = _open(config, split, download=False)
     if hasattr(parts[0], "data"):
         source: Any = _arrays(f"{config.name}/{split}", parts[0])

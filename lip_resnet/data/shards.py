@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lip_resnet import distributed
-from lip_resnet.config import DataConfig, InputError
+from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import BadImage
 from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.index import FILE, Index, read_index
@@ -142,7 +142,7 @@ class RemoteShards(_Indexed):
         return data[tarfile.BLOCKSIZE :]
 
 
-def shard_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Shards] | list[RemoteShards]:
+def shard_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Shards] | list[RemoteShards]:
     """The shards of some splits, at ``data.root``.
 
     Raises:

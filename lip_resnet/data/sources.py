@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from lip_resnet.config import DataConfig, InputError
+from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.arrays import Arrays
 from lip_resnet.data.decode import read_file
 from lip_resnet.data.encoded import Encoded
@@ -108,7 +108,7 @@ class Folder(Encoded):
         return read_file(self.path(index))
 
 
-def _folder_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Folder]:
+def _folder_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Folder]:
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise InputError(f"data.root: {root} is not a directory; it must hold train/ and val/")
@@ -137,8 +137,11 @@ def _folder_sources(config: DataConfig, splits: tuple[str, ...]) -> list[Folder]
     return sources
 
 
-def build_sources(config: DataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Any]:
+def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Any]:
     """The datasets of the splits asked for, ("train", "val") or ("val",); every process must call it.
+
+    Args:
+        config: for "train" a ``DataConfig``.
 
     Raises:
         InputError: they are not there, not as they should be, or hold another number of classes.
@@ -146,8 +149,12 @@ def build_sources(config: DataConfig, num_classes: int, splits: tuple[str, ...] 
     if config.name == "digits":
         sources = [Digits(train=split == "train") for split in splits]
     elif config.name == "synthetic":
-        shapes = {"train": (config.images, config.sizes[-1]), "val": (max(1, config.images // 10), config.eval_size)}
-        sources = [Synthetic(shapes[split][0], num_classes, shapes[split][1]) for split in splits]
+        sources = [
+            Synthetic(config.images, num_classes, config.sizes[-1])
+            if split == "train"
+            else Synthetic(max(1, config.images // 10), num_classes, config.eval_size)
+            for split in splits
+        ]
     elif config.name == "shards":
         sources = shard_sources(config, splits)
     elif config.name == "huggingface":

@@ -18,9 +18,8 @@ import yaml
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lip_resnet.config import DataConfig, InputError
+from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import read_file
 from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.sources import Folder, build_sources
@@ -37,11 +36,6 @@ IMAGES = {
 }
 """Every test set and its size; ImageNet-C's is that of each severity of each corruption."""
 
-_PLACES = {
-    "imagenet": ("imagenet", "val"),
-    "imagenet-v2": ("imagenet-v2", "imagenetv2-matched-frequency-format-val"),
-    "imagenet-real": ("imagenet-real", "imagenet", "val"),
-}
 _SCORING = {
     "imagenet-a": "among the set's 200 classes",
     "imagenet-r": "among the set's 200 classes",
@@ -59,7 +53,7 @@ class EvalSet:
     name: str
     """One of ``IMAGES``, or the recipe's ``data.name``."""
     source: Any
-    config: DataConfig
+    config: EvalDataConfig
     """Resizing and crop."""
     parts: dict[str, range]
     """Name -> its images in the source; each is evaluated by itself. ImageNet-C's are corruption/severity."""
@@ -129,12 +123,12 @@ class RealLabels(Encoded):
         labels = RealLabelsImagenet(range(IMAGES["imagenet"])).real_labels
         samples, right, self.kept = [], [], []
         for index, (name, label) in enumerate(source.samples):
-            found = re.search(r"(?:^|[/:])(ILSVRC2012_val_\d{8})(?:\.\w+)?$", name)
-            if found is None or f"{found[1]}.JPEG" not in labels:
+            match = re.search(r"(?:^|[/:])(ILSVRC2012_val_\d{8})(?:\.\w+)?$", name)
+            if match is None or f"{match[1]}.JPEG" not in labels:
                 raise InputError(f"imagenet-real: {name} is not named ILSVRC2012_val_00000001 to _00050000")
-            if labels[f"{found[1]}.JPEG"]:
+            if labels[f"{match[1]}.JPEG"]:
                 samples.append((name, label))
-                right.append(labels[f"{found[1]}.JPEG"])
+                right.append(labels[f"{match[1]}.JPEG"])
                 self.kept.append(index)
         super().__init__(source.root, source.classes, samples)
         self.source, width = source, max(map(len, right), default=1)
@@ -174,63 +168,27 @@ def corruptions() -> tuple[dict[str, float], list[str]]:
     return content["alexnet_error"], content["extra"]
 
 
-def locate(data: str, name: str | None = None, alone: bool = True) -> tuple[dict[str, str], str]:
-    """Where a set lies: the keys ``name`` and ``root`` of a DataConfig, and the folder below that root.
-
-    Args:
-        data: what a user gave as --data. For a validation set the directory that holds val/, or that folder, with class
-            folders or tar shards. For a test set its folder, or one that holds it under its name.
-        name: one of ``IMAGES``; None for the recipe's validation set.
-        alone: whether ``data`` may be the set itself.
+def choose(names: list[str] | None, partial: bool) -> list[str | None]:
+    """The test sets of --dataset, each once; None is the recipe's validation set.
 
     Raises:
-        InputError: it is not there, or holds neither class folders nor shards.
+        InputError: ``partial`` without ImageNet-C.
     """
-    root = Path(data).expanduser()
-    if not root.is_dir():
-        what = "it must hold val/, or be that folder" if name is None else f"it must be {name}, or hold it"
-        raise InputError(f"--data {root} is not a directory; {what}")
-    if name is not None:
-        places = [root / place for place in _PLACES.get(name, (name,))]
-        found = next((place for place in places if place.is_dir()), root if alone else None)
-        if found is None:
-            raise InputError(f"--data {root} has no {places[0].name}/; for several sets it must hold each by its name")
-        root = found
-    if name not in (None, "imagenet", "imagenet-real"):
-        return {"name": "folder", "root": str(root)}, ""
-    split = "val"
-    if not (root / "val").is_dir():
-        root, split = root.resolve().parent, root.resolve().name
-    return {"name": layout(root / split), "root": str(root)}, split
+    if not names:
+        return [None]
+    names = list(IMAGES) if "all" in names else list(dict.fromkeys(names))
+    if partial and "imagenet-c" not in names:
+        raise InputError("--partial belongs to --dataset imagenet-c")
+    return names
 
 
-def layout(folder: Path) -> str:
-    """What a directory holds: class folders ("folder") or tar files ("shards").
-
-    Raises:
-        InputError: neither, or it cannot be read.
-    """
-    try:
-        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    except OSError as error:
-        raise InputError(f"cannot read {folder}: {error.strerror}") from None
-    if any(entry.is_dir() for entry in entries):
-        return "folder"
-    suffixes = {entry.suffix.lower() for entry in entries}
-    if ".tar" in suffixes:
-        return "shards"
-    loose = "; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
-    hint = loose if suffixes & set(IMG_EXTENSIONS) else ""
-    raise InputError(f"{folder} holds neither class folders nor .tar shards{hint}")
-
-
-def open_set(name: str | None, config: DataConfig, split: str, num_classes: int, partial: bool = False) -> EvalSet:
+def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: int, partial: bool = False) -> EvalSet:
     """The set to evaluate on.
 
     Args:
         name: one of ``IMAGES``; None for the recipe's validation set, whatever it is.
-        config: with ``locate``'s keys.
-        split: ``locate``'s folder.
+        config: with the keys that ``locate`` gives.
+        split: the folder that ``locate`` gives.
         num_classes: the network's.
         partial: take ImageNet-C without some of its folders.
 
@@ -250,8 +208,8 @@ def open_set(name: str | None, config: DataConfig, split: str, num_classes: int,
         protocol["scoring"] = _SCORING[name]
     if name == "imagenet-c":
         source, parts = _open_corruptions(root, config, partial)
-        if partial and (lacking := _lacking(parts)):
-            protocol["lacks"] = lacking
+        if partial and (missing := _missing(parts)):
+            protocol["lacks"] = missing
         return EvalSet(name, source, config, parts, protocol=protocol)
     if name in ("imagenet", "imagenet-real"):
         if config.name == "folder":
@@ -279,15 +237,15 @@ def _check_classes(name: str, root: Path, classes: list[str]) -> None:
         InputError: it does not.
     """
     try:
-        found = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     except OSError as error:
-        raise InputError(f"--dataset {name}: cannot read {root}: {error.strerror}") from None
-    missing = [label for label in classes if label not in found]
-    extra = sorted(found - set(classes))
+        raise InputError(f"--dataset {name}: cannot read {root}: {error.strerror}") from error
+    missing = [label for label in classes if label not in folders]
+    extra = sorted(folders - set(classes))
     problems = [
-        f"{len(folders)} {what}, the first is {folders[0]!r}"
-        for folders, what in ((missing, "are missing"), (extra, "are none of them"))
-        if folders
+        f"{len(names)} {what}, the first is {names[0]!r}"
+        for names, what in ((missing, "are missing"), (extra, "are none of them"))
+        if names
     ]
     if problems:
         raise InputError(
@@ -296,7 +254,7 @@ def _check_classes(name: str, root: Path, classes: list[str]) -> None:
         )
 
 
-def _lacking(parts: Iterable[str]) -> list[str]:
+def _missing(parts: Iterable[str]) -> list[str]:
     """What of ImageNet-C is not there; of an extra corruption only what its folder lacks."""
     counted, extra = corruptions()
     there = set(parts)
@@ -304,7 +262,7 @@ def _lacking(parts: Iterable[str]) -> list[str]:
     return [part for name in asked for severity in range(1, 6) if (part := f"{name}/{severity}") not in there]
 
 
-def _open_corruptions(root: Path, config: DataConfig, partial: bool) -> tuple[Encoded, dict[str, range]]:
+def _open_corruptions(root: Path, config: EvalDataConfig, partial: bool) -> tuple[Encoded, dict[str, range]]:
     """root/corruption/severity/wnid/, also with a folder above the corruptions, as the archives are named."""
     counted, extra = corruptions()
     folders = {
@@ -313,7 +271,7 @@ def _open_corruptions(root: Path, config: DataConfig, partial: bool) -> tuple[En
         for path in root.glob(pattern)
         if path.name in (*counted, *extra) and path.is_dir()
     }
-    places = {
+    part_folders = {
         f"{name}/{severity}": folders[name] / str(severity)
         for name in (*counted, *extra)
         for severity in range(1, 6)
@@ -321,17 +279,17 @@ def _open_corruptions(root: Path, config: DataConfig, partial: bool) -> tuple[En
     }
     if not folders.keys() & counted.keys():
         raise InputError(f"--dataset imagenet-c: {root} holds none of the corruptions {', '.join(counted)}")
-    if (lacking := _lacking(places)) and not partial:
+    if (missing := _missing(part_folders)) and not partial:
         raise InputError(
-            f"--dataset imagenet-c: {root} lacks {len(lacking)} folders (corruption/severity), the first is "
-            f"{lacking[0]}; --partial evaluates what is there, without an mCE"
+            f"--dataset imagenet-c: {root} lacks {len(missing)} folders (corruption/severity), the first is "
+            f"{missing[0]}; --partial evaluates what is there, without an mCE"
         )
     known, samples, parts = wnids(), [], {}
-    for part, folder in places.items():
+    for part, folder in part_folders.items():
         _check_classes("imagenet-c", folder, known)
-        found = Folder(folder, known).samples
-        parts[part] = range(len(samples), len(samples) + len(found))
-        samples += found
+        images = Folder(folder, known).samples
+        parts[part] = range(len(samples), len(samples) + len(images))
+        samples += images
     sizes = {part: len(images) for part, images in parts.items()}
     fewest, most = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
     if sizes[fewest] != sizes[most]:

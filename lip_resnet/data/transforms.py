@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import InterpolationMode, v2
 
 from lip_resnet import seeding
-from lip_resnet.config import DataConfig, InputError
+from lip_resnet.config import DataConfig, EvalDataConfig, InputError
 from lip_resnet.data.decode import JpegDecoder, decode_exact
 
 
@@ -121,15 +122,27 @@ class TrainTransform:
         return (height - h) // 2, (width - w) // 2, h, w
 
 
-def eval_transform(config: DataConfig) -> v2.Transform:
-    """The reference's protocol: the shorter side to ``eval_resize``, then the centre crop of ``eval_size``."""
-    return v2.Compose(
-        [
-            v2.Resize(config.eval_resize, InterpolationMode(config.interpolation)),
-            v2.CenterCrop(config.eval_size),
-            v2.PILToTensor(),
-        ]
-    )
+def eval_transform(config: EvalDataConfig) -> v2.Transform:
+    """PIL image -> (3, eval_size, eval_size) uint8: resized as ``crop_mode`` says, then cropped at the centre.
+
+    The three modes are those of timm's ``transforms_imagenet_eval``; ``center`` is the reference's protocol.
+    """
+    side, interpolation = config.eval_resize, InterpolationMode(config.interpolation)
+    crop: Any = v2.CenterCrop(config.eval_size)
+    if config.crop_mode == "center":
+        resize: Any = v2.Resize(side, interpolation)
+    elif config.crop_mode == "squash":
+        resize = v2.Resize((side, side), interpolation)
+    else:
+        resize = ResizeKeepRatio(side, longest=1.0, interpolation=config.interpolation)
+        crop = CenterCropOrPad(config.eval_size, fill=[round(255 * value) for value in config.mean])
+    return v2.Compose([resize, crop, v2.PILToTensor()])
+
+
+def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """Images (B, 3, H, W) of any dtype on ``device``, copied without blocking, channels-last or contiguous."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(device, non_blocking=True).contiguous(memory_format=layout)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lip_resnet.config import InputError, ModelConfig
 from lip_resnet.layers.replace import replace_downsampling
@@ -20,14 +19,31 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
     Raises:
         InputError: unknown name, or a keyword or value that the model does not take.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise InputError(f"model.name: unknown model {name!r}; near names: {', '.join(near) or 'none'}")
+    _check_name(name)
     try:
         return timm.create_model(name, **keywords)
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {name} does not take {keywords}: {line}") from None
+
+
+def pretrained_cfg(name: str) -> dict[str, Any]:
+    """timm's description of a model: its classes, classifier and evaluation. Nothing is built.
+
+    Raises:
+        InputError: unknown name, or unknown tag of pretrained weights.
+    """
+    _check_name(name)
+    try:
+        return (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).to_dict()
+    except RuntimeError as error:
+        raise InputError(f"model.name: {name}: {error}") from error
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise InputError(f"model.name: unknown model {name!r}; near names: {', '.join(near) or 'none'}")
 
 
 def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
@@ -84,16 +100,3 @@ def check_size(model: nn.Module, size: int) -> None:
         trial(torch.empty(2, 3, size, size, device="meta"))
     except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from None
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers that training changes."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_macs(model: nn.Module, size: int) -> int:
-    """Multiply-adds of the convolutions and linear layers for one ``size`` x ``size`` image (the papers' "FLOPs")."""
-    trial = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        trial(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() // 2

@@ -1,0 +1,107 @@
+"""Where a set lies: what a user gives as --data, to the keys of a recipe and the folder below its root."""
+
+import os
+from pathlib import Path
+from typing import get_args
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lip_resnet import distributed
+from lip_resnet.config import InputError, TorchvisionSet
+from lip_resnet.data.index import FILE
+from lip_resnet.data.remote import MissingFile, Remote, is_url
+
+KINDS = ("folder", "shards", "huggingface", *get_args(TorchvisionSet))
+"""Every ``data.name`` whose images lie at a root."""
+
+DATA_HELP = (
+    "the directory that holds val/, or that folder: class folders or tar shards (shards also behind a URL); or a "
+    "folder of Parquet files; or of a recipe with another data.name what its data.root would be"
+)
+DATA_NAME_HELP = "what lies at --data, as a recipe's data.name (default: the recipe's, or seen from the files)"
+"""Of the options --data and --data-name of every command that evaluates."""
+
+_FOLDERS = {
+    "imagenet": ("imagenet", "val"),
+    "imagenet-v2": ("imagenet-v2", "imagenetv2-matched-frequency-format-val"),
+    "imagenet-real": ("imagenet-real", "imagenet", "val"),
+}
+"""A test set -> the folders that may hold it, where they are not named as the set."""
+
+
+def locate(data: str, test_set: str | None = None, alone: bool = True, kind: str | None = None) -> tuple[dict, str]:
+    """The keys ``name`` and ``root`` of a set, and the folder below that root (a split).
+
+    Args:
+        data: what a user gave as --data. For a validation set the directory that holds val/, or that folder, with class
+            folders or tar shards; the URL of such shards; a folder of Parquet files; or for another ``kind`` its own
+            ``data.root``. For a test set its folder, or one that holds it under its name.
+        test_set: one of ``testsets.IMAGES``; None for a validation set.
+        alone: whether ``data`` may be the test set itself.
+        kind: the ``data.name`` of a validation set, the recipe's or one that the user named. None, "folder" and
+            "shards" are told apart by what ``data`` holds.
+
+    Raises:
+        InputError: it is not there, or holds none of these.
+    """
+    validation = test_set in (None, "imagenet", "imagenet-real")
+    if test_set is None and kind is not None and kind not in ("folder", "shards"):
+        if kind not in KINDS:
+            raise InputError(
+                f"--data {data}: the recipe's data.name is {kind}, which is not read from a directory; give no --data, "
+                "or say with --data-name what lies there"
+            )
+        return {"name": kind, "root": os.path.expanduser(data)}, "val"
+    if is_url(data):
+        if not validation:
+            raise InputError(f"--data {data}: {test_set} must lie on a disk; only shards are read from a URL")
+        url = data.rstrip("/")
+        has_val = distributed.on_main(lambda: _has_index(f"{url}/val"))
+        root, split = (url, "val") if has_val else url.rsplit("/", 1)
+        return {"name": "shards", "root": root}, split
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        what = "it must hold val/, or be that folder" if test_set is None else f"it must be {test_set}, or hold it"
+        raise InputError(f"--data {root} is not a directory; {what}")
+    if test_set is not None:
+        folders = [root / folder for folder in _FOLDERS.get(test_set, (test_set,))]
+        folder = next((folder for folder in folders if folder.is_dir()), root if alone else None)
+        if folder is None:
+            raise InputError(f"--data {root} has no {folders[0].name}/; for several sets it must hold each by its name")
+        root = folder
+    if not validation:
+        return {"name": "folder", "root": str(root)}, ""
+    if test_set is None and any(next(root.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet")):
+        return {"name": "huggingface", "root": str(root)}, "val"
+    split = "val"
+    if not (root / "val").is_dir():
+        root, split = root.resolve().parent, root.resolve().name
+    return {"name": layout(root / split), "root": str(root)}, split
+
+
+def _has_index(url: str) -> bool:
+    try:
+        Remote(url).read(FILE, 0, 1)
+    except MissingFile:
+        return False
+    return True
+
+
+def layout(folder: Path) -> str:
+    """What a directory holds: class folders ("folder") or tar files ("shards").
+
+    Raises:
+        InputError: neither, or it cannot be read.
+    """
+    try:
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from error
+    if any(entry.is_dir() for entry in entries):
+        return "folder"
+    suffixes = {entry.suffix.lower() for entry in entries}
+    if ".tar" in suffixes:
+        return "shards"
+    loose = "; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
+    hint = loose if suffixes & set(IMG_EXTENSIONS) else ""
+    raise InputError(f"{folder} holds neither class folders nor .tar shards{hint}")

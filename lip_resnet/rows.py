@@ -1,0 +1,103 @@
+"""Rows: what eval.py writes of an evaluation, a JSON file for each set, and reads back for tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lip_resnet import cost, distributed, results, runlog
+from lip_resnet.config import Config, InputError
+from lip_resnet.data import describe_source
+from lip_resnet.data.testsets import EvalSet
+from lip_resnet.protocol import EvalConfig
+
+_NEEDED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
+
+
+def row_path(checkpoint: str | None, output: str | None, test_set: str | None, alone: bool) -> Path | None:
+    """Where a set's row goes: ``output``, else into the run folder that ``checkpoint`` is, else nowhere (None).
+
+    Args:
+        alone: whether ``output`` is the row's own file; else it is the directory of several rows.
+
+    Raises:
+        InputError: the file exists, or its directory does not.
+    """
+    run, path = Path(checkpoint or ""), Path(output) if output else None
+    file = "eval.json" if test_set in (None, "imagenet") else f"eval-{test_set}.json"
+    if path is not None and not alone:
+        if not path.is_dir():
+            raise InputError(f"--output {path} is not a directory; for several sets it must be one")
+        path = path / file
+    elif path is None and checkpoint and run.is_dir():
+        path = run / file
+    if path is not None and distributed.on_main(path.exists):
+        raise InputError(f"{path} exists; choose another --output or remove it")
+    if path is not None and not path.resolve().parent.is_dir():
+        raise InputError(f"--output {path}: {path.parent} is not a directory")
+    return path
+
+
+def build_row(
+    model: nn.Module,
+    source: str,
+    ema: bool,
+    data: EvalSet,
+    config: EvalConfig,
+    result: dict[str, Any],
+    payload: dict[str, Any],
+    trained: Config | None,
+) -> dict[str, Any]:
+    """What eval.py writes of one set.
+
+    Args:
+        source: where the weights of ``model`` come from, and ``ema`` whether they are the averaged ones.
+        result: ``evaluate_set``'s.
+        payload: the checkpoint; empty for timm's own weights.
+        trained: the recipe of the training, where it is known.
+    """
+    training = results.describe_training(trained, payload["processes"]) if trained else None
+    return {
+        "model": config.model.name,
+        "args": config.model.args,
+        "downsampling": config.model.downsampling,
+        "checkpoint": source,
+        "weights": "ema" if ema else "model",
+        "selected_on_val": Path(source).name == "best.pt",
+        **result,
+        "params": cost.count_parameters(model),
+        "macs": cost.count_macs(model, config.data.eval_size),
+        "seed": trained.train.seed if trained else None,
+        "step": payload.get("step"),
+        "protocol": results.describe_protocol(config, training, data.protocol),
+        "dataset": {"name": data.name, "whole": data.whole, **describe_source(data.source)},
+        "environment": runlog.describe_environment(),
+    }
+
+
+def read_rows(paths: list[str]) -> list[dict[str, Any]]:
+    """Rows from JSON files, or from run folders: eval.json, and eval-NAME.json of other test sets.
+
+    Raises:
+        InputError: no such file, or it is no row of eval.py.
+    """
+    rows, files = [], []
+    for name in paths:
+        path = Path(name)
+        in_path = sorted(path.glob("eval.json")) + sorted(path.glob("eval-*.json")) if path.is_dir() else [path]
+        if not in_path:
+            raise InputError(f"{name} holds no eval.json; make it with: python eval.py --checkpoint {name}")
+        files += in_path
+    for path in files:
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot read: {error.strerror}") from error
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON") from error
+        missing = [key for key in _NEEDED if key not in row] if isinstance(row, dict) else list(_NEEDED)
+        if missing:
+            raise InputError(f"{path}: not a row of eval.py; it lacks {', '.join(missing)}")
+        rows.append(row)
+    return rows
