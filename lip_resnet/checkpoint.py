@@ -48,7 +48,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             temporary.unlink(missing_ok=True)
         _sync(path.parent)
     except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 def _sync(folder: Path) -> None:
@@ -199,14 +199,14 @@ def load(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         code = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), None)
         if code is None:
-            raise InputError(f"{path}: not a checkpoint: damaged, or not a file that torch.save wrote") from None
-        raise InputError(f"{path}: refused, it holds more than tensors and numbers: {code[:200]}") from None
+            raise InputError(f"{path}: not a checkpoint: damaged, or not a file that torch.save wrote") from error
+        raise InputError(f"{path}: refused, it holds more than tensors and numbers: {code[:200]}") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from None
+        raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from error
     if not isinstance(payload, dict) or not all(isinstance(key, str) for key in payload):
         raise InputError(f"{path}: holds a {type(payload).__name__}; a checkpoint is a dictionary of names")
     return payload

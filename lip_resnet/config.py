@@ -6,10 +6,7 @@ from typing import Annotated, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-
-class InputError(ValueError):
-    """Something a user gave is wrong. The message is one line: what was given and what is allowed."""
-
+from lip_resnet.errors import InputError as InputError
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]

@@ -104,11 +104,11 @@ class TrainState:
                 rows[0] = payload["window"].sum(dim=0)
             self.window.sums.copy_(rows[distributed.rank()])
         except KeyError as error:
-            raise InputError(f"{source}: not a training checkpoint: it has no {error}") from None
+            raise InputError(f"{source}: not a training checkpoint: it has no {error}") from error
         # What torch's own load_state_dict raise on entries of another kind, and check_entries.
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:400]
-            raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from None
+            raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from error
 
 
 def build_state(model: nn.Module, config: Config, device: torch.device) -> TrainState:

@@ -6,6 +6,7 @@ import time
 from types import FrameType
 
 from lip_resnet import distributed
+from lip_resnet.errors import Stopped
 
 SETTLE, SAVE, STOP = 1, 2, 3
 """Look at a write that has failed; save; save and stop. A save looks at the write before it anyway."""
@@ -17,7 +18,7 @@ class Interrupts:
 
     Schedulers send them before they take a machine away, and not to all processes in the same step: ``after_step``
     gives every process the same answer. Before ``begin`` there is nothing to save, and they stop the command where
-    it is, with ``distributed.Stopped``.
+    it is, with ``Stopped``.
 
     Args:
         steps: ask for a save every so many steps; 0 never.
@@ -49,7 +50,7 @@ class Interrupts:
             self._stop()
 
     def _stop(self) -> None:
-        raise distributed.Stopped(f"{self.received} before the first step; there was nothing to save")
+        raise Stopped(f"{self.received} before the first step; there was nothing to save")
 
     def begin(self) -> None:
         """From here on a step that has begun is finished and saved.

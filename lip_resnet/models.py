@@ -29,7 +29,7 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
         return timm.create_model(name, **keywords)
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"model {name} does not take {keywords}: {line}") from None
+        raise InputError(f"model {name} does not take {keywords}: {line}") from error
 
 
 def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Module:
@@ -48,7 +48,7 @@ def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Mo
         try:
             report = replace(model, config.downsampling)
         except ValueError as error:
-            raise InputError(f"model.downsampling: {error}") from None
+            raise InputError(f"model.downsampling: {error}") from error
         swapped = {what.partition(",")[0] for what in report.swapped.values()}
         if missed := sorted(set(config.downsampling) - swapped):
             raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(missed)}")
@@ -82,7 +82,7 @@ def check_size(model: nn.Module, size: int) -> None:
     try:
         trial(torch.empty(2, 3, size, size, device="meta"))
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from None
+        raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from error
 
 
 def count_parameters(model: nn.Module) -> int:

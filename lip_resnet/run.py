@@ -12,6 +12,7 @@ from lip_resnet import checkpoint, distributed, run_folder, runlog
 from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader
 from lip_resnet.engine import TrainState, evaluate, rehearse, train_one_epoch
+from lip_resnet.errors import Stopped
 from lip_resnet.interrupts import SAVE, SETTLE, STOP, Interrupts
 from lip_resnet.numerics import Rollback
 from lip_resnet.recipe import parse_config
@@ -169,7 +170,7 @@ class Run:
     def _leave(self, reason: str) -> None:
         """End for now, with the last checkpoint on the disk."""
         distributed.on_main(self._settle_write)
-        raise distributed.Stopped(f"{reason} at step {self.state.step}; continue with --resume auto")
+        raise Stopped(f"{reason} at step {self.state.step}; continue with --resume auto")
 
     def _roll_back(self, found: Rollback) -> None:
         """Load the newest whole checkpoint, and leave the step out when the run comes to it again."""

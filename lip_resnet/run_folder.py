@@ -83,7 +83,7 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
             left.unlink()
         (folder / "requeue").unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from None
+        raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from error
     try:
         found = checkpoint.Checkpoints(checkpoints, keep=1)
         if source is None:
@@ -109,7 +109,7 @@ def _is_occupied(folder: Path) -> bool:
         files = folder.rglob("*") if folder.is_dir() else [folder] if folder.exists() else []
         return any(not path.is_dir() and not nobodys.fullmatch(path.name) for path in files)
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}") from None
+        raise InputError(f"--output {folder}: {error.strerror}") from error
 
 
 def request_requeue(folder: Path) -> None:
@@ -140,8 +140,8 @@ def _lock(folder: Path) -> TextIO:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except BlockingIOError:
+        except BlockingIOError as error:
             if time.monotonic() >= patience:
                 file.close()
-                raise InputError(f"--output {folder} is being written by another process") from None
+                raise InputError(f"--output {folder} is being written by another process") from error
             time.sleep(0.2)

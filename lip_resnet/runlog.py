@@ -108,7 +108,7 @@ class RunLog:
             self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
             self.writer.flush()
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.folder}: cannot write the run's files: {error}") from None
+            raise InputError(f"{self.folder}: cannot write the run's files: {error}") from error
         self.quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=self.quiet)
 
@@ -186,7 +186,7 @@ class RunLog:
             except OSError as error:
                 message = f"{self.folder}: cannot write the run's numbers: {error.strerror or error}"
                 if self.config.train.on_write_error == "stop":
-                    raise InputError(message) from None
+                    raise InputError(message) from error
                 if not self.refused:
                     self.say(f"warning: {message}; the run goes on, TensorBoard's file ends here")
                 self.refused = True

@@ -77,7 +77,7 @@ def prepare(folder: Path, force: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot make this directory: {error.strerror}") from None
+        raise InputError(f"--output {folder}: cannot make this directory: {error.strerror}") from error
 
 
 def split_readme(path: Path) -> tuple[str, str]:
@@ -85,7 +85,7 @@ def split_readme(path: Path) -> tuple[str, str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--readme {path}: cannot read: {error}") from None
+        raise InputError(f"--readme {path}: cannot read: {error}") from error
     head, begin, rest = text.partition(MARKERS[0])
     _, end, tail = rest.partition(MARKERS[1])
     if not begin or not end:

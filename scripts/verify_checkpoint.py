@@ -127,7 +127,7 @@ def write(folder: Path, model: nn.Module, network: fidelity.Network) -> None:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"--export {folder}: cannot write: {error.strerror or error}") from None
+        raise InputError(f"--export {folder}: cannot write: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from lip_resnet import LAYERS, replace_downsampling
+from lip_resnet.commands.train import regularisers
 from lip_resnet.config import InputError
 from lip_resnet.data.transforms import TrainTransform
 from lip_resnet.models import build_model
 from lip_resnet.recipe import load_config, parse_config
-from train import regularisers
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))

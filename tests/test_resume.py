@@ -14,8 +14,9 @@ import threading
 import pytest
 from conftest import ROOT, small_config
 
-import train
-from lip_resnet import checkpoint, distributed, run, run_folder, runlog
+import lip_commands
+from lip_resnet import checkpoint, cli, distributed, run, run_folder, runlog
+from lip_resnet.commands import train
 from lip_resnet.config import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -31,7 +32,7 @@ def start(tmp_path, monkeypatch):
     def run_it(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "--output", str(folder), *arguments])
         try:
-            train.main()
+            train.main(lip_commands.train_parser(cli.ArgumentParser).parse_intermixed_args())
         finally:
             while run_folder._locks:
                 run_folder._locks.pop().close()  # which the end of the process does

@@ -1,0 +1,77 @@
+"""``train.py``: builds what a recipe names, opens or continues its run folder, and trains to the end."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from lip_resnet import checkpoint, distributed, models, replace_downsampling, run_folder, runlog
+from lip_resnet.config import Config, TrainConfig
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
+from lip_resnet.engine import build_state
+from lip_resnet.errors import InputError, Stopped
+from lip_resnet.interrupts import Interrupts
+from lip_resnet.pooling import logit_parameters
+from lip_resnet.recipe import load_config
+from lip_resnet.run import Run, restore
+
+
+def main(options: Namespace) -> None:
+    """``options`` are ``lip_commands.train_parser``'s."""
+    config = load_config(options.config, options.overrides)
+    recipe = Path(options.config)
+    folder = Path(options.output or Path("runs") / recipe.resolve().parent.name / recipe.stem)
+    interrupts = Interrupts(config.train.checkpoint_steps, config.train.checkpoint_minutes)
+    try:
+        with interrupts:
+            train(config, folder, options.resume, interrupts)
+    except (InputError, FloatingPointError):
+        raise
+    except Exception as error:  # a signal can also cost a process its peers, if it comes before they all have begun
+        if distributed.is_main() and (interrupts.received or isinstance(error, Stopped)):
+            run_folder.request_requeue(folder)
+        raise
+
+
+def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> None:
+    """Build everything, open or continue the run in ``folder``, and train to the end."""
+    device = distributed.device()
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
+    torch.manual_seed(config.train.seed)
+    train_source, val_source = build_sources(config.data, config.model.num_classes)
+    loader = TrainLoader(train_source, config.data, config.optim.accumulate, config.train.seed)
+    val_loader = EvalLoader(val_source, config.data)
+    model = models.build_model(config.model, replace_downsampling, **regularisers(config.train))
+    models.check_size(model, min(*config.data.sizes, config.data.eval_size))
+    state = build_state(model, config, device)
+
+    opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))
+    processes = [distributed.world_size()]
+    datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
+    if opened.source is not None:
+        processes = restore(state, config, opened.source, datasets)
+    total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
+    loader.skipped_to = folder / "skipped.txt"
+    environment = {**runlog.describe_environment(), "datasets": datasets}
+    log = runlog.RunLog(folder, config, environment, state.step, state.evaluated, total)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.train.keep)
+    try:
+        if len(processes) > 1:
+            opened.notes.append(f"warning: trained by {processes} processes in turn; batch norm saw other batches")
+        for note in opened.notes:
+            log.say(note)
+        watched = list(logit_parameters(state.model))
+        run = Run(config, state, loader, val_loader, checkpoints, log, total, processes, datasets, watched)
+        if run.finished:
+            log.say(f"{folder}: already trained to step {state.step}")
+        else:
+            run.fit(interrupts)
+    finally:
+        log.close()
+
+
+def regularisers(train: TrainConfig) -> dict[str, float]:
+    """The model's keywords that belong to the protocol; a model without them takes no zero either."""
+    rates = {"drop_path_rate": train.drop_path, "drop_rate": train.drop}
+    return {name: rate for name, rate in rates.items() if rate}
