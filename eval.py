@@ -100,7 +100,9 @@ def main() -> None:
                 "step": payload.get("step"),
                 "protocol": results.describe_protocol(
                     config,
-                    results.describe_training(trained, payload["processes"]) if trained else None,
+                    results.describe_training(trained, payload["processes"], payload.get("initial_weights"))
+                    if trained
+                    else None,
                     data.protocol,
                 ),
                 "dataset": {"name": data.name, "whole": data.whole, **describe_source(data.source)},

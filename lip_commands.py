@@ -1,4 +1,4 @@
-"""Entry points of ``lip-train`` (train.py), beside the package because importing it loads PyTorch: --help needs none."""
+"""Entry points of the commands; not in the package, whose import loads PyTorch, so that --help answers at once."""
 
 import argparse
 import sys

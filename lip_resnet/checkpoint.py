@@ -257,6 +257,7 @@ def check_entries(
     numbers = isinstance(processes, list) and processes and all(type(n) is int and n > 0 for n in processes)
     sets, done = payload.get("datasets", {}), payload.get("evaluated", 0)
     evaluated = type(done) is int and type(payload["step"]) is int and 0 <= done <= payload["step"]
+    start = payload.get("initial_weights")
     rows = isinstance(window, Tensor) and len(window) and window.shape[1:] == counts.shape
     for entry, right, wanted in (
         ("step", type(payload["step"]) is int and payload["step"] >= 0, "number of steps"),
@@ -265,6 +266,7 @@ def check_entries(
         ("evaluated", evaluated, "step up to this one"),
         ("skipped", type(payload.get("skipped", 0)) is int, "number of images"),
         ("datasets", isinstance(sets, dict) and all(isinstance(each, dict) for each in sets.values()), "description"),
+        ("initial_weights", start is None or isinstance(start, dict), "description"),
         ("window", rows, "table of counts"),
     ):
         if not right:

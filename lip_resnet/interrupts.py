@@ -65,14 +65,15 @@ class Interrupts:
     def after_step(self, step: int, failed: bool = False) -> int:
         """0, SETTLE, SAVE or STOP: the same on every process, which all call it once after each of their steps.
 
-        ``failed`` says that this process could not write a checkpoint.
+        Signals and clocks are each process's own: with several processes their answer comes one step later, so that
+        nobody waits for the others. A number of steps is known to all, and needs no agreement. ``failed`` says that this process could not write a checkpoint.
         """
-        action = SETTLE if failed else 0
+        due = self.steps and step % self.steps == 0  # every process knows
         late = self.minutes and distributed.is_main() and time.monotonic() - self._saved >= 60 * self.minutes
-        if late or (self.steps and step % self.steps == 0):
-            action = SAVE
+        if due or late:
             self._saved = time.monotonic()
-        return self._agree(STOP if self.received else action)
+        mine = STOP if self.received else SAVE if late and not due else SETTLE if failed else 0
+        return max(SAVE if due else 0, self._agree(mine))
 
     def now(self) -> int:
         """As ``after_step``, between steps: what its answer leaves open; all processes wait for each other."""

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lip_resnet.config import InputError, ModelConfig
-from lip_resnet.weights import load_weights
 
 Replace = Callable[[nn.Module, Mapping[str, str]], Any]
 
@@ -33,7 +32,7 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
 
 
 def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Module:
-    """The network of a recipe, initialised, with its starting weights if it names any.
+    """The network of a recipe, initialised; ``config.weights`` is left to the caller.
 
     Args:
         replace: swaps downsampling layers of a model in place, for ``model.downsampling``.
@@ -52,8 +51,6 @@ def build_model(config: ModelConfig, replace: Replace, **keywords: Any) -> nn.Mo
         swapped = {what.partition(",")[0] for what in report.swapped.values()}
         if missed := sorted(set(config.downsampling) - swapped):
             raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(missed)}")
-    if config.weights:
-        load_weights(model, config.weights, new_head=config.new_head)
     return model
 
 

@@ -1,7 +1,8 @@
 """A run: epochs, evaluations, checkpoints and logs in their order, and what to do when one of them cannot go on."""
 
 import contextlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from lip_resnet import checkpoint, distributed, run_folder, runlog
-from lip_resnet.config import Config, InputError, TrainConfig
+from lip_resnet.config import Config, Effect, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader
 from lip_resnet.engine import TrainState, evaluate, rehearse, train_one_epoch
 from lip_resnet.errors import Stopped
@@ -22,21 +23,37 @@ Datasets = dict[str, dict[str, Any]]
 """What ``describe_source`` says of "train" and "val"."""
 
 
-def restore(state: TrainState, config: Config, source: Path, datasets: Datasets) -> list[int]:
-    """Continue from a training checkpoint; returns the numbers of processes that have trained it, ours included.
+@dataclass
+class Provenance:
+    """How weights came to be, beside the recipe; stands in every checkpoint and in env.json."""
 
-    Rank 0 reads the file, so that all ranks go on from the same one whatever their file systems show them.
+    processes: list[int]
+    """The numbers of processes that have trained them so far, in order."""
+    datasets: Datasets = field(default_factory=dict)
+    initial_weights: dict[str, Any] | None = None
+    """What ``model.weights`` was, if the run started from weights: ``sha256`` of the file; ``weights``, model or ema,
+    that were taken from it; ``training``, their own ``describe_training`` with the ``step``, or None if unknown."""
+
+
+def restore(state: TrainState, config: Config, source: Path, provenance: Provenance) -> None:
+    """Continue from a training checkpoint, and from its provenance.
+
+    Rank 0 reads the file, so that all ranks go on from the same one whatever their file systems show them. Where the
+    recipe now evaluates differently, ``best`` is chosen afresh: the old figure and the new ones cannot be compared.
 
     Raises:
         InputError: it is none, or of another recipe, or other data.
     """
     payload = distributed.on_main(lambda: checkpoint.load(source))
-    if "config" in payload:
-        run_folder.check_same_recipe(config, parse_config(payload["config"], str(source)), str(source))
+    earlier = parse_config(payload["config"], str(source)) if "config" in payload else config
+    run_folder.check_same_recipe(config, earlier, str(source))
     state.load_state_dict(payload, str(source))
-    check_same_data(payload.get("datasets", {}), datasets, str(source))
+    if config.values(Effect.EVALUATION) != earlier.values(Effect.EVALUATION):
+        state.best = -math.inf
+    check_same_data(payload.get("datasets", {}), provenance.datasets, str(source))
     before, now = payload["processes"], distributed.world_size()
-    return before if before[-1] == now else [*before, now]
+    provenance.processes = before if before[-1] == now else [*before, now]
+    provenance.initial_weights = payload.get("initial_weights")
 
 
 def check_same_data(theirs: Datasets, ours: Datasets, where: str) -> None:
@@ -64,10 +81,7 @@ class Run:
     log: runlog.RunLog
     total: int
     """Optimizer steps of the whole run."""
-    processes: list[int]
-    """The numbers of processes that have trained it so far, in order."""
-
-    datasets: Datasets
+    provenance: Provenance
     watched: list[nn.Parameter]
     """As for ``train_one_epoch``."""
 
@@ -184,7 +198,7 @@ class Run:
         source, _ = distributed.on_main(self.checkpoints.newest_whole)
         if source is None:
             raise FloatingPointError(f"{found}; there is no checkpoint to go back to")
-        restore(state, self.config, source, self.datasets)
+        restore(state, self.config, source, self.provenance)
         state.left_out, state.rollbacks = left_out, rollbacks
         self.log.rewind(state.step, state.evaluated)
         self.log.say(f"warning: {found}; back to step {state.step}, without the batch of step {found.step}")
@@ -204,8 +218,7 @@ class Run:
         payload = {
             **self.state.state_dict(),
             "config": self.config.model_dump(mode="json"),
-            "processes": self.processes,
-            "datasets": self.datasets,
+            **vars(self.provenance),
         }
         self.log.sync()
 

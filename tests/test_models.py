@@ -1,10 +1,13 @@
 """Names to networks: one door, one initialisation, exact counts."""
 
+import hashlib
+
 import pytest
 import timm
 import torch
 
 from lip_resnet import models, pooling, replace_downsampling
+from lip_resnet.commands.train import load_initial_weights
 from lip_resnet.config import InputError, ModelConfig
 
 
@@ -60,6 +63,9 @@ def test_fine_tuning_starts_from_the_weights(tmp_path):
     torch.save(models.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "seven.pth")
     config = ModelConfig(name="test_resnet", num_classes=10, weights=str(tmp_path / "seven.pth"), new_head=True)
     model = models.build_model(config, replace_downsampling)
+    record = load_initial_weights(model, config)
+    assert record["training"] is None
+    assert record["sha256"] == hashlib.sha256((tmp_path / "seven.pth").read_bytes()).hexdigest()
     state = torch.load(tmp_path / "seven.pth", weights_only=True)
     assert torch.equal(model.conv1[0].weight, state["conv1.0.weight"])
     assert model.fc.out_features == 10

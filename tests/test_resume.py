@@ -12,6 +12,7 @@ import sys
 import threading
 
 import pytest
+import torch
 from conftest import ROOT, small_config
 
 import lip_commands
@@ -298,3 +299,46 @@ def test_a_run_continued_from_another_folder_has_a_checkpoint_at_once(start, pat
     start("--output", str(other), "--resume", "auto")
     ends = [fault_runs.read_whole(folder / "checkpoints" / "last.pt") for folder in (start.folder, other)]
     assert fault_runs.hash_value(ends[0]["model"]) == fault_runs.hash_value(ends[1]["model"])
+
+
+def test_another_evaluation_chooses_best_afresh(start, patient):
+    """A figure at 32 pixels says nothing about one at 24."""
+    start("train.max_steps=4")
+    before = checkpoint.load(start.folder / "checkpoints" / "best.pt")
+    assert before["best"] > 0
+    torch.save({**before, "best": 99.0}, start.folder / "checkpoints" / "last.pt")
+    start("--resume", "auto", "data.eval_size=24", "data.eval_resize=24")
+    after = checkpoint.load(start.folder / "checkpoints" / "best.pt")
+    assert after["step"] == 8
+    assert after["best"] < 99
+
+
+@pytest.mark.parametrize("agreement", [distributed.Agreement, Late])
+def test_checkpoint_steps_are_those_steps(start, patient, monkeypatch, agreement):
+    """Every process knows how many steps are done: nothing is to be agreed upon, and nothing comes a step late."""
+    monkeypatch.setattr(distributed, "Agreement", agreement)
+    start("train.checkpoint_steps=3", "train.keep=9")
+    names = sorted(path.name for path in (start.folder / "checkpoints").glob("step-*"))
+    assert names == [f"step-{step:08d}.pt" for step in (3, 4, 6, 8)]
+
+
+def test_fine_tuning_records_its_start_and_resumes_without_the_file(start, patient):
+    """Three runs in a row: each knows how the weights that it began from were trained, and where theirs began."""
+    folders = [start.folder.with_name(name) for name in ("first", "second", "third")]
+    start("--output", str(folders[0]), "train.max_steps=2")
+    overrides = ["model.new_head=true", "optim.lr=0.01", "train.max_steps=2"]
+    start("--output", str(folders[1]), f"model.weights={folders[0]}", *overrides)
+    start("--output", str(folders[2]), f"model.weights={folders[1]}", *overrides)
+    shutil.rmtree(folders[0])
+    shutil.rmtree(folders[1])
+    resume = ["--resume", "auto", "train.max_steps=4"]
+    start("--output", str(folders[2]), f"model.weights={folders[1]}", *overrides, *resume)
+    last = checkpoint.load(folders[2] / "checkpoints" / "last.pt")
+    assert last["step"] == 4
+    second = last["initial_weights"]["training"]
+    assert (second["optim.lr"], second["step"], second["model.new_head"]) == (0.01, 2, True)
+    assert (second["model.weights"]["optim.lr"], second["model.weights"]["model.weights"]) == (0.05, None)
+    environment = json.loads((folders[2] / "env.json").read_text())
+    assert environment["initial_weights"] == environment["earlier"][0]["initial_weights"] == last["initial_weights"]
+    with pytest.raises(InputError, match="no such file"):
+        start("--output", str(folders[0]), f"model.weights={folders[1]}", *overrides)

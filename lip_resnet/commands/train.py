@@ -1,19 +1,26 @@
 """``train.py``: builds what a recipe names, opens or continues its run folder, and trains to the end."""
 
+import contextlib
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from lip_resnet import checkpoint, distributed, models, replace_downsampling, run_folder, runlog
-from lip_resnet.config import Config, TrainConfig
+from lip_resnet import checkpoint, distributed, models, run_folder, runlog
+from lip_resnet.config import Config, ModelConfig, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
 from lip_resnet.engine import build_state
 from lip_resnet.errors import InputError, Stopped
+from lip_resnet.fidelity import sha256
 from lip_resnet.interrupts import Interrupts
 from lip_resnet.pooling import logit_parameters
-from lip_resnet.recipe import load_config
-from lip_resnet.run import Run, restore
+from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.replace import replace_downsampling
+from lip_resnet.results import describe_training
+from lip_resnet.run import Provenance, Run, restore
+from lip_resnet.weights import put_weights
 
 
 def main(options: Namespace) -> None:
@@ -44,31 +51,62 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
     val_loader = EvalLoader(val_source, config.data)
     model = models.build_model(config.model, replace_downsampling, **regularisers(config.train))
     models.check_size(model, min(*config.data.sizes, config.data.eval_size))
+    provenance = Provenance([distributed.world_size()])
+    if config.model.weights and not distributed.on_main(lambda: run_folder.will_continue(folder, resume)):
+        provenance.initial_weights = load_initial_weights(model, config.model)
     state = build_state(model, config, device)
 
     opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))
-    processes = [distributed.world_size()]
-    datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
+    provenance.datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
     if opened.source is not None:
-        processes = restore(state, config, opened.source, datasets)
+        restore(state, config, opened.source, provenance)
+    assert opened.source or provenance.initial_weights or not config.model.weights
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
     loader.skipped_to = folder / "skipped.txt"
-    environment = {**runlog.describe_environment(), "datasets": datasets}
+    environment = {
+        **runlog.describe_environment(),
+        "datasets": provenance.datasets,
+        "initial_weights": provenance.initial_weights,
+    }
     log = runlog.RunLog(folder, config, environment, state.step, state.evaluated, total)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.train.keep)
     try:
-        if len(processes) > 1:
-            opened.notes.append(f"warning: trained by {processes} processes in turn; batch norm saw other batches")
+        if len(provenance.processes) > 1:
+            opened.notes.append(
+                f"warning: trained by {provenance.processes} processes in turn; batch norm saw other batches"
+            )
         for note in opened.notes:
             log.say(note)
         watched = list(logit_parameters(state.model))
-        run = Run(config, state, loader, val_loader, checkpoints, log, total, processes, datasets, watched)
+        run = Run(config, state, loader, val_loader, checkpoints, log, total, provenance, watched)
         if run.finished:
             log.say(f"{folder}: already trained to step {state.step}")
         else:
             run.fit(interrupts)
     finally:
         log.close()
+
+
+def load_initial_weights(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
+    """Put the weights of ``config.weights`` into a model.
+
+    Returns:
+        What they were, as ``Provenance.initial_weights``.
+
+    Raises:
+        InputError: no such file, or not weights of this model.
+    """
+    path = checkpoint.resolve(config.weights)
+    payload, digest = distributed.on_main(lambda: (checkpoint.load(path), sha256(path)))
+    put_weights(model, payload, str(path), new_head=config.new_head)
+    training, processes = None, payload.get("processes")
+    if isinstance(processes, list) and processes and all(type(count) is int and count > 0 for count in processes):
+        with contextlib.suppress(InputError):  # a recipe that this version does not know: the file's sha256 must do
+            source = parse_config(payload["config"], str(path))
+            training = describe_training(source, processes, payload.get("initial_weights"))
+            training["step"] = payload.get("step")
+    taken = "ema" if "state_dict_ema" in payload and "state_dict" not in payload else "model"
+    return {"training": training, "sha256": digest, "weights": taken}
 
 
 def regularisers(train: TrainConfig) -> dict[str, float]:
