@@ -66,9 +66,11 @@ class Interrupts:
         """0, SETTLE, SAVE or STOP: the same on every process, which all call it once after each of their steps.
 
         Signals and clocks are each process's own: with several processes their answer comes one step later, so that
-        nobody waits for the others. A number of steps is known to all, and needs no agreement. ``failed`` says that this process could not write a checkpoint.
+        nobody waits for the others. A number of steps is known to all, and needs no agreement.
+
+        ``failed`` says that this process could not write a checkpoint.
         """
-        due = self.steps and step % self.steps == 0  # every process knows
+        due = self.steps and step % self.steps == 0
         late = self.minutes and distributed.is_main() and time.monotonic() - self._saved >= 60 * self.minutes
         if due or late:
             self._saved = time.monotonic()

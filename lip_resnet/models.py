@@ -19,14 +19,19 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
     """``timm.create_model`` whose refusals are one line, with near names.
 
     Raises:
-        InputError: unknown name, or a keyword or value that the model does not take.
+        InputError: unknown name; a keyword or value that the model does not take; a package that it needs is missing.
+        Exception: whatever the network raises without any keywords too: that is a defect, not the user's.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise InputError(f"model.name: unknown model {name!r}; near names: {', '.join(near) or 'none'}")
     try:
         return timm.create_model(name, **keywords)
+    except ImportError as error:
+        raise InputError(f"model {name} needs a package that is not installed here: {error}") from error
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        with torch.device("meta"):
+            timm.create_model(name)
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {name} does not take {keywords}: {line}") from error
 
@@ -73,12 +78,14 @@ def check_size(model: nn.Module, size: int) -> None:
     """Let a network see two images of ``size`` x ``size`` without computing anything.
 
     Raises:
-        InputError: they are too small for it.
+        InputError: they are too small for it, or not of the one size that it takes.
+        Exception: whatever the network raises on images of its default size too: that is a defect, not the user's.
     """
     trial = copy.deepcopy(model).to("meta").train()
     try:
         trial(torch.empty(2, 3, size, size, device="meta"))
     except (ValueError, RuntimeError, AssertionError) as error:
+        trial(torch.empty(2, *model.default_cfg["input_size"], device="meta"))
         raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from error
 
 

@@ -34,8 +34,7 @@ def describe_environment(device: str | None = None) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **_describe_commit(Path(__file__)),
         "hardware": torch.cuda.get_device_name() if gpu else _cpu_name(),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
@@ -54,13 +53,23 @@ def _cpu_name() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def _git(*arguments: str) -> str | None:
-    here = Path(__file__).parent
-    try:
-        result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+def _describe_commit(source: Path) -> dict[str, Any]:
+    """The commit of the repository that tracks a source file, and whether its tracked files differ from it.
+
+    None where no repository does: an environment with an installed package can lie in the folder of any repository.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(["git", *arguments], cwd=source.parent, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", source.name) is None:
+        return {"git_commit": None, "git_dirty": False}
+    dirty = git("status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(dirty)}
 
 
 EARLIER = 50

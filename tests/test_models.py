@@ -43,6 +43,28 @@ def test_unknown_names_and_keywords():
         models.create_model("resnet50", colour="red")
 
 
+def test_a_defect_is_not_the_user_s(monkeypatch):
+    """A missing package is one line; what fails without keywords, and at the default size, keeps its own error."""
+
+    def network(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(timm, "create_model", network)
+    failure = ModuleNotFoundError("No module named 'flash'")
+    with pytest.raises(
+        InputError, match=r"resnet18 needs a package that is not installed here: No module named 'flash'"
+    ):
+        models.create_model("resnet18")
+    failure = RuntimeError("shapes of our own making")
+    with pytest.raises(RuntimeError, match="shapes of our own making"):
+        models.create_model("resnet18", num_classes=3)
+    monkeypatch.undo()
+    model = models.create_model("test_resnet")
+    model.bn1.forward = network
+    with pytest.raises(RuntimeError, match="shapes of our own making"):
+        models.check_size(model, 64)
+
+
 def test_drop_path_reaches_the_model():
     model = models.build_model(ModelConfig(name="lip_resnet50"), replace_downsampling, drop_path_rate=0.1)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import threading
 
@@ -280,6 +281,22 @@ def test_env_json_keeps_a_few_earlier_starts(start, monkeypatch):
     assert ["train.max_steps" in word for word in environment["command"]][-1]
     assert [earlier["command"][-1] for earlier in environment["earlier"]] == ["train.max_steps=3", "train.max_steps=4"]
     assert all("earlier" not in earlier for earlier in environment["earlier"])
+
+
+def test_the_commit_is_that_of_the_package(tmp_path):
+    """Not of a repository in whose folder an environment lies, with the package installed in it."""
+    installed, own = tmp_path / "venv" / "runlog.py", tmp_path / "source" / "runlog.py"
+    for path in (installed, own):
+        path.parent.mkdir()
+        path.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "source"], ["commit", "-qm", "it"]):
+        subprocess.run([*git, *command], check=True)
+    assert runlog._describe_commit(installed) == {"git_commit": None, "git_dirty": False}
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert runlog._describe_commit(own) == {"git_commit": commit, "git_dirty": False}
+    own.write_text("changed")
+    assert runlog._describe_commit(own)["git_dirty"] is True
 
 
 def test_a_run_continued_from_another_folder_has_a_checkpoint_at_once(start, patient, monkeypatch):
