@@ -18,7 +18,7 @@ from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, EvalLoader, TrainLoader, normalize, prefetch
 from lip_resnet.metrics import Counts, cross_entropy
-from lip_resnet.numerics import Sentinel, check_scale, step_optimizer, update_average
+from lip_resnet.nonfinite import NonFiniteGuard, check_scale, step_optimizer, update_average
 from lip_resnet.objective import Objective, place
 from lip_resnet.optim import build_optimizer, lr_at
 
@@ -39,7 +39,7 @@ class TrainState:
     ema: ModelEmaV3 | None
     window: Counts
     """This process's counts since the last log step."""
-    sentinel: Sentinel
+    guard: NonFiniteGuard
     step: int = 0
     """Completed optimizer steps."""
     evaluated: int = 0
@@ -56,9 +56,9 @@ class TrainState:
         """Tensors and numbers for a checkpoint; every process must call it.
 
         Raises:
-            FloatingPointError: a loss since the last log step, or a weight, is not finite; or what the sentinel raises.
+            FloatingPointError: a loss since the last log step, or a weight, is not finite; or what the guard raises.
         """
-        self.sentinel.settle()
+        self.guard.check_pending()
         window = distributed.gather_rows(self.window.sums)
         weights = nn.utils.get_total_norm(self.model.parameters())
         if not window.isfinite().all() or not weights.isfinite():
@@ -74,7 +74,7 @@ class TrainState:
             "skipped": sum(distributed.gather_objects(self.skipped)),
             "best": self.best,
             "nonfinite": {
-                "counters": self.sentinel.counters,
+                "counters": self.guard.counters,
                 "left_out": sorted(self.left_out),
                 "rollbacks": self.rollbacks,
             },
@@ -95,7 +95,7 @@ class TrainState:
             self.evaluated = payload.get("evaluated", self.step)
             self.skipped = payload.get("skipped", 0) if distributed.is_main() else 0
             if "nonfinite" in payload:
-                self.sentinel.counters.copy_(payload["nonfinite"]["counters"])
+                self.guard.counters.copy_(payload["nonfinite"]["counters"])
                 self.left_out = set(payload["nonfinite"]["left_out"])
                 self.rollbacks = payload["nonfinite"]["rollbacks"]
             rows = payload["window"]
@@ -112,7 +112,7 @@ class TrainState:
 
 
 def build_state(model: nn.Module, config: Config, device: torch.device) -> TrainState:
-    """Put a network on its device and dress it for training.
+    """Move a network to its device and build what trains it: optimizer, average, DDP, loss scaler, guard.
 
     Raises:
         InputError: sync_bn without GPUs.
@@ -136,13 +136,14 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
         if train.gradient_compression != "none":
             wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
-    return TrainState(model, wrapped, optimizer, scaler, ema, Counts(device), Sentinel(model, train))
+    return TrainState(model, wrapped, optimizer, scaler, ema, Counts(device), NonFiniteGuard(model, train))
 
 
-def rehearse(state: TrainState, config: Config) -> None:
-    """A forward and backward of blank images that change nothing, for DDP: after its first backward it sorts gradients
-    into new buckets, and with three processes or more the buckets decide in which order their sums round. After a
-    rehearsal, a resumed run's first step has the buckets that the uninterrupted run's step had.
+def warm_up_ddp(state: TrainState, config: Config) -> None:
+    """Warm-up step for DDP: a forward and backward of blank images that change no state.
+
+    After its first backward DDP sorts the gradients into new buckets, and with three processes or more the buckets
+    decide in which order their sums are rounded. Warmed up, a resumed run has the buckets of an uninterrupted one.
     """
     world = distributed.world_size()
     if world == 1:
@@ -172,7 +173,7 @@ def train_one_epoch(
     loader: TrainLoader,
     config: Config,
     *,
-    watched: Sequence[nn.Parameter] = (),
+    norm_excludes: Sequence[nn.Parameter] = (),
     on_step: Callable[[], bool | None],
     on_log: Callable[[dict[str, float]], None],
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -182,18 +183,19 @@ def train_one_epoch(
     Nothing waits for the device between two log steps. All randomness is drawn from (seed, step, rank, part).
 
     Args:
-        watched: parameters whose gradients can dwarf all others; with clipping, the norm without them is logged too.
+        norm_excludes: parameters whose gradients can dwarf all others; with clipping, the norm without them is logged
+            too.
         on_step: called after every optimizer step; True ends the call there.
         on_log: called every ``train.log_every`` steps, and at the epoch's end, with the ``train/`` numbers since the
             last call.
         on_phase: called when a step comes to "forward", "backward", "update" and "log".
 
     Raises:
-        FloatingPointError, Rollback: as ``Sentinel.settle`` and ``check_scale``.
+        FloatingPointError, Rollback: as ``NonFiniteGuard.check_pending`` and ``check_scale``.
     """
     train, optim = config.train, config.optim
     device = next(state.model.parameters()).device
-    step = _Step(state, config, Objective(config, device), watched, on_phase)
+    step = _Step(state, config, Objective(config, device), norm_excludes, on_phase)
     epoch, first = divmod(state.step, len(loader))
     end = min((epoch + 1) * len(loader), train.max_steps or math.inf)
 
@@ -215,14 +217,14 @@ def train_one_epoch(
 
         if state.step % train.log_every == 0 or state.step == end:
             on_phase("log")
-            state.sentinel.settle()
+            state.guard.check_pending()
             sums = counts.reduce()
             elapsed = time.perf_counter() - began
             check_scale(state.scaler, state.step)
             if config.data.on_error == "skip":
                 extra["train/skipped"] = distributed.all_reduce_sum(torch.tensor(state.skipped, device=device))
             if train.on_nonfinite == "skip":
-                extra["train/nonfinite"] = state.sentinel.counters[0]
+                extra["train/nonfinite"] = state.guard.counters[0]
             on_log(
                 {
                     "train/loss": sums["loss"] if sums["images"] else math.nan,
@@ -242,26 +244,28 @@ def train_one_epoch(
 
 
 class _Step:
-    """Forward, backward and update on one batch; nothing changes where the sentinel finds that it must not."""
+    """Forward, backward and update on one batch; nothing changes where the guard finds it not finite."""
 
     def __init__(
         self,
         state: TrainState,
         config: Config,
         objective: Objective,
-        watched: Sequence[nn.Parameter],
+        norm_excludes: Sequence[nn.Parameter],
         on_phase: Callable[[str], None],
     ) -> None:
         self.state, self.config, self.objective, self.on_phase = state, config, objective, on_phase
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-        without = {id(parameter) for parameter in watched}
-        self.calm = [parameter for parameter in self.parameters if id(parameter) not in without] if without else []
+        without = {id(parameter) for parameter in norm_excludes}
+        self.norm_parameters = (
+            [parameter for parameter in self.parameters if id(parameter) not in without] if without else []
+        )
 
     def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
         """Returns further numbers for the log, on the device."""
         state, clip, scaler = self.state, self.config.optim.clip_norm, self.state.scaler
-        sentinel, world, extra = state.sentinel, distributed.world_size(), {}
-        sentinel.begin(state.window.sums)
+        guard, world, extra = state.guard, distributed.world_size(), {}
+        guard.start_step(state.window.sums)
         for part, (images, labels) in enumerate(batch.parts):
             self.on_phase("forward")
             last = part == len(batch.parts) - 1
@@ -269,7 +273,7 @@ class _Step:
                 logits, labels, loss = self._forward(state.wrapped, images, labels, state.step, part)
                 self.on_phase("backward")
                 # DDP averages over processes; this weight makes it the mean over the batch's images, however dealt.
-                scaler.scale(sentinel.weigh(loss, len(labels) * world / batch.size)).backward()
+                scaler.scale(guard.scale_loss(loss, len(labels) * world / batch.size)).backward()
             state.window.add(logits.detach(), labels, loss.detach())
 
         self.on_phase("update")
@@ -279,16 +283,16 @@ class _Step:
             norm = _norm(self.parameters)
         if clip is not None:
             extra["train/grad_norm"] = norm
-            if self.calm:
-                extra["train/grad_norm_without_logits"] = _norm(self.calm)
+            if self.norm_parameters:
+                extra["train/grad_norm_without_logits"] = _norm(self.norm_parameters)
             nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
-        bad = sentinel.judge(norm)
+        bad = guard.is_bad(norm)
         step_optimizer(state.optimizer, scaler, bad)
         state.optimizer.zero_grad()
-        sentinel.undo(bad)
+        guard.undo_if(bad)
         if state.ema is not None:
             update_average(state.ema, state.model, bad)
-        sentinel.watch(state.step + 1, lr, bad, batch.parts, self._again(batch, state.step))
+        guard.enqueue(state.step + 1, lr, bad, batch.parts, self._again(batch, state.step))
         return extra
 
     def _forward(

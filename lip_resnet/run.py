@@ -12,10 +12,10 @@ from torch import nn
 from lip_resnet import checkpoint, distributed, run_folder, runlog
 from lip_resnet.config import Config, Effect, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader
-from lip_resnet.engine import TrainState, evaluate, rehearse, train_one_epoch
+from lip_resnet.engine import TrainState, evaluate, train_one_epoch, warm_up_ddp
 from lip_resnet.errors import Stopped
 from lip_resnet.interrupts import SAVE, SETTLE, STOP, Interrupts
-from lip_resnet.numerics import Rollback
+from lip_resnet.nonfinite import Rollback
 from lip_resnet.recipe import parse_config
 from lip_resnet.watchdog import Watchdog
 
@@ -82,7 +82,7 @@ class Run:
     total: int
     """Optimizer steps of the whole run."""
     provenance: Provenance
-    watched: list[nn.Parameter]
+    norm_excludes: list[nn.Parameter]
     """As for ``train_one_epoch``."""
 
     @property
@@ -107,12 +107,12 @@ class Run:
         interrupts.begin()
         train, state = self.config.train, self.state
         self.folder = self.checkpoints.folder.parent
-        state.sentinel.folder, state.sentinel.tell = self.folder / "nonfinite", self.log.say
+        state.guard.folder, state.guard.warn = self.folder / "nonfinite", self.log.say
         with (
             profiler(train, self.folder) as self.trace,
             Watchdog(self.folder, train.hang_minutes) as self.watchdog,
         ):
-            rehearse(state, self.config)
+            warm_up_ddp(state, self.config)
             bare = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
             if bare and (state.step or train.on_nonfinite == "rollback"):
                 self.save()  # continued from another folder's file, or the first steps need something to go back to
@@ -154,7 +154,7 @@ class Run:
             state,
             self.loader,
             self.config,
-            watched=self.watched,
+            norm_excludes=self.norm_excludes,
             on_step=on_step,
             on_log=lambda values: self.log.log(state.step, epoch, values),
             on_phase=self.watchdog.note,
@@ -190,7 +190,7 @@ class Run:
         """Load the newest whole checkpoint, and leave the step out when the run comes to it again."""
         state, limit = self.state, self.config.train.nonfinite_limit
         self.watchdog.rest()
-        state.sentinel.restart()
+        state.guard.forget_pending()
         left_out, rollbacks = {*state.left_out, found.step}, state.rollbacks + 1
         if rollbacks > limit:
             raise FloatingPointError(f"{found}; rolled back {limit} times already (train.nonfinite_limit)")

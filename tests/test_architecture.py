@@ -9,7 +9,7 @@ LIP_WING = {"lip", "kernels", "logits", "pooling", "released", "blocks", "resnet
 FLOORS = [
     {"errors", "config", "recipe", "lip", "kernels", "logits", "released", "distributed", "seeding", "lifeline"},
     {"pooling", "blocks", "data", "weights", "optim", "metrics", "checkpoint", "interrupts", "objective"},
-    {"runlog", "run_folder", "resnet", "densenet", "replace", "models", "engine", "numerics", "watchdog", "results"},
+    {"runlog", "run_folder", "resnet", "densenet", "replace", "models", "engine", "nonfinite", "watchdog", "results"},
     {"fidelity", "paper", "run", "cli"},
     {"commands"},
 ]
@@ -22,7 +22,7 @@ WITHIN = {
     "logits": {"kernels"},
     "blocks": {"pooling"},
     "objective": {"data"},
-    "engine": {"numerics"},
+    "engine": {"nonfinite"},
     "data": {"checkpoint"},
     "weights": {"checkpoint"},
 }

@@ -330,10 +330,26 @@ def test_another_evaluation_chooses_best_afresh(start, patient):
     assert after["best"] < 99
 
 
-@pytest.mark.parametrize("agreement", [distributed.Agreement, Late])
-def test_checkpoint_steps_are_those_steps(start, patient, monkeypatch, agreement):
+@pytest.mark.parametrize("precision", ["tf32", "float32"])
+def test_tf32_is_switched_on_and_off(start, monkeypatch, precision):
+    """For products and for convolutions, whatever it was before."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    monkeypatch.setattr(train, "build_sources", lambda *_: operator.truediv(1, 0))
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision != "tf32"
+        with pytest.raises(ZeroDivisionError):
+            start(f"train.precision={precision}")
+        assert [switch.allow_tf32 for switch in switches] == [precision == "tf32"] * 2
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
+
+
+def test_checkpoint_steps_are_those_steps(start, patient, monkeypatch):
     """Every process knows how many steps are done: nothing is to be agreed upon, and nothing comes a step late."""
-    monkeypatch.setattr(distributed, "Agreement", agreement)
+    monkeypatch.setattr(distributed, "Agreement", Late)
     start("train.checkpoint_steps=3", "train.keep=9")
     names = sorted(path.name for path in (start.folder / "checkpoints").glob("step-*"))
     assert names == [f"step-{step:08d}.pt" for step in (3, 4, 6, 8)]

@@ -77,8 +77,8 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
             )
         for note in opened.notes:
             log.say(note)
-        watched = list(logit_parameters(state.model))
-        run = Run(config, state, loader, val_loader, checkpoints, log, total, provenance, watched)
+        norm_excludes = list(logit_parameters(state.model))
+        run = Run(config, state, loader, val_loader, checkpoints, log, total, provenance, norm_excludes)
         if run.finished:
             log.say(f"{folder}: already trained to step {state.step}")
         else:
