@@ -49,7 +49,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             temporary.unlink(missing_ok=True)
         _sync(path.parent)
     except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 def _sync(folder: Path) -> None:
@@ -204,14 +204,14 @@ def load(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         code = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), None)
         if code is None:
-            raise InputError(f"{path}: not a checkpoint: damaged, or not a file that torch.save wrote") from None
-        raise InputError(f"{path}: refused, it holds more than tensors and numbers: {code[:200]}") from None
+            raise InputError(f"{path}: not a checkpoint: damaged, or not a file that torch.save wrote") from error
+        raise InputError(f"{path}: refused, it holds more than tensors and numbers: {code[:200]}") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from None
+        raise InputError(f"{path}: not a checkpoint: {_first_line(error)}") from error
     if not isinstance(payload, dict) or not all(isinstance(key, str) for key in payload):
         raise InputError(f"{path}: holds a {type(payload).__name__}; a checkpoint is a dictionary of names")
     return payload
@@ -262,6 +262,7 @@ def check_entries(
     numbers = isinstance(processes, list) and processes and all(type(n) is int and n > 0 for n in processes)
     sets, done = payload.get("datasets", {}), payload.get("evaluated", 0)
     evaluated = type(done) is int and type(payload["step"]) is int and 0 <= done <= payload["step"]
+    start = payload.get("initial_weights")
     rows = isinstance(window, Tensor) and len(window) and window.shape[1:] == counts.shape
     for entry, right, wanted in (
         ("step", type(payload["step"]) is int and payload["step"] >= 0, "number of steps"),
@@ -270,6 +271,7 @@ def check_entries(
         ("evaluated", evaluated, "step up to this one"),
         ("skipped", type(payload.get("skipped", 0)) is int, "number of images"),
         ("datasets", isinstance(sets, dict) and all(isinstance(each, dict) for each in sets.values()), "description"),
+        ("initial_weights", start is None or isinstance(start, dict), "description"),
         ("window", rows, "table of counts"),
     ):
         if not right:

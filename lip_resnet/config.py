@@ -1,15 +1,32 @@
-"""What a run is: the sections of a recipe, frozen and validated. Defaults exist here and nowhere else."""
+"""What a run is: the sections of a recipe, frozen and validated. Defaults exist here and nowhere else.
 
+A field's type is ``Trains[...]``, ``Evaluates[...]`` or ``Neutral[...]``, by what a change of its value changes; see
+``Effect``.
+"""
+
+import enum
 import math
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from lip_resnet.errors import InputError as InputError
 
-class InputError(ValueError):
-    """Something a user gave is wrong. The message is one line: what was given and what is allowed."""
+T = TypeVar("T")
 
+
+class Effect(enum.Enum):
+    """What another value of a field changes, in a sentence that the list of keys in the documentation repeats."""
+
+    WEIGHTS = "Changes the trained weights: part of the training protocol; it cannot change when a run is resumed."
+    EVALUATION = "Changes how weights are evaluated, not the weights. Changed on resume, `best` is chosen afresh."
+    NOTHING = "Changes neither weights nor figures; it may change when a run is resumed."
+
+
+Trains = Annotated[T, Effect.WEIGHTS]
+Evaluates = Annotated[T, Effect.EVALUATION]
+Neutral = Annotated[T, Effect.NOTHING]
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -20,22 +37,9 @@ Colour = Annotated[tuple[float, float, float], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
 SizeFrom = Annotated[tuple[Count, Positive], Field(strict=False)]
 TorchvisionSet = Literal[
-    "cifar10",
-    "cifar100",
-    "mnist",
-    "fashion_mnist",
-    "kmnist",
-    "svhn",
-    "stl10",
-    "gtsrb",
-    "imagenette",
-    "flowers102",
-    "food101",
-    "pets",
-    "dtd",
-    "aircraft",
-    "country211",
-]
+    "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "stl10", "gtsrb",
+    "imagenette", "flowers102", "food101", "pets", "dtd", "aircraft", "country211",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -47,54 +51,54 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The network: the only section in which a LIP recipe and its baseline differ."""
 
-    name: str
+    name: Trains[str]
     """A name registered with timm: lip_resnet50, lip_resnet101, or any of timm's own."""
-    num_classes: Positive = 1000
-    args: dict[str, JsonValue] = {}
+    num_classes: Trains[Positive] = 1000
+    args: Trains[dict[str, JsonValue]] = {}
     """Further keywords of the model, such as bottleneck_width: 64."""
-    downsampling: dict[str, str] = {}
+    downsampling: Trains[dict[str, str]] = {}
     """Site (stem, main, shortcut, transition, image) -> layer of the zoo that replaces what stands there, in any
     convolutional network: {stem: blur, main: blur, shortcut: average}."""
-    weights: str | None = None
-    """A checkpoint file or run folder to start from."""
-    new_head: bool = False
+    weights: Neutral[str | None] = None
+    """A checkpoint file or run folder to start from. What it held, not where, is compared between runs."""
+    new_head: Trains[bool] = False
     """Leave the classifier of `weights` out and start it afresh (fine-tuning)."""
 
 
 class EvalDataConfig(Section):
     """A set of images, and how an evaluation reads it."""
 
-    name: Literal["folder", "shards", "huggingface", "digits", "synthetic", TorchvisionSet] = "folder"
+    name: Trains[Literal["folder", "shards", "huggingface", "digits", "synthetic", TorchvisionSet]] = "folder"
     """folder: class folders under root/train and root/val; shards: tar files there, in WebDataset layout; huggingface:
     a table; digits: scikit-learn's, embedded; synthetic: noise; the others: torchvision's sets."""
-    root: str | None = None
+    root: Neutral[str | None] = None
     """For `folder` and `shards`: the directory that holds train/ and val/, for `shards` perhaps behind a URL. For
     `huggingface`: a folder of Parquet files, or the hub's name. For torchvision's sets: where they are downloaded."""
-    download: bool = False
+    download: Neutral[bool] = False
     """Of torchvision's sets: fetch what is not there."""
-    label_column: str | None = None
+    label_column: Trains[str | None] = None
     """Of `huggingface`: the column of the labels, where there are several."""
-    classes: str | None = None
+    classes: Trains[str | None] = None
     """A text file: a class folder's name a line keeps those classes alone (in sorted order); lines that are image
     files (folder/name or name) keep those training images alone. Validation keeps every image of the classes."""
-    images: Positive = 12800
+    images: Trains[Positive] = 12800
     """For `synthetic`: how many training images to pretend; a tenth as many for validation."""
-    eval_batch_size: Positive = 256
+    eval_batch_size: Neutral[Positive] = 256
     """Images per batch of the evaluation, on one process."""
-    eval_size: Positive = 224
+    eval_size: Evaluates[Positive] = 224
     """Side of the evaluation's centre crop, pixels."""
-    eval_resize: Positive = 256
+    eval_resize: Evaluates[Positive] = 256
     """The evaluation first resizes an image's shorter side to this, pixels (other crop modes: other sides)."""
-    crop_mode: Literal["center", "squash", "border"] = "center"
+    crop_mode: Evaluates[Literal["center", "squash", "border"]] = "center"
     """How the evaluation resizes before its centre crop, as in timm. center: the shorter side to eval_resize; squash:
     both sides to eval_resize, whatever the aspect ratio; border: the longer side to eval_resize, and what is then
     smaller than eval_size is padded with the mean colour."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Trains[Literal["bilinear", "bicubic"]] = "bilinear"
     """Of every resize, with PIL's antialiasing."""
-    mean: Colour = (0.485, 0.456, 0.406)
-    std: Colour = (0.229, 0.224, 0.225)
+    mean: Trains[Colour] = (0.485, 0.456, 0.406)
+    std: Trains[Colour] = (0.229, 0.224, 0.225)
     """Of the pixels in [0, 1]; images are normalised on the device."""
-    workers: Count = 8
+    workers: Neutral[Count] = 8
     """Loader processes of each process; 0 loads in the process itself."""
 
     @model_validator(mode="after")
@@ -124,35 +128,35 @@ class EvalDataConfig(Section):
 class DataConfig(EvalDataConfig):
     """Files to batches: an evaluation's keys, and training's."""
 
-    batch_size: Positive
+    batch_size: Trains[Positive]
     """Images per optimizer step over all processes and accumulated parts; must divide by processes x accumulate."""
-    last_batch: Literal["keep", "drop"] = "keep"
+    last_batch: Trains[Literal["keep", "drop"]] = "keep"
     """What happens to the images left over when the set does not divide by batch_size: a smaller step, or none."""
-    repeats: Positive = 1
+    repeats: Trains[Positive] = 1
     """Repeated augmentation: a batch holds batch_size / repeats different images, each this often with an augmentation
     of its own. An epoch keeps its number of steps, so it visits one in `repeats` of the images, others each epoch."""
-    size: Positive = 224
+    size: Trains[Positive] = 224
     """Side of the training images, pixels."""
-    size_schedule: Annotated[tuple[SizeFrom, ...], Field(strict=False)] = ()
+    size_schedule: Trains[Annotated[tuple[SizeFrom, ...], Field(strict=False)]] = ()
     """Progressive resizing: [epoch, size] pairs; from an epoch (the first is 0) on, training images have that side."""
-    decode: Literal["exact", "fast", "gpu"] = "exact"
+    decode: Trains[Literal["exact", "fast", "gpu"]] = "exact"
     """Of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no further
     than the crop needs and resized by torch, within a level or two of PIL's pixels; gpu: the same crops, decoded and
     resized on the GPU (needs nvImageCodec). Validation is always exact."""
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: Trains[Literal["stop", "skip"]] = "stop"
     """A training image that does not decode. stop: end with its path; skip: leave it out of its batch, which is one
     smaller, count it and list it. Nothing is ever put in its place, and validation always stops."""
-    crop_scale: Range = (0.08, 1.0)
+    crop_scale: Trains[Range] = (0.08, 1.0)
     """RandomResizedCrop: area of the crop as a fraction of the image, lowest and highest."""
-    crop_ratio: Range = (3 / 4, 4 / 3)
+    crop_ratio: Trains[Range] = (3 / 4, 4 / 3)
     """RandomResizedCrop: width / height of the crop, lowest and highest."""
-    flip: Fraction = 0.5
+    flip: Trains[Fraction] = 0.5
     """Probability of a horizontal flip."""
-    color_jitter: NonNegative = 0.0
+    color_jitter: Trains[NonNegative] = 0.0
     """Strength of brightness, contrast and saturation jitter."""
-    rand_augment: str | None = None
+    rand_augment: Trains[str | None] = None
     """timm's RandAugment string, such as rand-m7-mstd0.5-inc1."""
-    random_erasing: Fraction = 0.0
+    random_erasing: Trains[Fraction] = 0.0
     """Probability of erasing a random rectangle."""
 
     @model_validator(mode="after")
@@ -185,28 +189,28 @@ class DataConfig(EvalDataConfig):
 class OptimConfig(Section):
     """The optimizer and its learning rate, which is a function of the step alone."""
 
-    name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    lr: Annotated[float, Field(gt=0)]
+    name: Trains[Literal["sgd", "adamw", "lamb", "lars"]] = "sgd"
+    lr: Trains[Annotated[float, Field(gt=0)]]
     """Peak learning rate for data.batch_size as it stands; nothing rescales it."""
-    momentum: Rate = 0.9
+    momentum: Trains[Rate] = 0.9
     """Of sgd and lars."""
-    nesterov: bool = False
-    betas: Range = (0.9, 0.999)
+    nesterov: Trains[bool] = False
+    betas: Trains[Range] = (0.9, 0.999)
     """Of adamw and lamb."""
-    weight_decay: NonNegative = 1e-4
-    decay: Literal["all", "matrices"] = "all"
+    weight_decay: Trains[NonNegative] = 1e-4
+    decay: Trains[Literal["all", "matrices"]] = "all"
     """all: decay every parameter (the paper); matrices: only tensors of two or more dimensions."""
-    schedule: Literal["cosine", "linear", "step"] = "cosine"
-    milestones: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
+    schedule: Trains[Literal["cosine", "linear", "step"]] = "cosine"
+    milestones: Trains[Annotated[tuple[Positive, ...], Field(strict=False)]] = ()
     """For `step`: the epochs at which the rate is multiplied by gamma."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    min_lr: NonNegative = 0.0
+    gamma: Trains[Annotated[float, Field(gt=0, le=1)]] = 0.1
+    min_lr: Trains[NonNegative] = 0.0
     """For `cosine` and `linear`: the rate at the end."""
-    warmup_epochs: NonNegative = 0.0
+    warmup_epochs: Trains[NonNegative] = 0.0
     """Linear rise from (almost) 0, per step."""
-    accumulate: Positive = 1
+    accumulate: Trains[Positive] = 1
     """Parts into which each process cuts its share of a batch; gradients are summed over them."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_norm: Trains[Annotated[float, Field(gt=0)] | None] = None
     """Largest norm of the whole gradient."""
 
     @model_validator(mode="after")
@@ -229,59 +233,59 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """The protocol around the optimizer."""
 
-    epochs: Positive
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    max_steps: Positive | None = None
+    epochs: Trains[Positive]
+    seed: Trains[Annotated[int, Field(ge=0, lt=2**32)]] = 0
+    max_steps: Trains[Positive | None] = None
     """Stop after this many optimizer steps; the schedule still spans `epochs`."""
-    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    precision: Trains[Literal["float32", "tf32", "bfloat16", "float16"]] = "float32"
     """Of the autocast forward. tf32 is float32 whose products GPUs round to 10 bits. float16 scales its loss and needs
     sgd or adamw, whose fused form never synchronises."""
-    channels_last: bool = True
-    compile: bool = False
+    channels_last: Trains[bool] = True
+    compile: Trains[bool] = False
     """torch.compile the training step's forward and backward."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    compile_mode: Trains[Literal["default", "reduce-overhead", "max-autotune"]] = "default"
     """Of torch.compile."""
-    gradient_compression: Literal["none", "bfloat16", "float16"] = "none"
+    gradient_compression: Trains[Literal["none", "bfloat16", "float16"]] = "none"
     """The dtype in which processes exchange gradients: half the traffic, rounded sums."""
-    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
-    target_threshold: Rate | None = None
+    loss: Trains[Literal["cross_entropy", "binary_cross_entropy"]] = "cross_entropy"
+    target_threshold: Trains[Rate | None] = None
     """For `binary_cross_entropy`: (mixed) targets above this count as 1, all others as 0."""
-    label_smoothing: Rate = 0.0
-    mixup: NonNegative = 0.0
+    label_smoothing: Trains[Rate] = 0.0
+    mixup: Trains[NonNegative] = 0.0
     """Alpha of mixup's Beta distribution; 0 is off. With cutmix too, each step takes one of the two."""
-    cutmix: NonNegative = 0.0
+    cutmix: Trains[NonNegative] = 0.0
     """Alpha of cutmix's Beta distribution; 0 is off."""
-    drop_path: Rate = 0.0
+    drop_path: Trains[Rate] = 0.0
     """Stochastic depth, where the model has it."""
-    drop: Rate = 0.0
+    drop: Trains[Rate] = 0.0
     """Dropout in front of the classifier."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_decay: Trains[Annotated[float, Field(gt=0, lt=1)] | None] = None
     """Keep an exponential moving average of the weights, with this decay per step."""
-    rules: Literal["model", "ema"] = "model"
+    rules: Evaluates[Literal["model", "ema"]] = "model"
     """Whose top-1 chooses the best checkpoint, and which weights eval.py evaluates by default."""
-    sync_bn: bool = False
+    sync_bn: Trains[bool] = False
     """Batch statistics over all processes (GPUs only). The host then waits for the device in every layer."""
-    eval_every: Positive = 1
+    eval_every: Neutral[Positive] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    checkpoint_steps: Count = 0
+    checkpoint_steps: Neutral[Count] = 0
     """Save every so many steps too, not only at the end of an epoch; 0 is off."""
-    checkpoint_minutes: NonNegative = 10.0
+    checkpoint_minutes: Neutral[NonNegative] = 10.0
     """Save too when so many minutes have passed since this was last done; 0 is off."""
-    keep: Positive = 2
+    keep: Neutral[Positive] = 2
     """Checkpoints kept beside the best: the last one, and those to fall back on if it is damaged."""
-    on_write_error: Literal["stop", "continue"] = "stop"
+    on_write_error: Neutral[Literal["stop", "continue"]] = "stop"
     """What a checkpoint that cannot be written does to the run; the older checkpoints stay either way."""
-    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    on_nonfinite: Neutral[Literal["stop", "skip", "rollback"]] = "stop"
     """What a step with a loss or gradient that is not finite does to the run. It never changes weights, optimizer,
     average or batch statistics. stop: end, with what was not finite and where; skip: go on with the next batch;
-    rollback: go back to the newest checkpoint and leave out that batch."""
-    nonfinite_limit: Positive = 10
+    rollback: go back to the newest checkpoint and leave out that batch. Without such a step all three are alike."""
+    nonfinite_limit: Neutral[Positive] = 10
     """For `skip`, so many steps in a row, and for `rollback`, so many times in a run; one more ends the run."""
-    hang_minutes: NonNegative = 30.0
+    hang_minutes: Neutral[NonNegative] = 30.0
     """End the run, with every process's stack in the run folder, when a step takes longer than this; 0 is off."""
-    log_every: Positive = 50
+    log_every: Neutral[Positive] = 50
     """Steps between log lines, which are the only host synchronisations."""
-    profile: Count = 0
+    profile: Neutral[Count] = 0
     """Trace this many steps with torch.profiler for TensorBoard, after the first 5; 0 is off."""
 
     @model_validator(mode="after")
@@ -327,3 +331,18 @@ class Config(Section):
     def dump(self) -> str:
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def values(self, effect: Effect) -> dict[str, JsonValue]:
+        """``section.key`` to value, of the fields that have this effect."""
+        tree = self.model_dump(mode="json")
+        return {name: tree[name.split(".")[0]][name.split(".")[1]] for name, each in EFFECTS.items() if each is effect}
+
+
+EFFECTS: dict[str, Effect] = {
+    f"{section}.{key}": effect
+    for section, part in Config.model_fields.items()
+    for key, field in part.annotation.model_fields.items()
+    for effect in field.metadata
+    if isinstance(effect, Effect)
+}
+"""What each key of a recipe, as ``section.key``, changes."""

@@ -1,14 +1,9 @@
-"""Ranks: the same code for one process and for many, and the one way in and out of every command."""
+"""Processes and ranks: the same code for one process and for many."""
 
-import argparse
 import datetime
 import hashlib
 import os
-import signal
-import sys
-import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lip_resnet import lifeline
-from lip_resnet.config import InputError
+from lip_resnet.errors import InputError
+from lip_resnet.errors import Stopped as Stopped
 
 T = TypeVar("T")
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -73,15 +69,15 @@ def broadcast_object(value: T) -> T:
 
 def on_main(function: Callable[[], T]) -> T:
     """Run on rank 0 alone; every rank gets what it returned, or its InputError."""
-    value = error = None
+    value = error = cause = None
     if is_main():
         try:
             value = function()
         except InputError as caught:
-            error = str(caught)
+            error, cause = str(caught), caught
     value, error = broadcast_object((value, error))
     if error is not None:
-        raise InputError(error)
+        raise cause or InputError(error)
     return value
 
 
@@ -101,6 +97,15 @@ def gather_rows(row: torch.Tensor) -> torch.Tensor:
         dist.all_gather(rows, row, group=_control)
         return torch.stack(rows)
     return row[None]
+
+
+def meet(timeout: datetime.timedelta) -> bool:
+    """Whether all processes come here within ``timeout``."""
+    try:
+        dist.monitored_barrier(_control, timeout=timeout)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Agreement:
@@ -129,48 +134,12 @@ class Agreement:
         return number.tolist()[0]
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and what it had done is saved; the command leaves with exit code 75 (try again)."""
+def init() -> None:
+    """Join torchrun's process group, if this process is one of several.
 
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are an InputError: one line, like every other wrong input."""
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
-def launch(main: Callable[[], None]) -> None:
-    """Run a command's ``main`` inside its process group and leave the process with the right exit code.
-
-    0: done. 2: an InputError; every rank exits with 2 and only rank 0 prints the line. 1: the numbers went wrong
-    (FloatingPointError), one line too. 75: Stopped, to be continued. Anything else is a defect of ours and keeps its
-    traceback.
+    Raises:
+        InputError: the environment is torchrun's in parts only, there are too few GPUs, or not all processes come.
     """
-    code = 0
-    try:
-        _init()
-        main()
-    except InputError as error:
-        code = _fail(str(error), 2)
-    except Stopped as stop:
-        code = _fail(str(stop), 75)
-    except FloatingPointError as error:
-        code = _fail(str(error), 1)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130)
-    except Exception as error:
-        if world_size() > 1:
-            _leave_alone(error)
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call the end of loader processes an accident
-    sys.exit(code)
-
-
-def _init() -> None:
     global _control
     present = [name for name in _VARIABLES if name in os.environ]
     if "RANK" not in present and "WORLD_SIZE" not in present:
@@ -220,40 +189,10 @@ def _fresh_store(number: int, count: int) -> dist.Store:
     raise InputError(f"not all of {count} processes have come within 10 minutes")
 
 
-def _leave_alone(error: Exception) -> None:
-    """End a process whose error the others do not share, without waiting for them: torchrun then ends them."""
-    text = " ".join(str(error).split())
-    if isinstance(error, dist.DistError) or "closed by peer" in text or "reset by peer" in text:
-        print(f"rank {rank()}: another process is gone, or out of reach: {text[:200]}", file=sys.stderr, flush=True)
-    else:
-        traceback.print_exception(error)
-    _exit_at_once(1)
+def __getattr__(name: str) -> Any:
+    """``ArgumentParser`` and ``launch`` under their earlier names."""
+    if name not in ("ArgumentParser", "launch"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lip_resnet import cli
 
-
-def _exit_at_once(code: int) -> None:
-    """Without a goodbye to the process group, which waits for what the others are in; with the last checkpoint."""
-    for thread in threading.enumerate():  # it may be on its way to the disk
-        if not thread.daemon and thread is not threading.main_thread():
-            thread.join()
-    os._exit(code)
-
-
-def _fail(message: str, code: int) -> int:
-    """Print one line, from rank 0 where it has come here too, and let all ranks leave together."""
-    together = True
-    if world_size() > 1:
-        # torchrun ends the other ranks once one has exited: each must leave with its own code, after rank 0 spoke.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        try:
-            dist.monitored_barrier(_control, timeout=datetime.timedelta(seconds=10))
-        except RuntimeError:  # the others are elsewhere: only this rank met the error
-            together = False
-    main = int(os.environ.get("RANK", 0)) == 0
-    if main or not together:
-        where = "" if together else f" (rank {rank()})"
-        command, line = os.path.basename(sys.argv[0]), " ".join(message.split())
-        kind = "stopped" if code == 75 else "error"
-        print(f"{command}: {kind}: {line}{where}", file=sys.stderr, flush=True)
-    if not together:
-        _exit_at_once(code)
-    return code
+    return getattr(cli, name)

@@ -19,7 +19,7 @@ from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, TrainLoader, prefetch, to_device
 from lip_resnet.evaluate import autocast
 from lip_resnet.metrics import AccuracyCounts
-from lip_resnet.numerics import Sentinel, check_scale, step_optimizer, update_average
+from lip_resnet.nonfinite import NonFiniteGuard, check_scale, step_optimizer, update_average
 from lip_resnet.objective import Objective
 from lip_resnet.optim import build_optimizer, lr_at
 
@@ -39,7 +39,7 @@ class TrainState:
     ema: ModelEmaV3 | None
     window: AccuracyCounts
     """This process's counts since the last log step."""
-    sentinel: Sentinel
+    guard: NonFiniteGuard
     step: int = 0
     """Completed optimizer steps."""
     evaluated: int = 0
@@ -56,9 +56,9 @@ class TrainState:
         """Tensors and numbers for a checkpoint; every process must call it.
 
         Raises:
-            FloatingPointError: a loss since the last log step, or a weight, is not finite; or what the sentinel raises.
+            FloatingPointError: a loss since the last log step, or a weight, is not finite; or what the guard raises.
         """
-        self.sentinel.settle()
+        self.guard.check_pending()
         window = distributed.gather_rows(self.window.sums)
         weights = nn.utils.get_total_norm(self.model.parameters())
         if not window.isfinite().all() or not weights.isfinite():
@@ -74,7 +74,7 @@ class TrainState:
             "skipped": sum(distributed.gather_objects(self.skipped)),
             "best": self.best,
             "nonfinite": {
-                "counters": self.sentinel.counters,
+                "counters": self.guard.counters,
                 "left_out": sorted(self.left_out),
                 "rollbacks": self.rollbacks,
             },
@@ -95,7 +95,7 @@ class TrainState:
             self.evaluated = payload.get("evaluated", self.step)
             self.skipped = payload.get("skipped", 0) if distributed.is_main() else 0
             if "nonfinite" in payload:
-                self.sentinel.counters.copy_(payload["nonfinite"]["counters"])
+                self.guard.counters.copy_(payload["nonfinite"]["counters"])
                 self.left_out = set(payload["nonfinite"]["left_out"])
                 self.rollbacks = payload["nonfinite"]["rollbacks"]
             rows = payload["window"]
@@ -104,15 +104,15 @@ class TrainState:
                 rows[0] = payload["window"].sum(dim=0)
             self.window.sums.copy_(rows[distributed.rank()])
         except KeyError as error:
-            raise InputError(f"{source}: not a training checkpoint: it has no {error}") from None
+            raise InputError(f"{source}: not a training checkpoint: it has no {error}") from error
         # What torch's own load_state_dict raise on entries of another kind, and check_entries.
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:400]
-            raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from None
+            raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from error
 
 
 def build_state(model: nn.Module, config: Config, device: torch.device) -> TrainState:
-    """Put a network on its device and dress it for training.
+    """Move a network to its device and build what trains it: optimizer, average, DDP, loss scaler, guard.
 
     Raises:
         InputError: sync_bn without GPUs.
@@ -136,13 +136,14 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
         if train.gradient_compression != "none":
             wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
-    return TrainState(model, wrapped, optimizer, scaler, ema, AccuracyCounts(device), Sentinel(model, train))
+    return TrainState(model, wrapped, optimizer, scaler, ema, AccuracyCounts(device), NonFiniteGuard(model, train))
 
 
-def rehearse(state: TrainState, config: Config) -> None:
-    """A forward and backward of blank images that change nothing, for DDP: after its first backward it sorts gradients
-    into new buckets, and with three processes or more the buckets decide in which order their sums round. After a
-    rehearsal, a resumed run's first step has the buckets that the uninterrupted run's step had.
+def warm_up_ddp(state: TrainState, config: Config) -> None:
+    """Warm-up step for DDP: a forward and backward of blank images that change no state.
+
+    After its first backward DDP sorts the gradients into new buckets, and with three processes or more the buckets
+    decide in which order their sums are rounded. Warmed up, a resumed run has the buckets of an uninterrupted one.
     """
     world = distributed.world_size()
     if world == 1:
@@ -167,7 +168,7 @@ def train_one_epoch(
     loader: TrainLoader,
     config: Config,
     *,
-    watched: Sequence[nn.Parameter] = (),
+    norm_excludes: Sequence[nn.Parameter] = (),
     on_step: Callable[[], bool | None],
     on_log: Callable[[dict[str, float]], None],
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -177,18 +178,19 @@ def train_one_epoch(
     Nothing waits for the device between two log steps. All randomness is drawn from (seed, step, rank, part).
 
     Args:
-        watched: parameters whose gradients can dwarf all others; with clipping, the norm without them is logged too.
+        norm_excludes: parameters whose gradients can dwarf all others; with clipping, the norm without them is logged
+            too.
         on_step: called after every optimizer step; True ends the call there.
         on_log: called every ``train.log_every`` steps, and at the epoch's end, with the ``train/`` numbers since the
             last call.
         on_phase: called when a step comes to "forward", "backward", "update" and "log".
 
     Raises:
-        FloatingPointError, Rollback: as ``Sentinel.settle`` and ``check_scale``.
+        FloatingPointError, Rollback: as ``NonFiniteGuard.check_pending`` and ``check_scale``.
     """
     train, optim = config.train, config.optim
     device = next(state.model.parameters()).device
-    step = TrainStep(state, config, Objective(config, device), watched, on_phase)
+    step = TrainStep(state, config, Objective(config, device), norm_excludes, on_phase)
     epoch, first = divmod(state.step, len(loader))
     end = min((epoch + 1) * len(loader), train.max_steps or math.inf)
 
@@ -210,14 +212,14 @@ def train_one_epoch(
 
         if state.step % train.log_every == 0 or state.step == end:
             on_phase("log")
-            state.sentinel.settle()
+            state.guard.check_pending()
             sums = counts.reduce()
             elapsed = time.perf_counter() - began
             check_scale(state.scaler, state.step)
             if config.data.on_error == "skip":
                 extra["train/skipped"] = distributed.all_reduce_sum(torch.tensor(state.skipped, device=device))
             if train.on_nonfinite == "skip":
-                extra["train/nonfinite"] = state.sentinel.counters[0]
+                extra["train/nonfinite"] = state.guard.counters[0]
             on_log(
                 {
                     "train/loss": sums["loss"] if sums["images"] else math.nan,
@@ -237,11 +239,12 @@ def train_one_epoch(
 
 
 class TrainStep:
-    """One optimizer step on one ``Batch``: forward, backward and update. Where the loss or the gradient is not finite,
-    nothing changes.
+    """One optimizer step on one ``Batch``: forward, backward and update; nothing changes if it is not finite.
 
-    ``state`` is ``build_state``'s, its modules in training mode; its ``step`` is read and not advanced. ``watched``
-    and ``on_phase`` are as for ``train_one_epoch``.
+    Args:
+        state: of ``build_state``, its modules in training mode; ``state.step`` is read and not advanced.
+        objective: images and targets, and the loss.
+        norm_excludes, on_phase: as for ``train_one_epoch``.
     """
 
     def __init__(
@@ -249,22 +252,27 @@ class TrainStep:
         state: TrainState,
         config: Config,
         objective: Objective,
-        watched: Sequence[nn.Parameter] = (),
+        norm_excludes: Sequence[nn.Parameter] = (),
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.state, self.config, self.objective, self.on_phase = state, config, objective, on_phase
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-        without = {id(parameter) for parameter in watched}
-        self.calm = [parameter for parameter in self.parameters if id(parameter) not in without] if without else []
+        without = {id(parameter) for parameter in norm_excludes}
+        self.norm_parameters = (
+            [parameter for parameter in self.parameters if id(parameter) not in without] if without else []
+        )
 
     def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
         """Train on a batch; ``lr``, which the optimizer has already, is for error messages.
 
-        Returns the gradient norms where gradients are clipped, () on the device. Raises as ``Sentinel.settle``.
+        Returns the gradient norms if gradients are clipped, () on the device.
+
+        Raises:
+            FloatingPointError, Rollback: as ``NonFiniteGuard.check_pending``.
         """
         state, clip, scaler = self.state, self.config.optim.clip_norm, self.state.scaler
-        sentinel, world, extra = state.sentinel, distributed.world_size(), {}
-        sentinel.begin(state.window.sums)
+        guard, world, extra = state.guard, distributed.world_size(), {}
+        guard.start_step(state.window.sums)
         for part, (images, labels) in enumerate(batch.parts):
             self.on_phase("forward")
             last = part == len(batch.parts) - 1
@@ -272,7 +280,7 @@ class TrainStep:
                 logits, labels, loss = self._forward(state.wrapped, images, labels, state.step, part)
                 self.on_phase("backward")
                 # DDP averages over processes; this weight makes it the mean over the batch's images, however dealt.
-                scaler.scale(sentinel.weigh(loss, len(labels) * world / batch.size)).backward()
+                scaler.scale(guard.scale_loss(loss, len(labels) * world / batch.size)).backward()
             state.window.add(logits.detach(), labels, loss.detach())
 
         self.on_phase("update")
@@ -282,16 +290,16 @@ class TrainStep:
             norm = _norm(self.parameters)
         if clip is not None:
             extra["train/grad_norm"] = norm
-            if self.calm:
-                extra["train/grad_norm_without_logits"] = _norm(self.calm)
+            if self.norm_parameters:
+                extra["train/grad_norm_without_logits"] = _norm(self.norm_parameters)
             nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
-        bad = sentinel.judge(norm)
+        bad = guard.is_bad(norm)
         step_optimizer(state.optimizer, scaler, bad)
         state.optimizer.zero_grad()
-        sentinel.undo(bad)
+        guard.undo_if(bad)
         if state.ema is not None:
             update_average(state.ema, state.model, bad)
-        sentinel.watch(state.step + 1, lr, bad, batch.parts, self._again(batch, state.step))
+        guard.enqueue(state.step + 1, lr, bad, batch.parts, self._again(batch, state.step))
         return extra
 
     def _forward(

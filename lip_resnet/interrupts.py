@@ -6,6 +6,7 @@ import time
 from types import FrameType
 
 from lip_resnet import distributed
+from lip_resnet.errors import Stopped
 
 SETTLE, SAVE, STOP = 1, 2, 3
 """Look at a write that has failed; save; save and stop. A save looks at the write before it anyway."""
@@ -17,7 +18,7 @@ class Interrupts:
 
     Schedulers send them before they take a machine away, and not to all processes in the same step: ``after_step``
     gives every process the same answer. Before ``begin`` there is nothing to save, and they stop the command where
-    it is, with ``distributed.Stopped``.
+    it is, with ``Stopped``.
 
     Args:
         steps: ask for a save every so many steps; 0 never.
@@ -49,7 +50,7 @@ class Interrupts:
             self._stop()
 
     def _stop(self) -> None:
-        raise distributed.Stopped(f"{self.received} before the first step; there was nothing to save")
+        raise Stopped(f"{self.received} before the first step; there was nothing to save")
 
     def begin(self) -> None:
         """From here on a step that has begun is finished and saved.
@@ -64,14 +65,17 @@ class Interrupts:
     def after_step(self, step: int, failed: bool = False) -> int:
         """0, SETTLE, SAVE or STOP: the same on every process, which all call it once after each of their steps.
 
+        Signals and clocks are each process's own: with several processes their answer comes one step later, so that
+        nobody waits for the others. A number of steps is known to all, and needs no agreement.
+
         ``failed`` says that this process could not write a checkpoint.
         """
-        action = SETTLE if failed else 0
+        due = self.steps and step % self.steps == 0
         late = self.minutes and distributed.is_main() and time.monotonic() - self._saved >= 60 * self.minutes
-        if late or (self.steps and step % self.steps == 0):
-            action = SAVE
+        if due or late:
             self._saved = time.monotonic()
-        return self._agree(STOP if self.received else action)
+        mine = STOP if self.received else SAVE if late and not due else SETTLE if failed else 0
+        return max(SAVE if due else 0, self._agree(mine))
 
     def now(self) -> int:
         """As ``after_step``, between steps: what its answer leaves open; all processes wait for each other."""

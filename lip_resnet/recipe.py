@@ -47,10 +47,10 @@ def _parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise _refusal(f"{source}:{where} {problem}") from None
+        raise _refusal(f"{source}:{where} {problem}") from error
     # PyYAML's own, for values that are not what their tag says (!!bool maybe), and for nesting without end.
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise _refusal(f"{source}: not a YAML recipe: a value that cannot be read: {error}") from None
+        raise _refusal(f"{source}: not a YAML recipe: a value that cannot be read: {error}") from error
 
 
 def _refusal(message: str) -> InputError:
@@ -91,7 +91,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise _refusal(f"{path}: cannot read the recipe: {reason}") from None
+        raise _refusal(f"{path}: cannot read the recipe: {reason}") from error
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         given = "an empty file" if tree is None else f"a {type(tree).__name__}"
@@ -113,7 +113,7 @@ def parse_config(tree: dict[str, Any], source: str, schema: type[T] = Config) ->
     except ValidationError as error:
         raise _refusal(f"{source}: {_explain(error.errors()[0], schema)}") from error
     except ValueError as error:
-        raise _refusal(f"{source}: {error}") from None
+        raise _refusal(f"{source}: {error}") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from lip_resnet.config import Config, InputError
+from lip_resnet.config import EFFECTS, Config, Effect, InputError
 from lip_resnet.data.testsets import IMAGES
 from lip_resnet.protocol import EvalConfig
 
@@ -16,28 +16,34 @@ _ADDED_LATER = {"crop_mode": "center"}
 """Keys of a protocol that old rows lack, and what they were."""
 
 
-def describe_training(config: Config, processes: list[int]) -> dict[str, Any]:
-    """How weights were trained, but for the model, the seed and what has no influence.
+def describe_training(
+    config: Config, processes: list[int], initial_weights: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """How weights were trained: the keys that change them, but for the model and the seed.
 
     Args:
         config: the recipe that they were trained with, as the checkpoint holds it.
         processes: the numbers of processes that did, in order; usually one.
+        initial_weights: the checkpoint's ``initial_weights``. Of weights that a run started from, their own training
+            counts where it is known, else the file's sha256; None (older checkpoints): the path in the recipe.
     """
-    tree = config.model_dump(mode="json")
-    free = {"root", "workers", "download", "images", "eval_batch_size", "eval_size", "eval_resize", "crop_mode"}
-    free |= {"seed", "log_every", "profile", "eval_every"}
-    free |= {"checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error", "hang_minutes"}
-    training = {
-        f"{section}.{key}": value
-        for section in ("data", "optim", "train")
-        for key, value in tree[section].items()
-        if key not in free
-    }
-    training |= {f"model.{key}": tree["model"][key] for key in ("weights", "new_head")}
+    training = {key: value for key, value in config.values(Effect.WEIGHTS).items() if not key.startswith("model.")}
+    del training["train.seed"]
+    start: Any = config.model.weights
+    if start is not None and isinstance(initial_weights, dict):
+        start = initial_weights.get("training") or {"sha256": initial_weights.get("sha256")}
+    training |= {"model.weights": start, "model.new_head": config.model.new_head}
     # Batch statistics see this many images: on another number of processes it is another experiment.
     shares = [config.optim.accumulate * (1 if config.train.sync_bn else count) for count in processes]
     training["images_per_batch_norm"] = ", then ".join(str(config.data.batch_size // share) for share in shares)
     return training
+
+
+def update_training(training: dict[str, Any]) -> dict[str, Any]:
+    """``describe_training`` of an earlier version as today's: no keys that change no weights, new ones by default."""
+    minimal = {"model": {"name": "-"}, "data": {"name": "digits", "batch_size": 1}, "optim": {"lr": 1.0}}
+    defaults = describe_training(Config.model_validate({**minimal, "train": {"epochs": 1}}), [1])
+    return defaults | {key: each for key, each in training.items() if key in defaults or key not in EFFECTS}
 
 
 def describe_protocol(
@@ -156,9 +162,24 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     ours, theirs = {**_ADDED_LATER, **ours}, {**_ADDED_LATER, **theirs}
     for part, other in ((ours, theirs), (ours.get("training") or {}, theirs.get("training") or {})):
         for key in sorted(part.keys() | other.keys()):
-            if key != "training" and part.get(key) != other.get(key):
-                return f"{key}: {part.get(key)} against {other.get(key)}"
+            if key != "training" and (one := part.get(key)) != (two := other.get(key)):
+                return _other_start(one, two) if key == "model.weights" else f"{key}: {one} against {two}"
     return None
+
+
+def _other_start(ours: Any, theirs: Any) -> str:
+    """In words, how two different entries ``model.weights`` of ``describe_training`` differ."""
+    kinds = [
+        {True: "a file of unknown training", False: "weights of a known training"}["sha256" in start]
+        if isinstance(start, dict)
+        else str(start or "random weights")
+        for start in (ours, theirs)
+    ]
+    if kinds[0] != kinds[1]:
+        return f"model.weights: started from {kinds[0]} against {kinds[1]}"
+    if "sha256" in ours:
+        return "model.weights: started from two different files whose training is unknown"
+    return f"model.weights: the weights started from differ in {difference({'training': ours}, {'training': theirs})}"
 
 
 def _incomparable(ours: Entry, theirs: Entry) -> str | None:

@@ -57,7 +57,9 @@ def build_row(
         payload: the checkpoint; empty for timm's own weights.
         trained: the recipe of the training, where it is known.
     """
-    training = results.describe_training(trained, payload["processes"]) if trained else None
+    training = None
+    if trained:
+        training = results.describe_training(trained, payload["processes"], payload.get("initial_weights"))
     return {
         "model": config.model.name,
         "args": config.model.args,
@@ -99,5 +101,7 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
         missing = [key for key in _NEEDED if key not in row] if isinstance(row, dict) else list(_NEEDED)
         if missing:
             raise InputError(f"{path}: not a row of eval.py; it lacks {', '.join(missing)}")
+        if row["protocol"].get("training"):
+            row["protocol"]["training"] = results.update_training(row["protocol"]["training"])
         rows.append(row)
     return rows

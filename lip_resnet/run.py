@@ -1,7 +1,8 @@
 """A run: epochs, evaluations, checkpoints and logs in their order, and what to do when one of them cannot go on."""
 
 import contextlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import nn
 
 from lip_resnet import checkpoint, distributed, run_folder, runlog
-from lip_resnet.config import Config, InputError, TrainConfig
+from lip_resnet.config import Config, Effect, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader
-from lip_resnet.engine import TrainState, rehearse, train_one_epoch
+from lip_resnet.engine import TrainState, train_one_epoch, warm_up_ddp
+from lip_resnet.errors import Stopped
 from lip_resnet.evaluate import evaluate
 from lip_resnet.interrupts import SAVE, SETTLE, STOP, Interrupts
-from lip_resnet.numerics import Rollback
+from lip_resnet.nonfinite import Rollback
 from lip_resnet.recipe import parse_config
 from lip_resnet.watchdog import Watchdog
 
@@ -22,21 +24,37 @@ Datasets = dict[str, dict[str, Any]]
 """What ``describe_source`` says of "train" and "val"."""
 
 
-def restore(state: TrainState, config: Config, source: Path, datasets: Datasets) -> list[int]:
-    """Continue from a training checkpoint; returns the numbers of processes that have trained it, ours included.
+@dataclass
+class Provenance:
+    """How weights came to be, beside the recipe; stands in every checkpoint and in env.json."""
 
-    Rank 0 reads the file, so that all ranks go on from the same one whatever their file systems show them.
+    processes: list[int]
+    """The numbers of processes that have trained them so far, in order."""
+    datasets: Datasets = field(default_factory=dict)
+    initial_weights: dict[str, Any] | None = None
+    """What ``model.weights`` was, if the run started from weights: ``sha256`` of the file; ``weights``, model or ema,
+    that were taken from it; ``training``, their own ``describe_training`` with the ``step``, or None if unknown."""
+
+
+def restore(state: TrainState, config: Config, source: Path, provenance: Provenance) -> None:
+    """Continue from a training checkpoint, and from its provenance.
+
+    Rank 0 reads the file, so that all ranks go on from the same one whatever their file systems show them. Where the
+    recipe now evaluates differently, ``best`` is chosen afresh: the old figure and the new ones cannot be compared.
 
     Raises:
         InputError: it is none, or of another recipe, or other data.
     """
     payload = distributed.on_main(lambda: checkpoint.load(source))
-    if "config" in payload:
-        run_folder.check_same_recipe(config, parse_config(payload["config"], str(source)), str(source))
+    earlier = parse_config(payload["config"], str(source)) if "config" in payload else config
+    run_folder.check_same_recipe(config, earlier, str(source))
     state.load_state_dict(payload, str(source))
-    check_same_data(payload.get("datasets", {}), datasets, str(source))
+    if config.values(Effect.EVALUATION) != earlier.values(Effect.EVALUATION):
+        state.best = -math.inf
+    check_same_data(payload.get("datasets", {}), provenance.datasets, str(source))
     before, now = payload["processes"], distributed.world_size()
-    return before if before[-1] == now else [*before, now]
+    provenance.processes = before if before[-1] == now else [*before, now]
+    provenance.initial_weights = payload.get("initial_weights")
 
 
 def check_same_data(theirs: Datasets, ours: Datasets, where: str) -> None:
@@ -64,11 +82,8 @@ class Run:
     log: runlog.RunLog
     total: int
     """Optimizer steps of the whole run."""
-    processes: list[int]
-    """The numbers of processes that have trained it so far, in order."""
-
-    datasets: Datasets
-    watched: list[nn.Parameter]
+    provenance: Provenance
+    norm_excludes: list[nn.Parameter]
     """As for ``train_one_epoch``."""
 
     @property
@@ -93,12 +108,12 @@ class Run:
         interrupts.begin()
         train, state = self.config.train, self.state
         self.folder = self.checkpoints.folder.parent
-        state.sentinel.folder, state.sentinel.tell = self.folder / "nonfinite", self.log.say
+        state.guard.folder, state.guard.warn = self.folder / "nonfinite", self.log.say
         with (
             profiler(train, self.folder) as self.trace,
             Watchdog(self.folder, train.hang_minutes) as self.watchdog,
         ):
-            rehearse(state, self.config)
+            warm_up_ddp(state, self.config)
             bare = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
             if bare and (state.step or train.on_nonfinite == "rollback"):
                 self.save()  # continued from another folder's file, or the first steps need something to go back to
@@ -140,7 +155,7 @@ class Run:
             state,
             self.loader,
             self.config,
-            watched=self.watched,
+            norm_excludes=self.norm_excludes,
             on_step=on_step,
             on_log=lambda values: self.log.log(state.step, epoch, values),
             on_phase=self.watchdog.note,
@@ -170,13 +185,13 @@ class Run:
     def _leave(self, reason: str) -> None:
         """End for now, with the last checkpoint on the disk."""
         distributed.on_main(self._settle_write)
-        raise distributed.Stopped(f"{reason} at step {self.state.step}; continue with --resume auto")
+        raise Stopped(f"{reason} at step {self.state.step}; continue with --resume auto")
 
     def _roll_back(self, found: Rollback) -> None:
         """Load the newest whole checkpoint, and leave the step out when the run comes to it again."""
         state, limit = self.state, self.config.train.nonfinite_limit
         self.watchdog.rest()
-        state.sentinel.restart()
+        state.guard.forget_pending()
         left_out, rollbacks = {*state.left_out, found.step}, state.rollbacks + 1
         if rollbacks > limit:
             raise FloatingPointError(f"{found}; rolled back {limit} times already (train.nonfinite_limit)")
@@ -184,7 +199,7 @@ class Run:
         source, _ = distributed.on_main(self.checkpoints.newest_whole)
         if source is None:
             raise FloatingPointError(f"{found}; there is no checkpoint to go back to")
-        restore(state, self.config, source, self.datasets)
+        restore(state, self.config, source, self.provenance)
         state.left_out, state.rollbacks = left_out, rollbacks
         self.log.rewind(state.step, state.evaluated)
         self.log.say(f"warning: {found}; back to step {state.step}, without the batch of step {found.step}")
@@ -204,8 +219,7 @@ class Run:
         payload = {
             **self.state.state_dict(),
             "config": self.config.model_dump(mode="json"),
-            "processes": self.processes,
-            "datasets": self.datasets,
+            **vars(self.provenance),
         }
         self.log.sync()
 

@@ -10,38 +10,28 @@ from pathlib import Path
 from typing import TextIO
 
 from lip_resnet import checkpoint
-from lip_resnet.config import Config, InputError
+from lip_resnet.config import Config, Effect, InputError
 from lip_resnet.recipe import load_config
-
-# What may change when a run goes on: where it runs and how it reports, not what it computes.
-_FREE = {
-    "data": {"root", "workers", "download"},
-    "train": {
-        *("max_steps", "log_every", "profile"),
-        *("checkpoint_steps", "checkpoint_minutes", "keep", "on_write_error"),
-        *("on_nonfinite", "nonfinite_limit", "hang_minutes"),
-    },
-    "model": {"weights"},
-}
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """Names that ``checkpoint.write_atomically`` gives to half-written files; no other file is removed."""
 
 
 def check_same_recipe(config: Config, other: Config, where: str) -> None:
-    """Refuse to continue a run under another recipe.
+    """Refuse to continue a run under a recipe that trains other weights.
+
+    Of the keys that change the weights only ``train.max_steps`` may differ: it says where a run stops, not how it
+    gets there.
 
     Raises:
-        InputError: the first key that differs, of those that decide the result.
+        InputError: the first key that differs.
     """
-    ours, theirs = config.model_dump(mode="json"), other.model_dump(mode="json")
-    for section, values in ours.items():
-        for key, value in values.items():
-            if key not in _FREE.get(section, ()) and value != theirs[section][key]:
-                raise InputError(
-                    f"{where} was trained with {section}.{key}={theirs[section][key]}, this recipe says {value}; "
-                    "choose another --output"
-                )
+    ours, theirs = config.values(Effect.WEIGHTS), other.values(Effect.WEIGHTS)
+    for key, value in ours.items():
+        if key != "train.max_steps" and value != theirs[key]:
+            raise InputError(
+                f"{where} was trained with {key}={theirs[key]}, this recipe says {value}; choose another --output"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,6 +42,13 @@ class Opened:
     """The checkpoint to continue from; None for a fresh start."""
     notes: list[str]
     """What the user should know: checkpoints that were skipped."""
+
+
+def will_continue(folder: Path, resume: str) -> bool:
+    """Whether ``open_run`` will return a checkpoint to continue from, if it does not refuse."""
+    checkpoints = folder / "checkpoints"
+    present = (checkpoints / "last.pt").exists() or any(checkpoints.glob("step-*.pt"))
+    return present if resume == "auto" else resume != "none"
 
 
 def open_run(folder: Path, config: Config, resume: str) -> Opened:
@@ -88,7 +85,7 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
                     path.unlink()
         (folder / "requeue").unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from None
+        raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from error
     try:
         found = checkpoint.Checkpoints(checkpoints, keep=1)
         if source is None:
@@ -114,7 +111,7 @@ def _is_occupied(folder: Path) -> bool:
         files = folder.rglob("*") if folder.is_dir() else [folder] if folder.exists() else []
         return any(not path.is_dir() and not nobodys.fullmatch(path.name) for path in files)
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}") from None
+        raise InputError(f"--output {folder}: {error.strerror}") from error
 
 
 def request_requeue(folder: Path) -> None:
@@ -145,8 +142,8 @@ def _lock(folder: Path) -> TextIO:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except BlockingIOError:
+        except BlockingIOError as error:
             if time.monotonic() >= patience:
                 file.close()
-                raise InputError(f"--output {folder} is being written by another process") from None
+                raise InputError(f"--output {folder} is being written by another process") from error
             time.sleep(0.2)

@@ -34,8 +34,7 @@ def describe_environment(device: str | None = None) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **_describe_commit(Path(__file__)),
         "hardware": torch.cuda.get_device_name() if gpu else _cpu_name(),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
@@ -54,13 +53,23 @@ def _cpu_name() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def _git(*arguments: str) -> str | None:
-    here = Path(__file__).parent
-    try:
-        result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+def _describe_commit(source: Path) -> dict[str, Any]:
+    """The commit of the repository that tracks a source file, and whether its tracked files differ from it.
+
+    None where no repository does: an environment with an installed package can lie in the folder of any repository.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(["git", *arguments], cwd=source.parent, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", source.name) is None:
+        return {"git_commit": None, "git_dirty": False}
+    dirty = git("status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(dirty)}
 
 
 EARLIER = 50
@@ -108,7 +117,7 @@ class RunLog:
             self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
             self.writer.flush()
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.folder}: cannot write the run's files: {error}") from None
+            raise InputError(f"{self.folder}: cannot write the run's files: {error}") from error
         self.quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=self.quiet)
 
@@ -186,7 +195,7 @@ class RunLog:
             except OSError as error:
                 message = f"{self.folder}: cannot write the run's numbers: {error.strerror or error}"
                 if self.config.train.on_write_error == "stop":
-                    raise InputError(message) from None
+                    raise InputError(message) from error
                 if not self.refused:
                     self.say(f"warning: {message}; the run goes on, TensorBoard's file ends here")
                 self.refused = True

@@ -66,10 +66,10 @@ def look_at_all(source: Encoded, workers: int) -> list[tuple[int, str, str | Non
         try:
             found = pool.map(look, range(len(source)), chunksize=32)
             return list(tqdm(found, total=len(source), unit="image", desc=source.root.name, disable=None))
-        except BrokenProcessPool:
+        except BrokenProcessPool as error:
             raise InputError(
                 f"{source.root}: a process was killed, perhaps for want of memory; try fewer --workers than {workers}"
-            ) from None
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

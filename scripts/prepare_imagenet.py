@@ -69,9 +69,9 @@ def read_archive(path: Path, visit: Callable[[tarfile.TarFile], None]) -> str:
                 pass
             return file.md5.hexdigest()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
+        raise InputError(f"{path}: {error.strerror or error}") from error
     except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path}: not a whole tar archive: {error}") from None
+        raise InputError(f"{path}: not a whole tar archive: {error}") from error
 
 
 def read_devkit(path: Path) -> tuple[str, list[str], list[str]]:
@@ -136,14 +136,14 @@ def _written(path: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         again = "; what is written stays, and the same command goes on from there"
-        raise InputError(f"--output: cannot write {path}: {error.strerror or error}{again}") from None
+        raise InputError(f"--output: cannot write {path}: {error.strerror or error}{again}") from error
 
 
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output: cannot make {folder}: {error.strerror or error}") from None
+        raise InputError(f"--output: cannot make {folder}: {error.strerror or error}") from error
 
 
 class Writer:

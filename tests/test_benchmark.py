@@ -17,7 +17,7 @@ from bench import contestants, network, performance, step
 from bench.timing import LAYOUTS, WrongResult
 
 from lip_resnet import engine
-from lip_resnet.numerics import Sentinel
+from lip_resnet.nonfinite import NonFiniteGuard
 
 TINY = {
     "op": ["--sites", "1024x14", "--batch", "1", "--contestants", "textbook", "lip2d", "plain form", "avg_pool2d"],
@@ -108,12 +108,12 @@ def test_the_engine_s_step_is_what_is_timed(monkeypatch, tmp_path):
         monkeypatch.setattr(owner, name, lambda *args, **options: [calls.append(name), function(*args, **options)][1])
 
     count(engine.TrainStep, "__call__")
-    count(Sentinel, "judge")
+    count(NonFiniteGuard, "is_bad")
     count(engine, "_norm")
-    count(engine.Counts, "add")
+    count(engine.AccuracyCounts, "add")
     count(engine, "update_average")
     count(engine.nn.utils, "clip_grads_with_norm_")
-    every = {"__call__", "judge", "_norm", "add"}
+    every = {"__call__", "is_bad", "_norm", "add"}
     options = SimpleNamespace(size=64, precision="float32")
     model = contestants.NETWORKS["lip_resnet50"]()
     for name, expected in (

@@ -12,7 +12,7 @@ import torch
 
 from lip_resnet import checkpoint
 from lip_resnet.config import InputError
-from lip_resnet.models.weights import load_weights
+from lip_resnet.models.weights import extract_weights, load_weights
 
 
 @pytest.fixture
@@ -47,6 +47,22 @@ def test_every_container_loads(model, tmp_path):
         assert not same(fresh, state)
         load_weights(fresh, tmp_path / name)
         assert same(fresh, state), name
+
+
+def test_names_of_wrappers_are_left_out():
+    """DDP, torch.compile, FSDP and activation checkpointing, in each other, around the network or parts of it."""
+    keys = ["module.weight", "layer.0.weight", "layer.module.bias", "head_orig_mod.bias"]  # a child called `module`
+    state = {key: torch.zeros(1) for key in keys}
+    assert list(extract_weights(state, "it")) == keys
+    for wrapper in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "module.module."):
+        assert list(extract_weights({wrapper + key: value for key, value in state.items()}, "it")) == keys, wrapper
+    inside = (
+        "module._fsdp_wrapped_module.module.weight",
+        "module.layer._orig_mod.0._checkpoint_wrapped_module.weight",
+        "module.layer._fsdp_wrapped_module._checkpoint_wrapped_module.module.bias",
+        "module.head_orig_mod.bias",
+    )
+    assert list(extract_weights(dict.fromkeys(inside, torch.zeros(1)), "it")) == keys
 
 
 def test_ema_is_taken_when_asked_for(model, tmp_path):

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import small_config
 from pydantic import ValidationError
 
 from lip_resnet import DOWNSAMPLING
-from lip_resnet.config import InputError
+from lip_resnet.commands.train import regularisers
+from lip_resnet.config import EFFECTS, Config, Effect, InputError
 from lip_resnet.data.transforms import TrainTransform
 from lip_resnet.models.registry import build_model
 from lip_resnet.recipe import load_config, parse_config
-from train import regularisers
+from lip_resnet.run_folder import check_same_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -72,6 +74,45 @@ def test_recipe_builds_its_model(path):
         model = build_model(config.model, **regularisers(config.train))
     assert model.num_classes == config.model.num_classes
     TrainTransform(config.data)
+
+
+SECTIONS = {section: field.annotation for section, field in Config.model_fields.items()}
+FREE = {
+    Effect.EVALUATION: {"data.eval_size", "data.eval_resize", "train.rules"},
+    Effect.NOTHING: {
+        *("model.weights", "data.root", "data.download", "data.eval_batch_size", "data.workers"),
+        *("train.eval_every", "train.checkpoint_steps", "train.checkpoint_minutes", "train.keep"),
+        *("train.on_write_error", "train.on_nonfinite", "train.nonfinite_limit", "train.hang_minutes"),
+        *("train.log_every", "train.profile"),
+    },
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_key_says_what_it_changes(section):
+    """Once; a new key without a declaration fails here. What is not named above changes the weights."""
+    for key, field in SECTIONS[section].model_fields.items():
+        declared = [each for each in field.metadata if isinstance(each, Effect)]
+        expected = [effect for effect, keys in FREE.items() if f"{section}.{key}" in keys] or [Effect.WEIGHTS]
+        assert declared == expected, f"{section}.{key}"
+        assert EFFECTS[f"{section}.{key}"] is declared[0]
+
+
+def test_resuming_takes_every_key_that_changes_no_weights():
+    theirs = small_config()
+    changed = {"data.eval_size": 24, "data.eval_resize": 48, "train.rules": "ema", "train.max_steps": 9}
+    changed |= dict.fromkeys(FREE[Effect.NOTHING], 7)
+    changed |= {"model.weights": "x", "data.root": "x", "data.download": False}
+    changed |= {"train.on_write_error": "continue", "train.on_nonfinite": "skip"}
+    tree = theirs.model_dump()
+    for name, value in changed.items():
+        section, key = name.split(".")
+        tree[section][key] = value
+    tree["train"]["ema_decay"] = 0.9
+    ours = parse_config(tree, "changed")
+    with pytest.raises(InputError, match=r"with train.ema_decay=None, this recipe says 0.9; choose another --output"):
+        check_same_recipe(ours, theirs, "it")
+    check_same_recipe(ours, small_config(train__ema_decay=0.9), "it")
 
 
 def test_config_is_frozen(tmp_path):

@@ -32,9 +32,9 @@ def how(config):
     return {"precision": train.precision, "channels_last": train.channels_last, "mean": data.mean, "std": data.std}
 
 
-def run(config, state, loader, watched=()):
+def run(config, state, loader, norm_excludes=()):
     logged = []
-    train_one_epoch(state, loader, config, watched=watched, on_step=lambda: None, on_log=logged.append)
+    train_one_epoch(state, loader, config, norm_excludes=norm_excludes, on_step=lambda: None, on_log=logged.append)
     return logged
 
 
@@ -156,8 +156,8 @@ def test_clipping_bounds_the_gradient_and_logs_both_norms():
         return step(*arguments, **keywords)
 
     state.optimizer.step = spy
-    watched = [state.model.fc.weight]
-    logged = run(config, state, loader, watched)[0]
+    norm_excludes = [state.model.fc.weight]
+    logged = run(config, state, loader, norm_excludes)[0]
     assert seen[0] == pytest.approx(0.01, rel=1e-3)
     assert 0 < logged["train/grad_norm_without_logits"] < logged["train/grad_norm"]
 
@@ -237,6 +237,39 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         state.model.fc.bias[0] = math.nan
     with pytest.raises(FloatingPointError, match=r"not finite at step 1, learning rate 0.05; rank 0: the output of fc"):
         run(config, state, loader)
+
+
+@pytest.mark.parametrize(("compression", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_compressed_gradients_are_rounded_to_their_dtype(monkeypatch, compression, dtype):
+    """DDP over a group of one process: what the exchange leaves is the gradient, rounded once."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)  # one process is wrapped in nothing
+        images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        gradients = {}
+        for name in ("none", compression):
+            state = prepare(train__gradient_compression=name)[1]
+            state.wrapped(images).square().sum().backward()
+            gradients[name] = [parameter.grad for parameter in state.model.parameters()]
+    finally:
+        torch.distributed.destroy_process_group()
+    for exact, rounded in zip(gradients["none"], gradients[compression], strict=True):
+        assert torch.equal(rounded, exact.to(dtype).float())
+    assert any(not torch.equal(*pair) for pair in zip(gradients["none"], gradients[compression], strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is of GPUs")
+def test_tf32_keeps_ten_bits(monkeypatch):
+    """The forward's error against float64: some 2^-11 with TF32, some 2^-23 without."""
+    images = torch.randn(8, 64, 32, 32, generator=torch.Generator().manual_seed(0)).cuda()
+    weight = torch.randn(64, 64, 3, 3, generator=torch.Generator().manual_seed(1)).cuda()
+    exact = F.conv2d(images.double(), weight.double())
+    errors = []
+    for allowed in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        errors.append((torch.linalg.vector_norm(F.conv2d(images, weight) - exact) / exact.norm()).item())
+    assert 2**-14 < errors[0] < 2**-10
+    assert errors[1] < 2**-18
 
 
 def test_sync_bn_needs_gpus():

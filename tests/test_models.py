@@ -1,10 +1,13 @@
 """Names to networks: one door, one initialisation, exact counts."""
 
+import hashlib
+
 import pytest
 import timm
 import torch
 
 from lip_resnet import cost
+from lip_resnet.commands.train import load_initial_weights
 from lip_resnet.config import InputError, ModelConfig
 from lip_resnet.layers import pooling
 from lip_resnet.models import registry
@@ -42,6 +45,28 @@ def test_unknown_names_and_keywords():
         registry.create_model("resnet50", colour="red")
 
 
+def test_a_defect_is_not_the_user_s(monkeypatch):
+    """A missing package is one line; what fails without keywords, and at the default size, keeps its own error."""
+
+    def network(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(timm, "create_model", network)
+    failure = ModuleNotFoundError("No module named 'flash'")
+    with pytest.raises(
+        InputError, match=r"resnet18 needs a package that is not installed here: No module named 'flash'"
+    ):
+        registry.create_model("resnet18")
+    failure = RuntimeError("shapes of our own making")
+    with pytest.raises(RuntimeError, match="shapes of our own making"):
+        registry.create_model("resnet18", num_classes=3)
+    monkeypatch.undo()
+    model = registry.create_model("test_resnet")
+    model.bn1.forward = network
+    with pytest.raises(RuntimeError, match="shapes of our own making"):
+        registry.check_size(model, 64)
+
+
 def test_drop_path_reaches_the_model():
     model = registry.build_model(ModelConfig(name="lip_resnet50"), drop_path_rate=0.1)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
@@ -62,6 +87,10 @@ def test_fine_tuning_starts_from_the_weights(tmp_path):
     torch.save(registry.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "seven.pth")
     config = ModelConfig(name="test_resnet", num_classes=10, weights=str(tmp_path / "seven.pth"), new_head=True)
     model = registry.build_model(config)
+    model = registry.build_model(config)
+    record = load_initial_weights(model, config)
+    assert record["training"] is None
+    assert record["sha256"] == hashlib.sha256((tmp_path / "seven.pth").read_bytes()).hexdigest()
     state = torch.load(tmp_path / "seven.pth", weights_only=True)
     assert torch.equal(model.conv1[0].weight, state["conv1.0.weight"])
     assert model.fc.out_features == 10

@@ -1,5 +1,7 @@
 """Learning rates against hand-listed values, and who decays."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -66,6 +68,28 @@ def test_sgd_is_the_textbook_s():
             v = 0.9 * v + g
             w -= 0.1 * (g + 0.9 * v if nesterov else v)
             assert weight.item() == pytest.approx(w, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_betas_are_the_textbook_s(name):
+    """Two steps by hand, with betas that are not the defaults: m, v and their bias corrections.
+
+    AdamW: w -= lr (m / (sqrt(v) + 1e-8) + wd w). LAMB: the same with 1e-6, and lr scaled by |w| / |update|.
+    """
+    first, second = 0.5, 0.75
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.tensor([[2.0]]))
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.01, betas=(first, second)))
+    w, m, v = 2.0, 0.0, 0.0
+    for step, gradient in ((1, 1.0), (2, -3.0)):
+        model.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        m = first * m + (1 - first) * gradient
+        v = second * v + (1 - second) * gradient**2
+        epsilon = 1e-8 if name == "adamw" else 1e-6
+        update = m / (1 - first**step) / (math.sqrt(v / (1 - second**step)) + epsilon) + 0.01 * w
+        w -= 0.1 * update * (abs(w / update) if name == "lamb" else 1)
+        assert model.weight.item() == pytest.approx(w, rel=1e-5)
 
 
 def test_linear_with_warmup():

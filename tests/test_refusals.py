@@ -1,6 +1,7 @@
 """What a user can get wrong with the commands: one clear line, exit code 2, no traceback, nothing overwritten."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import ROOT, small_config
 
 import eval as eval_command
 import train
-from lip_resnet import distributed
+from lip_resnet import cli
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_table
@@ -19,7 +20,7 @@ def refuse(capsys, monkeypatch, module, *arguments: object) -> str:
     """Run a command in this process and return the one line that it prints."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
-        distributed.launch(module.main)
+        module.main() if module is train else cli.launch(module.main)
     printed = capsys.readouterr()
     assert left.value.code == 2, printed
     assert len(printed.err.splitlines()) == 1, printed.err
@@ -126,3 +127,25 @@ def test_make_table_refuses(capsys, monkeypatch, tmp_path):
 def test_half_a_distributed_environment(capsys, monkeypatch, recipe):
     monkeypatch.setenv("RANK", "0")
     assert "but not LOCAL_RANK" in refuse(capsys, monkeypatch, train, "--config", recipe)
+
+
+def test_the_cause_is_kept_and_shown(capsys, monkeypatch, recipe):
+    """One line as a rule; with LIP_DEBUG=1 the traceback after it, down to the library's own error."""
+    monkeypatch.setenv("LIP_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "model.args.width=3"])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert left.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("train.py: error: model test_resnet does not take")
+    assert lines[1] == "Traceback (most recent call last):"
+    assert any(line.startswith("TypeError: ") and "width" in line for line in lines)
+
+
+def test_help_needs_no_torch():
+    """5 s and 870 MB otherwise."""
+    command = [sys.executable, "-X", "importtime", "train.py", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert "--resume auto|none|PATH" in result.stdout
+    assert "argparse" in result.stderr
+    assert "torch" not in result.stderr

@@ -30,6 +30,20 @@ def row(model: str, top1: float, seed: int | None = 0, **changes) -> dict:
     }
 
 
+def tuned(model: str, top1: float, initial: dict | None, weights: str | None = None) -> dict:
+    """A row of weights that were trained from others."""
+    config = small_config(model__name=model, model__weights=weights or f"runs/{model}")
+    training = results.describe_training(config, [2], initial)
+    return {**row(model, top1), "protocol": results.describe_protocol(config, training)}
+
+
+def source(model: str, sha256: str, before: dict | None = None, **changes) -> dict:
+    """``initial_weights`` of a run from another run's checkpoint."""
+    changes |= {"model__weights": "before.pt"} if before else {}
+    training = results.describe_training(small_config(model__name=model, **changes), [2], before)
+    return {"training": {**training, "step": 46}, "sha256": sha256, "weights": "model"}
+
+
 def table(rows: list[dict]) -> tuple[dict[str, dict[str, str]], list[str]]:
     header, lines, notes = results.build_table(rows, PAPER)
     return {line[0]: dict(zip(header, line, strict=True)) for line in lines}, notes
@@ -81,8 +95,54 @@ def test_no_delta_between_batch_norms_of_other_sizes():
 
 
 def test_hardware_is_not_protocol():
-    lines, _ = table([row("lip_resnet50", 98.0, data__workers=3), row("resnet50", 97.0, train__log_every=9)])
+    lines, _ = table([row("lip_resnet50", 98.0, data__workers=3), row("resnet50", 97.0, train__nonfinite_limit=9)])
     assert lines["lip_resnet50"]["delta top-1"] == "+1.00"
+
+
+UNKNOWN = {"training": None, "sha256": "ab", "weights": "model"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        (source("lip_resnet50", "ab"), source("resnet50", "cd"), None),
+        (UNKNOWN, UNKNOWN, None),
+        (source("lip_resnet50", "ab", UNKNOWN), source("resnet50", "cd", UNKNOWN), None),
+        (
+            *(source("lip_resnet50", "ab"), source("resnet50", "cd", optim__lr=0.2)),
+            "model.weights: the weights started from differ in optim.lr: 0.05 against 0.2",
+        ),
+        (
+            *(source("lip_resnet50", "ab", UNKNOWN), source("resnet50", "cd", {**UNKNOWN, "sha256": "ef"})),
+            "the weights started from differ in model.weights: started from two different files whose training is",
+        ),
+        (UNKNOWN, {**UNKNOWN, "sha256": "ef"}, "model.weights: started from two different files whose training is"),
+        (UNKNOWN, source("resnet50", "ab"), "started from a file of unknown training against weights of a known"),
+        (None, None, "model.weights: started from runs/lip_resnet50 against runs/resnet50"),  # older checkpoints
+    ],
+)
+def test_fine_tuned_weights_are_compared_by_what_they_started_from(ours, theirs, words):
+    lines, notes = table([tuned("lip_resnet50", 98.0, ours), tuned("resnet50", 97.0, theirs)])
+    assert lines["lip_resnet50"]["delta top-1"] == ("-" if words else "+1.00")
+    assert len(notes) == bool(words)
+    assert not words or words in notes[0]
+
+
+def test_a_start_from_weights_is_not_one_from_none():
+    _, notes = table([tuned("lip_resnet50", 98.0, UNKNOWN), row("resnet50", 97.0)])
+    assert "model.weights: started from a file of unknown training against random weights" in notes[0]
+
+
+def test_rows_of_earlier_versions_compare_with_todays(tmp_path):
+    """They list keys that change no weights, and know no keys that came later."""
+    old, new = row("lip_resnet50", 98.0), row("resnet50", 97.0)
+    old["protocol"]["training"] |= {"train.nonfinite_limit": 3, "train.on_nonfinite": "skip", "train.rules": "ema"}
+    del old["protocol"]["training"]["data.images"]
+    for name, each in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(each))
+    lines, notes = table(results.read_rows([str(tmp_path / "old.json"), str(tmp_path / "new.json")]))
+    assert lines["lip_resnet50"]["delta top-1"] == "+1.00"
+    assert notes == []
 
 
 def test_unknown_training_has_no_delta():

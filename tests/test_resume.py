@@ -8,14 +8,17 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import threading
 
 import pytest
+import torch
 from conftest import ROOT, small_config
 
-import train
-from lip_resnet import checkpoint, distributed, run, run_folder, runlog
+import lip_commands
+from lip_resnet import checkpoint, cli, distributed, run, run_folder, runlog
+from lip_resnet.commands import train
 from lip_resnet.config import InputError
 
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
@@ -31,7 +34,7 @@ def start(tmp_path, monkeypatch):
     def run_it(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "--output", str(folder), *arguments])
         try:
-            train.main()
+            train.main(lip_commands.train_parser(cli.ArgumentParser).parse_intermixed_args())
         finally:
             while run_folder._locks:
                 run_folder._locks.pop().close()  # which the end of the process does
@@ -280,6 +283,22 @@ def test_env_json_keeps_a_few_earlier_starts(start, monkeypatch):
     assert all("earlier" not in earlier for earlier in environment["earlier"])
 
 
+def test_the_commit_is_that_of_the_package(tmp_path):
+    """Not of a repository in whose folder an environment lies, with the package installed in it."""
+    installed, own = tmp_path / "venv" / "runlog.py", tmp_path / "source" / "runlog.py"
+    for path in (installed, own):
+        path.parent.mkdir()
+        path.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "source"], ["commit", "-qm", "it"]):
+        subprocess.run([*git, *command], check=True)
+    assert runlog._describe_commit(installed) == {"git_commit": None, "git_dirty": False}
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert runlog._describe_commit(own) == {"git_commit": commit, "git_dirty": False}
+    own.write_text("changed")
+    assert runlog._describe_commit(own)["git_dirty"] is True
+
+
 def test_a_run_continued_from_another_folder_has_a_checkpoint_at_once(start, patient, monkeypatch):
     """Else, killed before its first own one, `--resume auto` would begin at step 0 and say nothing."""
     other = start.folder.with_name("other")
@@ -297,3 +316,62 @@ def test_a_run_continued_from_another_folder_has_a_checkpoint_at_once(start, pat
     start("--output", str(other), "--resume", "auto")
     ends = [run_contents.read_whole(folder / "checkpoints" / "last.pt") for folder in (start.folder, other)]
     assert run_contents.hash_value(ends[0]["model"]) == run_contents.hash_value(ends[1]["model"])
+
+
+def test_another_evaluation_chooses_best_afresh(start, patient):
+    """A figure at 32 pixels says nothing about one at 24."""
+    start("train.max_steps=4")
+    before = checkpoint.load(start.folder / "checkpoints" / "best.pt")
+    assert before["best"] > 0
+    torch.save({**before, "best": 99.0}, start.folder / "checkpoints" / "last.pt")
+    start("--resume", "auto", "data.eval_size=24", "data.eval_resize=24")
+    after = checkpoint.load(start.folder / "checkpoints" / "best.pt")
+    assert after["step"] == 8
+    assert after["best"] < 99
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float32"])
+def test_tf32_is_switched_on_and_off(start, monkeypatch, precision):
+    """For products and for convolutions, whatever it was before."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    monkeypatch.setattr(train, "build_sources", lambda *_: operator.truediv(1, 0))
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision != "tf32"
+        with pytest.raises(ZeroDivisionError):
+            start(f"train.precision={precision}")
+        assert [switch.allow_tf32 for switch in switches] == [precision == "tf32"] * 2
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
+
+
+def test_checkpoint_steps_are_those_steps(start, patient, monkeypatch):
+    """Every process knows how many steps are done: nothing is to be agreed upon, and nothing comes a step late."""
+    monkeypatch.setattr(distributed, "Agreement", Late)
+    start("train.checkpoint_steps=3", "train.keep=9")
+    names = sorted(path.name for path in (start.folder / "checkpoints").glob("step-*"))
+    assert names == [f"step-{step:08d}.pt" for step in (3, 4, 6, 8)]
+
+
+def test_fine_tuning_records_its_start_and_resumes_without_the_file(start, patient):
+    """Three runs in a row: each knows how the weights that it began from were trained, and where theirs began."""
+    folders = [start.folder.with_name(name) for name in ("first", "second", "third")]
+    start("--output", str(folders[0]), "train.max_steps=2")
+    overrides = ["model.new_head=true", "optim.lr=0.01", "train.max_steps=2"]
+    start("--output", str(folders[1]), f"model.weights={folders[0]}", *overrides)
+    start("--output", str(folders[2]), f"model.weights={folders[1]}", *overrides)
+    shutil.rmtree(folders[0])
+    shutil.rmtree(folders[1])
+    resume = ["--resume", "auto", "train.max_steps=4"]
+    start("--output", str(folders[2]), f"model.weights={folders[1]}", *overrides, *resume)
+    last = checkpoint.load(folders[2] / "checkpoints" / "last.pt")
+    assert last["step"] == 4
+    second = last["initial_weights"]["training"]
+    assert (second["optim.lr"], second["step"], second["model.new_head"]) == (0.01, 2, True)
+    assert (second["model.weights"]["optim.lr"], second["model.weights"]["model.weights"]) == (0.05, None)
+    environment = json.loads((folders[2] / "env.json").read_text())
+    assert environment["initial_weights"] == environment["earlier"][0]["initial_weights"] == last["initial_weights"]
+    with pytest.raises(InputError, match="no such file"):
+        start("--output", str(folders[0]), f"model.weights={folders[1]}", *overrides)

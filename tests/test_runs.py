@@ -125,7 +125,7 @@ def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
     """Stopped by SIGTERM between two log steps and continued: the same numbers and the same weights, bit for bit.
 
     Three processes: DDP sorts gradients into other buckets after its first backward, which changes how sums of three
-    round; without the rehearsal before the first step this fails. Of one process test_resume.py has quick checks.
+    round; without the warm-up step for DDP this fails. Of one process test_resume.py has quick checks.
     """
     whole, overrides = run, ["data.batch_size=66"] if processes == 3 else []
     if processes != 2:

@@ -40,7 +40,7 @@ def read_file(path: str) -> bytes:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
-        raise BadImage(f"{path}: cannot read this image: {error.strerror}") from None
+        raise BadImage(f"{path}: cannot read this image: {error.strerror}") from error
     if not data:
         raise BadImage(f"{path}: cannot decode this image: the file is empty")
     return data
@@ -64,10 +64,10 @@ def decode_exact(data: bytes, path: str) -> Image.Image:
         return image.convert("RGB")
     except BadImage:
         raise
-    except UnidentifiedImageError:
-        raise BadImage(f"{path}: cannot decode this image: PIL knows no such format") from None
+    except UnidentifiedImageError as error:
+        raise BadImage(f"{path}: cannot decode this image: PIL knows no such format") from error
     except _PIL_ERRORS as error:
-        raise BadImage(f"{path}: cannot decode this image: {error}") from None
+        raise BadImage(f"{path}: cannot decode this image: {error}") from error
 
 
 def check_scan(data: bytes, path: str) -> bool:

@@ -44,15 +44,15 @@ def table_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Table
     """
     try:
         import datasets
-    except ImportError:
-        raise InputError('data.name: huggingface needs its library: pip install ".[huggingface]"') from None
+    except ImportError as error:
+        raise InputError('data.name: huggingface needs its library: pip install ".[huggingface]"') from error
 
     def load() -> Any:
         try:
             return datasets.load_dataset(config.root)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"data.root: cannot load {config.root} as a Hugging Face set: {reason}") from None
+            raise InputError(f"data.root: cannot load {config.root} as a Hugging Face set: {reason}") from error
 
     distributed.on_main(lambda: load() and None)
     tables = load()

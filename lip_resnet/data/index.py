@@ -53,7 +53,7 @@ class Index:
                 shards, keys = _unpack(arrays["shards"]), _unpack(arrays["keys"])
                 index = cls(shards, arrays["stamps"], keys, arrays["labels"], arrays["places"])
         except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: not an index of shards: {error}") from None
+            raise InputError(f"{path}: not an index of shards: {error}") from error
         if not len(index.keys) == len(index.labels) == len(index.places) or len(index.stamps) != len(index.shards):
             raise InputError(f"{path}: not an index of shards: its parts differ in length")
         return index
@@ -153,9 +153,9 @@ def _scan(path: str) -> list[tuple[str, int, int, int]]:
                 elif suffix == "cls":
                     labels[key] = archive.extractfile(member).read().strip()
     except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
     except tarfile.TarError as error:
-        raise InputError(f"{path}: not a whole tar archive: {error}") from None
+        raise InputError(f"{path}: not a whole tar archive: {error}") from error
     wrong = next((key for key in images if not labels.get(key, b"").isdigit()), None)
     if wrong is not None or not images:
         raise InputError(

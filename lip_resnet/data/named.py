@@ -99,10 +99,10 @@ def _open(config: EvalDataConfig, split: str, download: bool) -> list[Any]:
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if download:
-            raise InputError(f"data.download: cannot download {config.name} to {root}: {reason}") from None
+            raise InputError(f"data.download: cannot download {config.name} to {root}: {reason}") from error
         raise InputError(
             f"data.root: {root} does not hold {config.name}'s {split}; data.download: true fetches it ({reason})"
-        ) from None
+        ) from error
 
 
 def _source(config: EvalDataConfig, split: str) -> Dataset:

@@ -47,7 +47,7 @@ class Remote:
         except (ImportError, ValueError) as error:
             raise InputError(
                 f'data.root: cannot open {self.url}: {error}; pip install ".[remote]" brings http and s3'
-            ) from None
+            ) from error
         self._threads = ThreadPoolExecutor(MAX_REQUESTS)
         self._process = os.getpid()
 
@@ -64,8 +64,8 @@ class Remote:
             try:
                 data = self._system.cat_file(f"{self._path.rstrip('/')}/{name}", start=start, end=end)
                 break
-            except FileNotFoundError:
-                raise MissingFile(f"data.root: there is no {url}") from None
+            except FileNotFoundError as error:
+                raise MissingFile(f"data.root: there is no {url}") from error
             except Exception as error:  # each protocol's library has exceptions of its own
                 reason = f"{type(error).__name__} {error}".strip()
                 if pause is None:

@@ -77,7 +77,7 @@ class Shards(_Indexed):
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
-            raise BadImage(f"{self.path(index)}: cannot read this image: {error.strerror}") from None
+            raise BadImage(f"{self.path(index)}: cannot read this image: {error.strerror}") from error
         if len(data) != size or not size:
             raise BadImage(f"{self.path(index)}: cannot read this image: {len(data)} bytes, the shard says {size}")
         return data

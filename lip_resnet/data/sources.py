@@ -60,7 +60,7 @@ def _class_folders(root: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     except OSError as error:
-        raise InputError(f"data.root: cannot read {root}: {error.strerror}") from None
+        raise InputError(f"data.root: cannot read {root}: {error.strerror}") from error
 
 
 def _read_selection(path: str, found: list[str]) -> tuple[list[str], set[str] | None]:
@@ -98,7 +98,7 @@ class Folder(Encoded):
         try:
             samples = make_dataset(str(root), labels, IMG_EXTENSIONS)
         except (FileNotFoundError, PermissionError) as error:
-            raise InputError(f"data.root: {error}") from None
+            raise InputError(f"data.root: {error}") from error
         if names is not None:
             samples = [(path, label) for path, label in samples if os.path.relpath(path, root) in names]
         super().__init__(root, classes, samples)

@@ -36,7 +36,7 @@ class TrainTransform:
                 steps.append(rand_augment_transform(config.rand_augment, {"img_mean": colour}))
             except (AssertionError, ValueError, KeyError) as error:
                 text = f"data.rand_augment: {config.rand_augment!r} is not a timm RandAugment: {error}"
-                raise InputError(text) from None
+                raise InputError(text) from error
         if config.color_jitter:
             steps.append(v2.ColorJitter(*(config.color_jitter,) * 3))
         self.on_pil = v2.Compose(steps) if steps else None

@@ -10,21 +10,25 @@ from torch import nn
 
 from lip_resnet.config import InputError, ModelConfig
 from lip_resnet.layers.replace import replace_downsampling
-from lip_resnet.models.weights import load_weights
 
 
 def create_model(name: str, **keywords: Any) -> nn.Module:
     """``timm.create_model`` whose refusals are one line, with near names.
 
     Raises:
-        InputError: unknown name, or a keyword or value that the model does not take.
+        InputError: unknown name; a keyword or value that the model does not take; a package that it needs is missing.
+        Exception: whatever the network raises without any keywords too: that is a defect, not the user's.
     """
     _check_name(name)
     try:
         return timm.create_model(name, **keywords)
+    except ImportError as error:
+        raise InputError(f"model {name} needs a package that is not installed here: {error}") from error
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        with torch.device("meta"):
+            timm.create_model(name)
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"model {name} does not take {keywords}: {line}") from None
+        raise InputError(f"model {name} does not take {keywords}: {line}") from error
 
 
 def pretrained_cfg(name: str) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def _check_name(name: str) -> None:
 
 
 def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
-    """The network of a recipe, initialised, with its initial weights if it names any.
+    """The network of a recipe, initialised; the caller loads ``config.weights``.
 
     Args:
         config: the recipe's ``model`` section.
@@ -65,12 +69,10 @@ def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
         try:
             report = replace_downsampling(model, config.downsampling)
         except ValueError as error:
-            raise InputError(f"model.downsampling: {error}") from None
+            raise InputError(f"model.downsampling: {error}") from error
         swapped = {what.partition(",")[0] for what in report.swapped.values()}
         if missed := sorted(set(config.downsampling) - swapped):
             raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(missed)}")
-    if config.weights:
-        load_weights(model, config.weights, new_head=config.new_head)
     return model
 
 
@@ -93,10 +95,12 @@ def check_size(model: nn.Module, size: int) -> None:
     """Let a network see two images of ``size`` x ``size`` without computing anything.
 
     Raises:
-        InputError: they are too small for it.
+        InputError: they are too small for it, or not of the one size that it takes.
+        Exception: whatever the network raises on images of its default size too: that is a defect, not the user's.
     """
     trial = copy.deepcopy(model).to("meta").train()
     try:
         trial(torch.empty(2, 3, size, size, device="meta"))
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from None
+        trial(torch.empty(2, *model.default_cfg["input_size"], device="meta"))
+        raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from error

@@ -1,5 +1,6 @@
 """The weights in a checkpoint, whoever wrote it, and into a model: all of them or none."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lip_resnet.config import InputError
 
 def extract_weights(payload: dict[str, Any], source: str, ema: bool = False) -> dict[str, Tensor]:
     """The state dict inside a checkpoint: our own (``model``, ``ema``), the reference's or timm's (``state_dict``,
-    ``state_dict_ema``), or a bare one; without the prefixes of DDP and torch.compile.
+    ``state_dict_ema``), or a bare one; without the names that DDP, FSDP and torch.compile add.
 
     Raises:
         InputError: there is none, or no averaged one where ``ema`` asks for it.
@@ -27,8 +28,19 @@ def extract_weights(payload: dict[str, Any], source: str, ema: bool = False) -> 
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{source}: holds no weights: {_sample(payload)}")
-    for prefix in ("module.", "_orig_mod."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return _unwrap(state)
+
+
+def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without what wrappers put into them, in any nesting.
+
+    torch.compile's, FSDP's and activation checkpointing's names are theirs alone, and go wherever they stand. DDP's
+    ``module.`` goes from the front, and only where all keys begin with it: a network may have a child of that name.
+    """
+    private = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+    state = {private.sub("", key): value for key, value in state.items()}
+    while all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
 
 

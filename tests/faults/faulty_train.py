@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import train
+import lip_commands
 from lip_resnet import distributed, objective
 
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
@@ -35,4 +35,4 @@ def faulty(self, images, labels, step, part):
 objective.Objective.prepare = faulty
 sys.argv[0] = "train.py"
 if __name__ == "__main__":
-    distributed.launch(train.main)
+    lip_commands.train()

@@ -8,7 +8,7 @@ import torch
 from conftest import small_config
 from test_engine import prepare, run
 
-from lip_resnet import checkpoint, numerics, objective
+from lip_resnet import checkpoint, nonfinite, objective
 from lip_resnet.engine import train_one_epoch
 
 BAD = 3
@@ -70,8 +70,8 @@ def test_a_skipped_step_never_happened(nan_image, name, tmp_path):
     for left_out in ((), (BAD,)):
         config, state, loader, _ = prepare(**common)
         state.left_out = set(left_out)
-        state.sentinel.tell, state.sentinel.folder = told.append, tmp_path / "nonfinite"
-        state.sentinel.lag = 2 if name == "late" else 0
+        state.guard.warn, state.guard.folder = told.append, tmp_path / "nonfinite"
+        state.guard.check_delay = 2 if name == "late" else 0
         seen, logged = [], []
 
         def on_step(state=state, seen=seen):
@@ -120,13 +120,13 @@ def test_float16_overflow_is_no_error():
     told = []
     config, state, loader, _ = prepare(train__precision="float16", train__max_steps=4, train__ema_decay=0.9)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    state.sentinel.tell = told.append
+    state.guard.warn = told.append
     before = state.model.fc.weight.detach().clone()
     run(config, state, loader)
     assert torch.equal(state.model.fc.weight, before)  # every step overflowed
     assert state.scaler.get_scale() == 2.0**36
     assert not told
-    assert state.sentinel.counters.tolist() == [0, 0]
+    assert state.guard.counters.tolist() == [0, 0]
 
 
 def test_float16_that_overflows_for_ever_is_one():
@@ -150,7 +150,7 @@ def test_float16_loss(nan_image):
         train__precision="float16", train__max_steps=5, train__ema_decay=0.9, train__on_nonfinite="skip"
     )
     seen, told = [], []
-    state.sentinel.tell = told.append
+    state.guard.warn = told.append
     train_one_epoch(state, loader, config, on_step=lambda: seen.append(whole_state(state)), on_log=lambda values: None)
     same(seen[BAD - 1], seen[BAD - 2])
     assert not torch.equal(seen[3]["model.fc.weight"], seen[4]["model.fc.weight"])
@@ -162,9 +162,9 @@ def test_float16_loss(nan_image):
 @pytest.mark.parametrize("policy", ["stop", "rollback"])
 def test_nothing_changes_until_the_host_has_seen_it(nan_image, policy, lag):
     config, state, loader, _ = prepare(train__ema_decay=0.9, train__on_nonfinite=policy)
-    state.sentinel.lag = lag
+    state.guard.check_delay = lag
     seen = []
-    kind = FloatingPointError if policy == "stop" else numerics.Rollback
+    kind = FloatingPointError if policy == "stop" else nonfinite.Rollback
     with pytest.raises(kind, match=rf"not finite at step {BAD}, .*rank 0: the images"):
         train_one_epoch(
             state, loader, config, on_step=lambda: seen.append(whole_state(state)), on_log=lambda values: None
@@ -176,7 +176,7 @@ def test_nothing_changes_until_the_host_has_seen_it(nan_image, policy, lag):
 def test_a_save_looks_first(nan_image):
     """However late the host looks, no checkpoint of a run that must stop is made after the step."""
     config, state, loader, _ = prepare()
-    state.sentinel.lag = 100
+    state.guard.check_delay = 100
     with pytest.raises(FloatingPointError, match=f"step {BAD}"):
         train_one_epoch(
             state,
@@ -190,7 +190,7 @@ def test_a_save_looks_first(nan_image):
 def test_the_limit_of_steps_in_a_row():
     config, state, loader, _ = prepare(train__on_nonfinite="skip", train__nonfinite_limit=2)
     told = []
-    state.sentinel.tell = told.append
+    state.guard.warn = told.append
     with torch.no_grad():
         state.model.fc.bias[0] = math.nan
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
@@ -219,11 +219,11 @@ def test_the_first_thing_that_is_not_finite_is_named(monkeypatch, place):
 
 def test_saved_batches_are_few(tmp_path):
     config, state, loader, _ = prepare(train__on_nonfinite="skip", train__nonfinite_limit=100, train__max_steps=12)
-    state.sentinel.folder, state.sentinel.tell = tmp_path / "nonfinite", lambda line: None
+    state.guard.folder, state.guard.warn = tmp_path / "nonfinite", lambda line: None
     with torch.no_grad():
         state.model.fc.bias[0] = math.nan
     run(config, state, loader)
-    assert len(list(tmp_path.rglob("*.pt"))) == numerics.MOST_SAVED
+    assert len(list(tmp_path.rglob("*.pt"))) == nonfinite.MAX_SAVED_BATCHES
 
 
 def test_average_is_timm_s():
@@ -234,7 +234,7 @@ def test_average_is_timm_s():
         for value in state.model.state_dict().values():
             value.add_(1)
     other.update(state.model)
-    numerics.update_average(state.ema, state.model, torch.tensor(0.0))
+    nonfinite.update_average(state.ema, state.model, torch.tensor(0.0))
     for ours, theirs in zip(state.ema.module.state_dict().values(), other.module.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs)
 

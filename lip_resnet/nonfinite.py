@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: undone on the device, found on the host, explained by a second run."""
+"""Steps whose loss or gradients are not finite: undone on the device, reported by the host, diagnosed by a rerun."""
 
 import contextlib
 import math
@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError, TrainConfig
 
-LAG = 2
-"""On a GPU, the host looks at a step's flag this many steps later, when it is there without waiting."""
-MOST_SAVED = 8
-"""Batches that a rank saves in a run folder, at most."""
+CHECK_DELAY_STEPS = 2
+"""On a GPU, the host reads a step's flags this many steps later, when the copy has arrived without waiting."""
+MAX_SAVED_BATCHES = 8
+"""Batches with a step that was not finite that each rank saves in a run folder, at most."""
 
 
 class Rollback(Exception):
@@ -30,8 +30,8 @@ class Rollback(Exception):
         self.step = step
 
 
-class _Look(NamedTuple):
-    """A step whose flag the host has not seen yet."""
+class _PendingStep(NamedTuple):
+    """A step whose flags the host has not read yet."""
 
     step: int
     rate: float
@@ -39,19 +39,23 @@ class _Look(NamedTuple):
     losses: Callable[[], Iterator[Tensor]]
     """Runs the step's forwards again: the loss of each part."""
     flags: Tensor
-    """(3,) on the host: the step was undone, how many in a row, this rank's own loss was not finite."""
+    """(3,) on the host: 1 if the step was undone; how many in a row were; 1 if this rank's own loss was not finite."""
     copied: torch.cuda.Event | None
 
 
-class Sentinel:
-    """Guards a network's steps. Decided on the device: a step whose loss or gradient norm is not finite, on any rank,
-    leaves parameters, optimizer, average, buffers and counts as they were. Nothing waits for the device.
+class NonFiniteGuard:
+    """Undoes steps that are not finite, on the device: nothing waits for it.
+
+    A step whose loss or gradient norm is not finite, on any rank, leaves parameters, optimizer, average, buffers and
+    counts as they were.
 
     A loss that is not finite makes its gradients NaN, and the all-reduce carries them to every rank, so every rank
     decides alike. Under float16, whose scaler skips overflowing steps as a matter of course, only the loss counts.
 
-    What happens next is ``train.on_nonfinite``'s: ``skip`` tells and goes on; ``stop`` and ``rollback`` undo all later
-    steps too, until the host has seen the flag, and then raise.
+    ``train.on_nonfinite`` says what happens next: ``skip`` warns and goes on; ``stop`` and ``rollback`` undo all later
+    steps too, until the host has read the flags, and then raise.
+
+    A step calls ``start_step``, ``scale_loss`` for each part, ``is_bad``, ``undo_if`` and ``enqueue``, in this order.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -59,45 +63,45 @@ class Sentinel:
         self.device = next(model.parameters()).device
         self.folder: Path | None = None
         """Where batches are saved for inspection; None: nowhere."""
-        self.tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+        self.warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
         self.counters = torch.zeros(2, dtype=torch.int64, device=self.device)
         """Steps undone: in all, and the last ones in a row."""
-        self.lag = LAG if self.device.type == "cuda" else 0
-        self._half = config.precision == "float16"
-        self._looks: deque[_Look] = deque()
-        self._latched = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.check_delay = CHECK_DELAY_STEPS if self.device.type == "cuda" else 0
+        self._float16 = config.precision == "float16"
+        self._pending: deque[_PendingStep] = deque()
+        self._stopped = torch.zeros((), dtype=torch.bool, device=self.device)
         self._nan = torch.tensor(math.nan, device=self.device)
         self._groups = [
             [buffer for buffer in model.buffers() if buffer.dtype == dtype]
             for dtype in {buffer.dtype for buffer in model.buffers()}
         ]
 
-    def begin(self, sums: Tensor) -> None:
-        """A step begins; ``sums`` are counts that it will add to."""
+    def start_step(self, sums: Tensor) -> None:
+        """Remember buffers and ``sums``, the counts (n,) that the step will add to."""
         self._sums = sums
         self._before = sums.clone(), [_flat(group) for group in self._groups]
-        self._loss = self._latched.clone()
+        self._loss = self._stopped.clone()
 
-    def weigh(self, loss: Tensor, weight: float) -> Tensor:
+    def scale_loss(self, loss: Tensor, weight: float) -> Tensor:
         """``loss`` x ``weight``, whose gradients are NaN if the loss is not finite."""
         bad = ~loss.detach().isfinite()
         self._loss |= bad
-        return loss * torch.where(bad | self._latched, self._nan, weight)
+        return loss * torch.where(bad | self._stopped, self._nan, weight)
 
-    def judge(self, norm: Tensor | None) -> Tensor:
-        """1.0 () if the step must not count, else 0.0; ``norm`` is the whole gradient's, None under float16."""
-        if self._half:
+    def is_bad(self, norm: Tensor | None) -> Tensor:
+        """1.0 () if the step must be undone, else 0.0; ``norm`` is the whole gradient's, None under float16."""
+        if self._float16:
             bad = self._loss.float()
             if distributed.world_size() > 1:
                 torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         else:
             bad = (~norm.isfinite()).float()
         if self.config.on_nonfinite != "skip":
-            self._latched |= bad.bool()
+            self._stopped |= bad.bool()
         return bad
 
     @torch.no_grad()
-    def undo(self, bad: Tensor) -> None:
+    def undo_if(self, bad: Tensor) -> None:
         """Buffers and counts as they were when the step began, where ``bad`` is 1."""
         undone = bad.bool()
         sums, flats = self._before
@@ -108,7 +112,7 @@ class Sentinel:
         self.counters += undone
         self.counters[1] *= undone
 
-    def watch(
+    def enqueue(
         self,
         step: int,
         rate: float,
@@ -116,70 +120,70 @@ class Sentinel:
         parts: list[tuple[Tensor, Tensor]],
         losses: Callable[[], Iterator[Tensor]],
     ) -> None:
-        """Look at the flag of optimizer step ``step`` (from 1) when the device has come to it."""
+        """Have the flags of optimizer step ``step`` (from 1) read once the device has computed them."""
         flags, copied = torch.stack([bad, self.counters[1].float(), self._loss.float()]), None
         if self.device.type == "cuda":
             flags = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._looks.append(_Look(step, rate, parts, losses, flags, copied))
-        self.settle(self.lag)
+        self._pending.append(_PendingStep(step, rate, parts, losses, flags, copied))
+        self.check_pending(self.check_delay)
 
-    def settle(self, behind: int = 0) -> None:
-        """Look at all flags but the last ``behind``; every process must call it after the same step.
+    def check_pending(self, keep: int = 0) -> None:
+        """Read the flags of all pending steps but the last ``keep``; every process must call it after the same step.
 
         Raises:
             FloatingPointError: a step was not finite, and ``on_nonfinite`` is stop, or too many in a row were skipped.
             Rollback: a step was not finite, and ``on_nonfinite`` is rollback.
         """
-        while len(self._looks) > behind:
-            look = self._looks.popleft()
-            if look.copied is not None:
-                look.copied.synchronize()
-            undone, row, own = look.flags.tolist()
+        while len(self._pending) > keep:
+            pending = self._pending.popleft()
+            if pending.copied is not None:
+                pending.copied.synchronize()
+            undone, in_a_row, own_loss = pending.flags.tolist()
             if undone:
-                self._found(look, int(row), bool(own))
+                self._report(pending, int(in_a_row), bool(own_loss))
 
-    def restart(self) -> None:
-        """Forget all flags: the run has gone back to a checkpoint."""
-        self._looks.clear()
-        self._latched.zero_()
+    def forget_pending(self) -> None:
+        """Drop all flags that are not read yet: the run has gone back to a checkpoint."""
+        self._pending.clear()
+        self._stopped.zero_()
 
-    def _found(self, look: _Look, row: int, own: bool) -> None:
+    def _report(self, pending: _PendingStep, in_a_row: int, own_loss: bool) -> None:
         train = self.config
-        where = diagnose(self.model, look.losses)
-        if where is None and own:
+        where = diagnose(self.model, pending.losses)
+        if where is None and own_loss:
             where = "a loss that was finite when the batch was run again"
-        found = {rank: text for rank, text in enumerate(distributed.gather_objects(where)) if text is not None}
-        if not found:
-            found = dict.fromkeys(range(distributed.world_size()), "the gradients summed over processes")
-        name = f"step-{look.step:08d}-rank{{}}.pt"
-        if distributed.rank() in found:
-            self._save(look, name.format(distributed.rank()))
-        places = "; ".join(f"rank {rank}: {text}" for rank, text in list(found.items())[:4])
-        message = f"loss or gradients are not finite at step {look.step}, learning rate {look.rate:g}; {places}"
-        if len(found) > 4:
-            message += f"; and {len(found) - 4} more ranks"
+        places = {rank: place for rank, place in enumerate(distributed.gather_objects(where)) if place is not None}
+        if not places:
+            places = dict.fromkeys(range(distributed.world_size()), "the gradients summed over processes")
+        name = f"step-{pending.step:08d}-rank{{}}.pt"
+        if distributed.rank() in places:
+            self._save(pending, name.format(distributed.rank()))
+        text = "; ".join(f"rank {rank}: {place}" for rank, place in list(places.items())[:4])
+        message = f"loss or gradients are not finite at step {pending.step}, learning rate {pending.rate:g}; {text}"
+        if len(places) > 4:
+            message += f"; and {len(places) - 4} more ranks"
         if self.folder is not None:
-            message += f"; batch: {self.folder / name.format(next(iter(found)))}"
+            message += f"; batch: {self.folder / name.format(next(iter(places)))}"
         if train.on_nonfinite == "rollback":
-            raise Rollback(look.step, message)
+            raise Rollback(pending.step, message)
         if train.on_nonfinite == "stop":
             raise FloatingPointError(f"{message}; no checkpoint holds it (train.on_nonfinite: stop, skip, rollback)")
-        if row > train.nonfinite_limit:
-            raise FloatingPointError(f"{message}; {row} steps in a row (train.nonfinite_limit)")
-        self.tell(f"warning: {message}; the step is skipped")
+        if in_a_row > train.nonfinite_limit:
+            raise FloatingPointError(f"{message}; {in_a_row} steps in a row (train.nonfinite_limit)")
+        self.warn(f"warning: {message}; the step is skipped")
 
-    def _save(self, look: _Look, name: str) -> None:
-        if self.folder is None or len(list(self.folder.glob(f"*-rank{distributed.rank()}.pt"))) >= MOST_SAVED:
+    def _save(self, pending: _PendingStep, name: str) -> None:
+        if self.folder is None or len(list(self.folder.glob(f"*-rank{distributed.rank()}.pt"))) >= MAX_SAVED_BATCHES:
             return
         payload = {
-            "step": look.step,
-            "lr": look.rate,
+            "step": pending.step,
+            "lr": pending.rate,
             "seed": self.config.seed,
             "skipped": True,
-            "images": [images.cpu() for images, _ in look.parts],
-            "labels": [labels.cpu() for _, labels in look.parts],
+            "images": [images.cpu() for images, _ in pending.parts],
+            "labels": [labels.cpu() for _, labels in pending.parts],
         }
         try:
             self.folder.mkdir(exist_ok=True)
@@ -250,13 +254,13 @@ def diagnose(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> str | 
     In this order: the images, a module's output, the loss, a parameter's gradient (the last parameter's first, as the
     backward goes). The network stays as it is.
     """
-    found: list[str] = []
+    first: list[str] = []
 
     def check(tensors: Any, name: str) -> None:
-        if not found and not all(
+        if not first and not all(
             tensor.isfinite().all() for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)
         ):
-            found.append(name)
+            first.append(name)
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, inputs, output: check(output, f"the output of {name or 'the network'}")
@@ -281,4 +285,4 @@ def diagnose(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> str | 
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-    return found[0] if found else None
+    return first[0] if first else None

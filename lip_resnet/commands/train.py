@@ -1,0 +1,115 @@
+"""``train.py``: builds what a recipe names, opens or continues its run folder, and trains to the end."""
+
+import contextlib
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lip_resnet import checkpoint, distributed, run_folder, runlog
+from lip_resnet.config import Config, ModelConfig, TrainConfig
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
+from lip_resnet.engine import build_state
+from lip_resnet.errors import InputError, Stopped
+from lip_resnet.fidelity import sha256
+from lip_resnet.interrupts import Interrupts
+from lip_resnet.layers.pooling import logit_parameters
+from lip_resnet.models import registry
+from lip_resnet.models.weights import put_weights
+from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.results import describe_training
+from lip_resnet.run import Provenance, Run, restore
+
+
+def main(options: Namespace) -> None:
+    """``options`` are ``lip_commands.train_parser``'s."""
+    config = load_config(options.config, options.overrides)
+    recipe = Path(options.config)
+    folder = Path(options.output or Path("runs") / recipe.resolve().parent.name / recipe.stem)
+    interrupts = Interrupts(config.train.checkpoint_steps, config.train.checkpoint_minutes)
+    try:
+        with interrupts:
+            train(config, folder, options.resume, interrupts)
+    except (InputError, FloatingPointError):
+        raise
+    except Exception as error:  # a signal can also cost a process its peers, if it comes before they all have begun
+        if distributed.is_main() and (interrupts.received or isinstance(error, Stopped)):
+            run_folder.request_requeue(folder)
+        raise
+
+
+def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> None:
+    """Build everything, open or continue the run in ``folder``, and train to the end."""
+    device = distributed.device()
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
+    torch.manual_seed(config.train.seed)
+    train_source, val_source = build_sources(config.data, config.model.num_classes)
+    loader = TrainLoader(train_source, config.data, config.optim.accumulate, config.train.seed)
+    val_loader = EvalLoader(val_source, config.data)
+    model = registry.build_model(config.model, **regularisers(config.train))
+    registry.check_size(model, min(*config.data.sizes, config.data.eval_size))
+    provenance = Provenance([distributed.world_size()])
+    if config.model.weights and not distributed.on_main(lambda: run_folder.will_continue(folder, resume)):
+        provenance.initial_weights = load_initial_weights(model, config.model)
+    state = build_state(model, config, device)
+
+    opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))
+    provenance.datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
+    if opened.source is not None:
+        restore(state, config, opened.source, provenance)
+    assert opened.source or provenance.initial_weights or not config.model.weights
+    total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
+    loader.skipped_to = folder / "skipped.txt"
+    environment = {
+        **runlog.describe_environment(),
+        "datasets": provenance.datasets,
+        "initial_weights": provenance.initial_weights,
+    }
+    log = runlog.RunLog(folder, config, environment, state.step, state.evaluated, total)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.train.keep)
+    try:
+        if len(provenance.processes) > 1:
+            opened.notes.append(
+                f"warning: trained by {provenance.processes} processes in turn; batch norm saw other batches"
+            )
+        for note in opened.notes:
+            log.say(note)
+        norm_excludes = list(logit_parameters(state.model))
+        run = Run(config, state, loader, val_loader, checkpoints, log, total, provenance, norm_excludes)
+        if run.finished:
+            log.say(f"{folder}: already trained to step {state.step}")
+        else:
+            run.fit(interrupts)
+    finally:
+        log.close()
+
+
+def load_initial_weights(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
+    """Put the weights of ``config.weights`` into a model.
+
+    Returns:
+        What they were, as ``Provenance.initial_weights``.
+
+    Raises:
+        InputError: no such file, or not weights of this model.
+    """
+    path = checkpoint.resolve(config.weights)
+    payload, digest = distributed.on_main(lambda: (checkpoint.load(path), sha256(path)))
+    put_weights(model, payload, str(path), new_head=config.new_head)
+    training, processes = None, payload.get("processes")
+    if isinstance(processes, list) and processes and all(type(count) is int and count > 0 for count in processes):
+        with contextlib.suppress(InputError):  # a recipe that this version does not know: the file's sha256 must do
+            source = parse_config(payload["config"], str(path))
+            training = describe_training(source, processes, payload.get("initial_weights"))
+            training["step"] = payload.get("step")
+    taken = "ema" if "state_dict_ema" in payload and "state_dict" not in payload else "model"
+    return {"training": training, "sha256": digest, "weights": taken}
+
+
+def regularisers(train: TrainConfig) -> dict[str, float]:
+    """The model's keywords that belong to the protocol; a model without them takes no zero either."""
+    rates = {"drop_path_rate": train.drop_path, "drop_rate": train.drop}
+    return {name: rate for name, rate in rates.items() if rate}
