@@ -71,7 +71,8 @@ def test_python_blocks_run():
 
 def test_links_lead_somewhere():
     for name, text in TEXTS.items():
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        for target in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text):
+            target = target[0] or target[1]
             if target.startswith("http"):
                 continue
             path, _, anchor = target.partition("#")
