@@ -18,7 +18,8 @@ help: ## list the targets
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("the pinned versions need Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv --clear .venv
+	test -e .venv || { mkdir .venv && touch .venv/made-by-make; }
+	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
@@ -59,10 +60,13 @@ bench: $(READY) ## measure the operator
 
 # Both go on where they were stopped, and leave nothing running.
 faults: $(READY) ## kill runs, fill disks, break files (docs/faults.md)
-	$(BIN)/python scripts/faults.py
+	$(BIN)/python tests/faults/inject.py
 
 soak: $(READY) ## train under repeated kills and look for leaks
-	$(BIN)/python scripts/soak.py
+	$(BIN)/python tests/faults/soak.py
 
-clean: ## remove .venv and the demo's runs
-	rm -rf .venv runs/demo
+# Only what the targets above have made: an environment that was there before them stays, and other runs too.
+clean: ## remove .venv and the demo's runs, if make has made them
+	test ! -e .venv/made-by-make || rm -rf .venv
+	rm -rf runs/demo/lip_resnet50 runs/demo/resnet50 runs/demo/table.md
+	test ! -d runs/demo || rmdir --ignore-fail-on-non-empty runs/demo

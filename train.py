@@ -55,7 +55,8 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
 
     opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))
     processes = [distributed.world_size()]
-    datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
+    sources = {"train": train_source, "val": val_source}
+    datasets = distributed.on_main(lambda: {split: describe_source(source) for split, source in sources.items()})
     if opened.source is not None:
         processes = restore(state, config, opened.source, datasets)
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import struct
 import threading
 import zipfile
@@ -112,7 +113,7 @@ class Checkpoints:
             for name in ["best.pt", "last.pt"] if best else ["last.pt"]:
                 self._link(path, self.folder / name, payload)
             # By age, not by step: a damaged one that the run had to go back behind must not push out a whole one.
-            others = sorted(set(self.folder.glob("step-*.pt")) - {path}, key=lambda path: path.stat().st_mtime_ns)
+            others = sorted(set(self._by_step()) - {path}, key=lambda path: path.stat().st_mtime_ns)
             for old in others[: max(0, len(others) + 1 - self.keep)]:
                 old.unlink()
             _sync(self.folder)
@@ -133,13 +134,17 @@ class Checkpoints:
         os.replace(temporary, name)
         temporary.unlink(missing_ok=True)  # a rename onto a link of the same file leaves both
 
+    def _by_step(self) -> list[Path]:
+        """The files that ``save`` names by their step; a user's own, such as step-best.pt, are not among them."""
+        return [path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", path.name)]
+
     def newest_whole(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that can be read, and a line on each that was skipped.
 
         Raises:
             InputError: there are checkpoints, and none is whole.
         """
-        found = [self.folder / "last.pt", *sorted(self.folder.glob("step-*.pt"), reverse=True)]
+        found = [self.folder / "last.pt", *sorted(self._by_step(), reverse=True)]
         found = [path for path in found if path.exists()]
         skipped = []
         for path in found:

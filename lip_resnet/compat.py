@@ -1,4 +1,4 @@
-"""Private names of torch, timm, torchvision and TensorBoard that the package uses, each with the versions it was seen in.
+"""Private names of other libraries that the package uses, each with the versions in which it was seen.
 
 Nothing else in the package imports a private name of another library.
 """

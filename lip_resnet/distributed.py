@@ -179,7 +179,7 @@ def _init() -> None:
         missing = ", ".join(name for name in _VARIABLES if name not in present)
         raise InputError(f"the environment sets {', '.join(present)} but not {missing}; start with torchrun")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        lifeline.end_with(os.getppid())
+        lifeline.exit_with_parent()
     here = device()
     store: dict[str, Any] = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -193,7 +193,7 @@ def train_one_epoch(
     """
     train, optim = config.train, config.optim
     device = next(state.model.parameters()).device
-    step = _Step(state, config, Objective(config, device), watched, on_phase)
+    step = TrainStep(state, config, Objective(config, device), watched, on_phase)
     epoch, first = divmod(state.step, len(loader))
     end = min((epoch + 1) * len(loader), train.max_steps or math.inf)
 
@@ -241,16 +241,21 @@ def train_one_epoch(
         waiting = time.perf_counter()
 
 
-class _Step:
-    """Forward, backward and update on one batch; nothing changes where the sentinel finds that it must not."""
+class TrainStep:
+    """One optimizer step on one ``Batch``: forward, backward and update. Where the loss or the gradient is not finite,
+    nothing changes.
+
+    ``state`` is ``build_state``'s, its modules in training mode; its ``step`` is read and not advanced. ``watched``
+    and ``on_phase`` are as for ``train_one_epoch``.
+    """
 
     def __init__(
         self,
         state: TrainState,
         config: Config,
         objective: Objective,
-        watched: Sequence[nn.Parameter],
-        on_phase: Callable[[str], None],
+        watched: Sequence[nn.Parameter] = (),
+        on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.state, self.config, self.objective, self.on_phase = state, config, objective, on_phase
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
@@ -258,7 +263,10 @@ class _Step:
         self.calm = [parameter for parameter in self.parameters if id(parameter) not in without] if without else []
 
     def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
-        """Returns further numbers for the log, on the device."""
+        """Train on a batch; ``lr``, which the optimizer has already, is for error messages.
+
+        Returns the gradient norms where gradients are clipped, () on the device. Raises as ``Sentinel.settle``.
+        """
         state, clip, scaler = self.state, self.config.optim.clip_norm, self.state.scaler
         sentinel, world, extra = state.sentinel, distributed.world_size(), {}
         sentinel.begin(state.window.sums)

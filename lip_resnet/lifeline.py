@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them, whatever ended it."""
+"""Processes that end when the process that started them ends, even if it was killed outright."""
 
 import contextlib
 import multiprocessing
@@ -8,22 +8,27 @@ import threading
 import time
 
 SECONDS = 1.0
+"""Between two looks at the parent."""
 
 
-def end_with(parent: int) -> None:
-    """End this process within seconds of the end of process ``parent``, which has started it.
+def exit_with_parent() -> None:
+    """End this process within seconds of the end of the process that started it.
 
-    A process that is killed outright can tell nobody. torchrun's processes would train on without it, and loader
-    processes would wait for ever for room in a pipe that nobody reads.
+    A process killed by SIGKILL cannot tell its children: torchrun's ranks would train on without it, and loader
+    workers would wait for ever for room in a pipe that nobody reads.
+
+    For a child of ``multiprocessing``, the parent is the process that called ``Process.start()``. Under ``forkserver``
+    the operating system's parent is the fork server instead, which lives as long as any of its children.
     """
+    parent, started_by = multiprocessing.parent_process(), os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        # With fork, a sibling can inherit the pipe behind is_alive() and keep it open; the parent's id changes anyway.
+        while os.getppid() == started_by and (parent is None or parent.is_alive()):
             time.sleep(SECONDS)
-        # Loader processes need not tell; and whoever read our errors may be gone too.
-        with contextlib.suppress(OSError, ValueError):
-            if multiprocessing.parent_process() is None:
-                print(f"process {os.getpid()}: its parent {parent} is gone; it ends", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # whoever read our errors may be gone too
+            if parent is None:
+                print(f"process {os.getpid()}: its parent {started_by} is gone; exiting", file=sys.stderr, flush=True)
         os._exit(1)
 
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    threading.Thread(target=watch, name="exit-with-parent", daemon=True).start()

@@ -24,6 +24,9 @@ _FREE = {
     "model": {"weights"},
 }
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""Names that ``checkpoint.write_atomically`` gives to half-written files; no other file is removed."""
+
 
 def check_same_recipe(config: Config, other: Config, where: str) -> None:
     """Refuse to continue a run under another recipe.
@@ -79,8 +82,10 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         _locks.append(_lock(folder))
-        for left in folder.rglob(".*.tmp"):  # half-written, by a process that was killed; nobody else writes here
-            left.unlink()
+        for written in (folder, checkpoints, folder / "nonfinite"):
+            for path in written.glob(".*.tmp"):
+                if _TEMPORARY.fullmatch(path.name):  # of a process that was killed: the lock says that it has ended
+                    path.unlink()
         (folder / "requeue").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from None
@@ -104,7 +109,7 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
 
 def _is_occupied(folder: Path) -> bool:
     """Whether there are files of a run or of others; what a start leaves that ended early is nobody's."""
-    nobodys = re.compile(r"\.lock|requeue|\..*\.tmp")
+    nobodys = re.compile(rf"\.lock|requeue|{_TEMPORARY.pattern}")
     try:
         files = folder.rglob("*") if folder.is_dir() else [folder] if folder.exists() else []
         return any(not path.is_dir() and not nobodys.fullmatch(path.name) for path in files)

@@ -1,9 +1,9 @@
-"""Speed and memory of LIP, side by side with what it is measured against.
+"""Speed and memory of LIP and of what it is compared with.
 
     python scripts/benchmark.py op      lip2d at every site of LIP-ResNet-50, forward and forward + backward
     python scripts/benchmark.py model   inference: images per second, latency percentiles
     python scripts/benchmark.py train   training steps: images per second
-    python scripts/benchmark.py step    what the options of a training step are worth
+    python scripts/benchmark.py step    what the parts and the options of a training step cost
     python scripts/benchmark.py memory  a training step: bytes kept for the backward pass; on a GPU the peak as well
     python scripts/benchmark.py data    loaders: images per second of ours, timm's and torchvision's
 
@@ -11,39 +11,41 @@
     python scripts/benchmark.py train --precision bfloat16 --compile --contestants resnet50 lip_resnet50
     python scripts/benchmark.py COMMAND --help
 
-Every result is checked before it is timed. All contestants take turns within each round, after a warm-up, so that what
-else the machine does meets them alike; a ratio is the median of the rounds' ratios. Rows are printed as Markdown. A
-contestant that cannot run, or whose numbers are wrong, is a row that says so.
+Every result is checked before it is timed. All contestants take turns within each round, after a warm-up, so that other
+load on the machine meets them alike; a ratio is the median of the rounds' ratios. A training step is the engine's own,
+built as train.py builds it. Each row is appended to the output, as a JSON line, as soon as it is measured; at the end
+all rows are printed as Markdown. A contestant that fails, or whose numbers are wrong, is a row that says so.
 """
 
 import argparse
+import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import bench_data
-import bench_network
-import bench_op
-import bench_step
-import performance
 import torch
-from bench_timing import CLOCKS, LAYOUTS, Row
-from contestants import FORMS, NETWORKS, SITES
+from bench import data, network, op, performance, step
+from bench.contestants import FORMS, NETWORKS, SITES
+from bench.timing import CLOCKS, LAYOUTS, Row
 
-from lip_resnet import checkpoint, distributed, runlog
+from lip_resnet import distributed, runlog
 from lip_resnet.config import InputError
 from lip_resnet.ops import dispatch
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-STEPS = bench_step.VARIANTS | bench_step.GPU_VARIANTS
-CONTESTANTS = {"op": FORMS, "model": NETWORKS, "train": NETWORKS, "step": STEPS, "memory": NETWORKS}
+CONTESTANTS = {
+    **{"op": FORMS, "model": NETWORKS, "train": NETWORKS, "memory": NETWORKS},
+    "step": step.PARTS | step.VARIANTS | step.GPU_VARIANTS,
+}
 ROWS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
-    "op": bench_op.op_rows,
-    "model": bench_network.network_rows,
-    "train": bench_network.network_rows,
-    "step": bench_step.step_rows,
-    "memory": bench_network.memory_rows,
+    "op": op.op_rows,
+    "model": network.network_rows,
+    "train": network.network_rows,
+    "step": step.step_rows,
+    "memory": network.memory_rows,
+    "data": data.data_rows,
 }
 
 
@@ -55,12 +57,12 @@ def parse() -> argparse.Namespace:
     """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = distributed.ArgumentParser(description=__doc__, formatter_class=formatter)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="|".join([*ROWS, "data"]))
+    commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(ROWS))
     gpu = torch.cuda.is_available()
-    for what in [*ROWS, "data"]:
+    for what in ROWS:
         command = commands.add_parser(what)
-        command.add_argument("--output", type=Path, nargs="+", default=[], help="files to write, .json or .md")
-        command.add_argument("--force", action="store_true", help="replace them where they exist")
+        command.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append every row to this new file")
+        command.add_argument("--force", action="store_true", help="replace it where it exists")
         if what != "memory":
             command.add_argument("--rounds", type=int, default=51 if what == "model" and gpu else 9)
         if what == "data":
@@ -107,7 +109,7 @@ def check(options: argparse.Namespace) -> None:
             small = [1, 32] if gpu else [1]
             options.batch = (small if options.what == "model" else []) + [256 if gpu else 8]
         if options.contestants is None:
-            needless = bench_step.GPU_VARIANTS if options.what == "step" and not gpu else {}
+            needless = step.GPU_VARIANTS if options.what == "step" and not gpu else {}
             options.contestants = [name for name in CONTESTANTS[options.what] if name not in needless]
         batches = options.batch
     for name, value, least in (
@@ -119,9 +121,10 @@ def check(options: argparse.Namespace) -> None:
     ):
         if value is not None and value < least:
             raise InputError(f"--{name} {value}; it must be at least {least}")
-    for path in options.output:
-        if path.suffix not in (".json", ".md"):
-            raise InputError(f"--output {path}; its name must end in .json or .md")
+    path = options.output
+    if path is not None:
+        if path.suffix != ".jsonl":
+            raise InputError(f"--output {path}; its name must end in .jsonl")
         if path.exists() and not options.force:
             raise InputError(f"{path} exists; choose another --output or add --force")
         if not path.parent.is_dir():
@@ -145,16 +148,13 @@ def main() -> None:
         "fused_kernel": dispatch.available(options.device),
         "load": round(os.getloadavg()[0], 2),
     }
-    if options.what == "data":
-        result = bench_data.compare(options)
-        text, record = bench_data.render(result), bench_data.to_json(result, environment)
-    else:
-        rows = list(ROWS[options.what](options))
-        text, record = performance.markdown(rows, environment), performance.to_json(rows, environment)
-    print(text, end="")
-    for path in options.output:
-        content = text if path.suffix == ".md" else record
-        checkpoint.write_atomically(path, lambda file, content=content: file.write(content.encode()))
+    rows: list[Row] = []
+    with open(options.output or os.devnull, "w", encoding="utf-8") as file:
+        for row in itertools.chain([{"environment": environment}], ROWS[options.what](options)):
+            rows.append(performance.shorten(row))
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+    print(performance.markdown(rows[1:], environment), end="")
 
 
 if __name__ == "__main__":

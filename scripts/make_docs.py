@@ -6,16 +6,14 @@ A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`
 import ast
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import bad_images
-import bench_data
 import draw_operator
-import performance
-import scaling
+from bench import performance
 
 from lip_resnet import checkpoint, distributed
 from lip_resnet import config as recipe_config
@@ -51,6 +49,13 @@ def networks() -> str:
         counts = f"{row.params.value / 1e6:.2f}", f"{row.macs.value:.2f}"
         lines.append([row.label, f"`{row.model}`", *counts, published])
     return render(header, lines, [], "md")
+
+
+def bad_images() -> str:
+    """The outcome for each kind of broken or unusual image."""
+    text = (ROOT / "results" / "bad_images.jsonl").read_text(encoding="utf-8")
+    rows = [list(json.loads(line).values()) for line in text.splitlines()]
+    return render(["a file named .JPEG that is", "training, `exact`", "training, `fast`", "validation"], rows, [], "md")
 
 
 def recipe_keys() -> str:
@@ -113,8 +118,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/layers.md": {"zoo": layers},
     "docs/paper.md": {"paper-report": paper},
     "docs/performance.md": {"performance": performance.section},
-    "docs/data.md": {"data": bench_data.section, "bad-images": bad_images.table},
-    "docs/scaling.md": scaling.sections(),
+    "docs/data.md": {"data": performance.loaders, "bad-images": bad_images},
 }
 
 
@@ -129,7 +133,7 @@ def refresh(text: str, sections: Mapping[str, Callable[[], str]]) -> str:
         if not pattern.search(text):
             raise InputError(f"the page lacks the markers <!-- {name}:begin --> and <!-- {name}:end -->")
         body = generate().rstrip()
-        text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
     return text
 
 

@@ -18,13 +18,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import reencoding
 from scipy.io import loadmat
 from torchvision.datasets.imagenet import ARCHIVE_META
 from tqdm import tqdm
 
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
+from lip_resnet.data import reencoding
 from lip_resnet.data.index import write_index
 
 _DATA = "ILSVRC2012_devkit_t12/data"
@@ -284,8 +284,8 @@ def main() -> None:
     options = parse()
     if options.effect:
         longest = options.longest or 500
-        found = reencoding.measure(options.effect, longest, options.quality, options.rounds)
-        print(reencoding.render(found, longest, options.quality))
+        result = reencoding.measure(options.effect, longest, options.quality, options.rounds)
+        print(reencoding.render(result, longest, options.quality))
         return
     paths = {key: options.archives / name for key, (name, _) in ARCHIVE_META.items()}
     check_there(paths, options.any_archive)

@@ -25,12 +25,10 @@ from lip_resnet.paper import (
     judge,
     load_paper,
     render_report,
-    render_table,
 )
 
 ROOT = Path(__file__).parents[1]
 FIGURES = Path(__file__).with_name("paper.yaml")
-MARKERS = "<!-- paper-report:begin -->", "<!-- paper-report:end -->"
 
 
 def main() -> None:
@@ -41,7 +39,6 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[], help="JSON rows of eval.py, or run folders with an eval.json")
     parser.add_argument("--output", help="a directory for report.md and report.json")
     parser.add_argument("--force", action="store_true", help="replace an existing report")
-    parser.add_argument("--readme", help="a Markdown file whose table between the paper-report markers is refreshed")
     options = parser.parse_args()
     paper = load_paper(FIGURES)
     if bool(options.weights) != bool(options.data):
@@ -49,7 +46,6 @@ def main() -> None:
     folder = Path(options.output) if options.output else None
     if folder is not None:
         distributed.on_main(lambda: prepare(folder, options.force))
-    readme = split_readme(Path(options.readme)) if options.readme else None
     accuracies = compare_rows(options.rows, paper) + evaluate_weights(options, paper)
 
     sizes = {row.name: check_sizes(row) for row in paper.rows}
@@ -61,9 +57,6 @@ def main() -> None:
         if folder is not None:
             files[folder / "report.md"] = markdown
             files[folder / "report.json"] = json.dumps(report, indent=2) + "\n"
-        if readme is not None:
-            table = render_table(paper, sizes, accuracies)
-            files[Path(options.readme)] = "\n".join([readme[0] + MARKERS[0], table + MARKERS[1] + readme[1]])
         for path, text in files.items():
             checkpoint.write_atomically(path, lambda file, text=text: file.write(text.encode()))
     if not report["ok"]:
@@ -78,19 +71,6 @@ def prepare(folder: Path, force: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder}: cannot make this directory: {error.strerror}") from None
-
-
-def split_readme(path: Path) -> tuple[str, str]:
-    """What stands before and after the table."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--readme {path}: cannot read: {error}") from None
-    head, begin, rest = text.partition(MARKERS[0])
-    _, end, tail = rest.partition(MARKERS[1])
-    if not begin or not end:
-        raise InputError(f"--readme {path}: it has no lines {MARKERS[0]} and {MARKERS[1]}")
-    return head, tail
 
 
 def accuracy(row: Row, found: dict[str, Any], images: int, retrained: bool, **facts: Any) -> dict[str, Any]:

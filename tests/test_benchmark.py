@@ -1,8 +1,9 @@
-"""benchmark.py: every subcommand on tiny settings, what it refuses, and the README's section made from kept rows."""
+"""benchmark.py: every subcommand on tiny settings, what it refuses, and the tables made from stored rows."""
 
 import json
 import shlex
 import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,16 +12,18 @@ from conftest import ROOT
 from test_refusals import refuse
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import bench_step
 import benchmark
-import contestants
-import performance
+from bench import contestants, network, performance, step
+from bench.timing import LAYOUTS, WrongResult
+
+from lip_resnet import engine
+from lip_resnet.numerics import Sentinel
 
 TINY = {
     "op": ["--sites", "1024x14", "--batch", "1", "--contestants", "textbook", "lip2d", "plain form", "avg_pool2d"],
     "model": ["--size", "64", "--batch", "1", "2", "--contestants", "resnet50", "lip_resnet50"],
     "train": ["--size", "64", "--batch", "2", "--contestants", "lip_resnet50", contestants.FLOOR],
-    "step": ["--size", "64", "--batch", "2", "--contestants", bench_step.AS_TRAINED, "contiguous", bench_step.PARALLEL],
+    "step": ["--size", "64", "--batch", "2", "--contestants", step.BARE, step.AS_TRAINED, "with EMA"],
     "memory": ["--size", "64", "--batch", "2", "--contestants", "resnet50", "lip_resnet50", contestants.REFERENCE],
 }
 TIMES = {"ms", "ms_q1", "ms_q3"}
@@ -29,19 +32,19 @@ COLUMNS = {
     "op": TIMES | {"layout", "site", "form", "direction", "speedup", "share_of_copy_bound", "relative_error"},
     "model": NETWORK | {"ms_p90", "ms_p99"},
     "train": NETWORK,
-    "step": TIMES | {"step", "network", "images_per_second", "time / as train.py"},
+    "step": TIMES | {"step", "network", "images_per_second", "time / bare"},
     "memory": {"model", "layout", "kept_mib", "kept / resnet50"},
 }
 
 
 def run(monkeypatch, tmp_path, *arguments: str) -> list[dict]:
-    output = tmp_path / "rows.json"
+    output = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--device", "cpu", "--output", str(output)])
     benchmark.main()
-    kept = json.loads(output.read_text())
-    assert kept["environment"]["torch"] == torch.__version__
-    assert kept["environment"]["fused_kernel"] in (True, False)
-    return kept["rows"]
+    environment, rows = performance.read(output)
+    assert environment["torch"] == torch.__version__
+    assert environment["fused_kernel"] in (True, False)
+    return rows
 
 
 @pytest.mark.parametrize("what", TINY)
@@ -53,38 +56,93 @@ def test_rows(monkeypatch, tmp_path, capsys, what):
     for row in rows:
         assert set(row) == COLUMNS[what] | {"precision", "batch"} | (set() if what == "op" else {"size"})
         assert all(value > 0 for key, value in row.items() if key.startswith(("ms", "kept", "images")))
-    assert capsys.readouterr().out.count("\n| ") == count + 1
+    assert capsys.readouterr().out.count("\n| ") == count + 2  # and the header with its rule
     if what == "memory":  # whatever is measured: the fused network keeps less than the textbook's
         assert rows[1]["kept_mib"] < rows[2]["kept_mib"]
 
 
-def test_wrong_results_and_errors_are_rows(monkeypatch, tmp_path):
+def test_failures_are_rows_and_rows_are_kept(monkeypatch, tmp_path):
+    """A wrong result, any exception at the first call or in a later round; what was measured before is in the file."""
+
+    class CompilationError(Exception):
+        pass
+
     def broken(x, logits):
-        raise RuntimeError("out of memory\nand more")
+        raise CompilationError("at 3:1\nand more")
+
+    def exhausted(x, logits, calls=[]):  # noqa: B006 (counts)
+        calls.append(1)
+        if len(calls) > 3:
+            raise CompilationError("out of resource: shared memory")
+        return contestants.textbook(x, logits)
 
     monkeypatch.setitem(contestants.FORMS, "lip2d", lambda x, logits: 1.001 * contestants.textbook(x, logits))
     monkeypatch.setitem(contestants.FORMS, "plain form", broken)
+    monkeypatch.setitem(contestants.FORMS, "avg_pool2d", exhausted)
     rows = run(monkeypatch, tmp_path, "op", *TINY["op"], "--rounds", "2")
-    failed = {row["form"]: row["failed"] for row in rows if "failed" in row}
-    assert failed == {"lip2d": "wrong: relative error 1.0e-03", "plain form": "RuntimeError: out of memory"}
-    assert {row["form"] for row in rows if "ms" in row} == {"textbook", "avg_pool2d"}
+    assert {(row["form"], row.get("direction")): row["failed"] for row in rows if "failed" in row} == {
+        ("lip2d", None): "WrongResult: relative error 1.0e-03",
+        ("plain form", None): "CompilationError: at 3:1",
+        ("avg_pool2d", "forward"): "CompilationError: out of resource: shared memory",
+        ("avg_pool2d", "forward + backward"): "CompilationError: out of resource: shared memory",
+    }
+    assert [row["form"] for row in rows if "ms" in row] == ["textbook"] * 2
+
+    def interrupted(options):
+        yield {"form": "textbook", "ms": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(benchmark.ROWS, "op", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tmp_path, "op", "--force")
+    assert performance.read(tmp_path / "rows.jsonl")[1] == [{"form": "textbook", "ms": 1.0}]
 
 
-def test_a_step_that_trains_otherwise_is_found(monkeypatch, tmp_path):
+def test_the_engine_s_step_is_what_is_timed(monkeypatch, tmp_path):
+    """The guard, the gradient norm and the counts of ``train.py`` run in ``train`` and in ``as train.py``, not in the
+    bare step; with EMA and clipping, those."""
+    calls = []
+
+    def count(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: [calls.append(name), function(*args, **options)][1])
+
+    count(engine.TrainStep, "__call__")
+    count(Sentinel, "judge")
+    count(engine, "_norm")
+    count(engine.Counts, "add")
+    count(engine, "update_average")
+    count(engine.nn.utils, "clip_grads_with_norm_")
+    every = {"__call__", "judge", "_norm", "add"}
+    options = SimpleNamespace(size=64, precision="float32")
+    model = contestants.NETWORKS["lip_resnet50"]()
+    for name, expected in (
+        (step.BARE, set()),
+        (step.AS_TRAINED, every),
+        ("with EMA", every | {"update_average"}),
+        ("with clipping", every | {"clip_grads_with_norm_"}),
+    ):
+        config = network.build_config(options, 2, "channels_last", step.VARIANTS.get(name, ()))
+        calls.clear()
+        step.make_variant(name, model, config, torch.device("cpu"))[0]()
+        assert set(calls) == expected, name
+    calls.clear()
+    network.make_step(model, config, torch.device("cpu"))()
+    assert every <= set(calls)
+
+
+def test_a_step_that_trains_otherwise_is_noticed(monkeypatch, tmp_path):
     """A variant whose update differs: its second loss tells."""
-    make_step = bench_step.make_step
-
-    def forgetful(model, images, labels, variant, options):
-        if variant.layout == "contiguous":
-            labels = labels.roll(1)
-        return make_step(model, images, labels, variant, options)
-
-    monkeypatch.setattr(bench_step, "make_step", forgetful)
-    rows = run(monkeypatch, tmp_path, "step", *TINY["step"], "--rounds", "2")
-    assert [row["step"] for row in rows if "failed" in row] == ["contiguous"]
+    monkeypatch.setitem(step.VARIANTS, "contiguous", ("train.channels_last=false", "optim.lr=0.02"))
+    rows = run(
+        monkeypatch, tmp_path, "step", *TINY["step"][:4], "--contestants", "contiguous", step.BARE, "--rounds", "2"
+    )
+    assert {row["step"]: row["failed"].split(":")[0] for row in rows if "failed" in row} == {
+        "contiguous": "WrongResult"
+    }
 
 
-def test_wrong_networks_are_found(monkeypatch):
+def test_wrong_networks_are_noticed(monkeypatch):
     """Other numbers than the textbook network's, or other operations."""
 
     def coarse():
@@ -95,12 +153,44 @@ def test_wrong_networks_are_found(monkeypatch):
     monkeypatch.setitem(contestants.NETWORKS, contestants.FLOOR, coarse)
     gate = timm.create_model("lip_resnet50", gate_coefficient=11.9)
     monkeypatch.setitem(contestants.NETWORKS, "lip_resnet50", lambda: gate)
-    found = contestants.build_networks(["lip_resnet50", contestants.FLOOR], "cpu", torch.channels_last)
-    assert all(wrong.startswith("relative error") for _, wrong in found.values())
+    for name in ("lip_resnet50", contestants.FLOOR):
+        with pytest.raises(WrongResult, match="relative error"):
+            contestants.build_network(name, "cpu", torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_floor_s_logits_get_gradients_as_lip_s_do(layout):
+    """At all seven sites the logits' gradient is nowhere all zero and in the network's layout, and it is the pooling's
+    own gradient; so every convolution of the branch has one."""
+    model = contestants.build_network(contestants.FLOOR, "cpu", LAYOUTS[layout]).train()
+    gradients = {}
+    for name, module in model.named_modules():
+        if isinstance(module, contestants.FloorLIP):
+            module.logits.register_forward_hook(
+                lambda _, inputs, logits, name=name: (
+                    logits.register_hook(lambda g: gradients.update({name: g})) and None
+                )
+            )
+    images = torch.randn(2, 3, 96, 96).contiguous(memory_format=LAYOUTS[layout])
+    model(images).square().mean().backward()
+    assert len(gradients) == 7
+    for name, gradient in gradients.items():
+        assert gradient.is_contiguous(memory_format=LAYOUTS[layout]), name
+        assert (gradient != 0).any(dim=1).all(), name
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.any(), name
+
+    x, logits, y = (torch.randn(2, 4, 9, 9, requires_grad=True) for _ in range(3))
+    pooled = contestants.floor_pool(x, logits, *contestants.WINDOW)
+    dy = torch.randn_like(pooled)
+    dx, dlogits = torch.autograd.grad(pooled, (x, logits), dy)
+    (expected,) = torch.autograd.grad(torch.nn.functional.avg_pool2d(y, *contestants.WINDOW), y, dy)
+    assert dx.equal(expected)
+    assert dlogits.equal(expected)
 
 
 def test_refusals(monkeypatch, capsys, tmp_path):
-    mine = tmp_path / "mine.json"
+    mine = tmp_path / "mine.jsonl"
     mine.write_text("mine")
 
     def line(*arguments: object) -> str:
@@ -115,18 +205,16 @@ def test_refusals(monkeypatch, capsys, tmp_path):
     assert "--images 8; it must be at least the batch, 64" in line("data", "--images", 8)
     assert "--workers 0; it must be at least 1" in line("data", "--workers", 0)
     assert f"no images below {tmp_path / 'none'}" in line("data", "--data", tmp_path / "none")
-    assert "end in .json or .md" in line("memory", "--output", tmp_path / "rows.txt")
-    assert "no folder" in line("memory", "--output", tmp_path / "none" / "rows.md")
-    assert "mine.json exists" in line("op", "--output", mine)
+    assert "end in .jsonl" in line("memory", "--output", tmp_path / "rows.txt")
+    assert "no folder" in line("memory", "--output", tmp_path / "none" / "rows.jsonl")
+    assert "mine.jsonl exists" in line("op", "--output", mine)
     assert mine.read_text() == "mine"
     if not torch.cuda.is_available():
         assert "PyTorch sees no GPU" in line("op", "--device", "cuda")
 
 
-def test_readme_section(tmp_path):
-    """Every part is there: measured, with its command, or not yet, with its command; failed rows say so."""
-    empty = performance.section(tmp_path)
-    assert empty.count("not measured yet: `") == len(performance.PARTS)
+def test_section(tmp_path):
+    """What was measured, with its command; failed rows say so; predictions, once, until every GPU part is measured."""
     environment = dict.fromkeys(("torch", "threads", "load", "hardware"), "x") | {"date": "2020-01-02T03:04:05"}
     environment |= {"lip_kernels": "plain", "command": ["python", "a b"]}
     common = {"layout": "channels_last", "precision": "float32", "batch": 8}
@@ -134,17 +222,26 @@ def test_readme_section(tmp_path):
         common | {"site": "64x112", "form": "lip2d", "failed": "RuntimeError: no"},
         common | {"site": "64x112", "direction": "forward + backward", "form": "textbook", "ms": 35.04999},
     ]
-    (tmp_path / "op_cpu.json").write_text(performance.to_json(rows, environment))
+
+    def write(name: str) -> None:
+        lines = [{"environment": environment}, *(performance.shorten(row) for row in rows)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write("op_cpu")
     section = performance.section(tmp_path)
-    assert section.count("not measured yet: `") == len(performance.PARTS) - 1
-    assert "| 64x112 | channels_last | 35 | failed | failed | - |" in section
+    cells = [cell.strip() for cell in next(line for line in section.splitlines() if "64x112" in line).split("|")]
+    assert cells[1:7] == ["64x112", "channels_last", "35", "failed", "failed", "-"]
     assert "batch 8, precision float32, layout channels_last, x, torch x" in section
     assert "`LIP_KERNELS=plain python 'a b'`" in section
+    assert section.count("predicted") == section.count("Not measured") == 1
+    for part in performance.GPU_PARTS:
+        rows = [common | {"model": "resnet50", "site": "64x112", "form": "lip2d", "ms": 1.0}]
+        write(part.name)
+    assert "predicted" not in performance.section(tmp_path)
 
 
-@pytest.mark.parametrize("part", performance.PARTS, ids=lambda part: part.name)
-def test_readme_commands_are_understood(monkeypatch, part):
+@pytest.mark.parametrize("part", [*performance.PARTS, *performance.GPU_PARTS], ids=lambda part: part.name)
+def test_commands_are_understood(monkeypatch, part):
     arguments = shlex.split(performance.command_line(part))
     monkeypatch.setattr(sys, "argv", arguments[arguments.index("scripts/benchmark.py") :])
-    options = benchmark.parse()
-    assert [path.name for path in options.output] == [f"{part.name}.json"]
+    assert benchmark.parse().output.name == f"{part.name}.jsonl"

@@ -149,6 +149,8 @@ def test_selection_of_classes(image_folder, tmp_path):
     names.write_text("cat\nant\n")
     train, val = build_sources(folder_config(image_folder, classes=str(names)), 2)
     assert train.classes == ["ant", "cat"]
+    names.write_bytes(b"\xef\xbb\xbfcat\r\n\r\nant\r\n")  # an editor's byte order mark; order and blank lines are free
+    assert build_sources(folder_config(image_folder, classes=str(names)), 2)[0].classes == ["ant", "cat"]
     assert {Path(path).parent.name for path, _ in train.samples + val.samples} == {"ant", "cat"}
 
 
@@ -186,6 +188,8 @@ def test_bad_selections(image_folder, tmp_path):
         names.write_text(text)
         assert words in refusal(folder_config(image_folder, classes=str(names)), 1)
     assert "cannot read" in refusal(folder_config(image_folder, classes=str(tmp_path / "none")))
+    names.write_bytes(b"ant\n\xff\n")
+    assert "byte 4 is not UTF-8" in refusal(folder_config(image_folder, classes=str(names)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

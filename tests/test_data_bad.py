@@ -1,5 +1,6 @@
 """Broken and unusual files: decoded rightly or refused with the path, left out only on request, never replaced."""
 
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.data.decode import BadImage, check_scan, decode_exact
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import bad_images
 
 REFUSED = {
@@ -68,6 +69,8 @@ def test_the_table_is_whole(outcomes):
         for way, result in ways.items():
             assert isinstance(result, BadImage) == (kind in REFUSED), (kind, way)
     assert set(REFUSED) < set(outcomes)
+    text = (ROOT / "results" / "bad_images.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.splitlines()] == bad_images.rows(outcomes)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -186,8 +189,8 @@ class Deadly(Dataset):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_dead_worker_says_what_it_held(split):
+def test_a_dead_worker_says_what_it_read(split):
     config = settings(Path("."), batch_size=4, eval_batch_size=4, workers=2)
     batches = TrainLoader(Deadly(), config, 1, 0).epoch(0) if split == "train" else EvalLoader(Deadly(), config)
-    with pytest.raises(InputError, match=r"loader process \(pid \d+\).*while it held image_5\.JPEG"):
+    with pytest.raises(InputError, match=r"loader process \(pid \d+\).*while it read image_5\.JPEG"):
         list(batches)

@@ -16,7 +16,7 @@ from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import TrainLoader, build_sources
 from lip_resnet.data.decode import JpegDecoder, decode_exact
 from lip_resnet.data.transforms import TrainTransform
-from lip_resnet.data.workers import Ring
+from lip_resnet.data.workers import BufferPool
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -159,20 +159,20 @@ def test_kept_batches_stay_as_they_were(photographs, workers):
 
 
 def test_buffers_come_back():
-    ring = Ring(2, 64)
-    first, second = ring.take(), ring.take()
-    assert ring.take() is None
-    tensor = ring.lend(first, (4, 3))
+    pool = BufferPool(2, 64)
+    first, second = pool.acquire(), pool.acquire()
+    assert pool.acquire() is None
+    tensor = pool.lend(first, (4, 3))
     view = tensor.permute(1, 0)[:2]
     del tensor
-    assert ring.take() is None  # a view still refers to it
+    assert pool.acquire() is None  # a view still refers to it
     del view
-    assert ring.take() == first
-    held = ring.lend(second, (8,))
-    ring.reset()  # `first` was ordered and never delivered
-    assert ring.free == [first]
-    del held
-    assert sorted(ring.free) == [0, 1]
+    assert pool.acquire() == first
+    lent = pool.lend(second, (8,))
+    pool.reset()  # `first` was requested and never delivered
+    assert pool.free == [first]
+    del lent
+    assert sorted(pool.free) == [0, 1]
 
 
 def test_an_abandoned_epoch_loses_no_buffer(photographs):
@@ -185,7 +185,7 @@ def test_an_abandoned_epoch_loses_no_buffer(photographs):
     assert torch.equal(pixels_of(whole), pixels_of(list(loader(photographs).epoch(9))))
     del whole
     list(shared.epoch(10, first_step=6))
-    assert len(shared.ring.free) + len(shared.ring.lent) == len(shared.ring.memory)
+    assert len(shared.pool.free) + len(shared.pool.lent) == len(shared.pool.memory)
 
 
 def test_workers_run_before_the_first_epoch(photographs):
@@ -206,7 +206,7 @@ def test_memory_is_flat_over_fifty_epochs(photographs):
     for epoch in range(50):
         for _ in shared.epoch(epoch):
             pass
-        assert len(shared.ring.lent) <= 1
+        assert len(shared.pool.lent) <= 1
         sizes.append(sum(map(_resident, pids)) if can_see else 0)
     assert max(sizes[25:]) - max(sizes[:25]) < 4 << 20
 

@@ -19,7 +19,7 @@ from lip_resnet.data.decode import check_scan
 from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Piece
 from lip_resnet.data.transforms import TrainTransform
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import bad_images
 
 needs_library = pytest.mark.skipif(not gpu_decode.installed(), reason="nvImageCodec is published for Linux only")

@@ -13,7 +13,7 @@ from test_data import as_rank
 from test_data_shards import add, config
 
 from lip_resnet.config import InputError
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source, remote
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source, remote, testsets
 from lip_resnet.data.index import FILE, write_index
 
 
@@ -28,6 +28,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.root, self.ranges = root, True
         self.asked: list[str] = []
         self.failures: list[str] = []  # what becomes of the next requests for shards: "500", "cut"
+        self.concurrent = self.most = self.awaited = 0  # requests for shards; none is answered before so many have come
+        self.changed = threading.Condition()
+
+    def wait_for_others(self) -> None:
+        with self.changed:
+            self.concurrent += 1
+            self.most = max(self.most, self.concurrent)
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.most >= self.awaited, timeout=2)
+            self.concurrent -= 1
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -41,6 +51,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data, status = path.read_bytes(), 200
         if path.suffix == ".tar":
             self.server.asked.append(self.path)
+            self.server.wait_for_others()
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if found and self.server.ranges:
             data, status = data[int(found[1]) : int(found[2]) + 1], 206 if int(found[1]) < len(data) else 416
@@ -74,7 +85,7 @@ def served(image_folder, tmp_path, monkeypatch):
                     add(archive, f"{path.stem}.jpg", path.read_bytes())
                     add(archive, f"{path.stem}.cls", str(("ant", "bee", "cat").index(path.parent.name)).encode())
         write_index(tmp_path / split)
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0, 0.0))
     server = Server(tmp_path)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server, f"http://127.0.0.1:{server.server_port}"
@@ -186,6 +197,31 @@ def test_every_image_once(served, monkeypatch, world, workers):
     expected = [(label, image.numpy().tobytes()) for image, label in zip(images, labels.tolist(), strict=True)]
     assert sorted(found) == sorted(expected)
     assert len(set(found)) == 23
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_requests_of_a_batch_are_concurrent(served, command):
+    """Sixteen at a time, also through the set that eval.py reads."""
+    server, url = served
+    settings = config(url, name="shards", batch_size=23, eval_batch_size=23)
+    source = build_sources(settings, 3, ("train",))[0]
+    joined = testsets.Joined([testsets.EvalSet("shards", source, settings, {"": range(23)})])
+    loader = TrainLoader(source, settings, 1, 0).epoch(0) if command == "train" else EvalLoader(joined, settings)
+    server.awaited = 16
+    assert len(list(loader)) == 1
+    assert server.most == remote.MAX_REQUESTS == 16
+
+
+@pytest.mark.parametrize("content", [b"ant\n\ncat\nbee\n", b"\xffant\nbee\ncat\n"])
+def test_a_list_of_classes_is_read_like_a_local_one(served, content):
+    server, url = served
+    (server.root / "train" / "classes.txt").write_bytes(content)
+    for root in (url, server.root):
+        with pytest.raises(InputError, match=r"train/classes\.txt: (line 2 is blank|byte 0 is not UTF-8)"):
+            build_sources(config(root, name="shards"), 3, ("train",))
+    (server.root / "train" / "classes.txt").write_bytes(b"\xef\xbb\xbfant\r\nbee \r\ncat\r\n\r\n")
+    for root in (url, server.root):
+        assert build_sources(config(root, name="shards"), 3, ("train",))[0].classes == ["ant", "bee", "cat"]
 
 
 def test_other_file_systems(served):

@@ -24,6 +24,7 @@ from lip_resnet.config import DataConfig
 from lip_resnet.data import build_sources, describe_source
 
 sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import bad_images
 import check_dataset
 import prepare_imagenet

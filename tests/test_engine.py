@@ -19,9 +19,7 @@ CPU = torch.device("cpu")
 def prepare(**changes):
     config = small_config(**changes)
     torch.manual_seed(0)
-    state = build_state(
-        registry.build_model(config.model, drop_rate=config.train.drop), config, CPU
-    )
+    state = build_state(registry.build_model(config.model, drop_rate=config.train.drop), config, CPU)
     train, val = build_sources(config.data, config.model.num_classes)
     loader = TrainLoader(train, config.data, config.optim.accumulate, config.train.seed)
     return config, state, loader, EvalLoader(val, config.data)

@@ -150,3 +150,7 @@ def test_workflows_run_targets_that_exist():
             named |= set(job.get("strategy", {}).get("matrix", {}).get("target", []))
         assert named
         assert named <= targets, path.name
+
+
+def test_scaling_is_short():
+    assert (ROOT / "docs" / "scaling.md").stat().st_size <= 4096

@@ -18,8 +18,8 @@ import train
 from lip_resnet import checkpoint, distributed, run, run_folder, runlog
 from lip_resnet.config import InputError
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import fault_runs
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
+import run_contents
 
 
 @pytest.fixture
@@ -72,12 +72,12 @@ def test_a_signal_before_the_first_step(start, monkeypatch, where, swallowed):
     with pytest.raises(distributed.Stopped, match="SIGTERM before the first step"):
         start("--resume", "auto")
     assert (start.folder / "requeue").exists()
-    assert fault_runs.logged_step(start.folder) == 0
+    assert run_contents.logged_step(start.folder) == 0
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.setattr(owner, name, original)
     start("--resume", "auto")
     assert not (start.folder / "requeue").exists()
-    assert fault_runs.take_inventory(start.folder).steps["last.pt"] == 8
+    assert run_contents.take_inventory(start.folder).steps["last.pt"] == 8
 
 
 def test_requeue_is_not_left_in_a_folder_of_others(start, monkeypatch):
@@ -115,13 +115,13 @@ def test_a_checkpoint_that_cannot_be_written(start, patient, monkeypatch, capsys
     if policy == "stop":
         with pytest.raises(InputError, match=told):
             start(*overrides)
-        now = fault_runs.take_inventory(start.folder)
-        assert (now.newest, now.logged, now.torn) == (3, 5, [])
+        now = run_contents.take_inventory(start.folder)
+        assert (now.newest, now.logged, now.damaged) == (3, 5, [])
     else:
         start(*overrides)
         assert capsys.readouterr().err.count(f"{told}; the run goes on") == 1
-        assert fault_runs.take_inventory(start.folder).steps["last.pt"] == 8
-    assert fault_runs.count_litter(start.folder) == 0
+        assert run_contents.take_inventory(start.folder).steps["last.pt"] == 8
+    assert run_contents.count_temporary_files(start.folder) == 0
 
 
 class Late:
@@ -154,11 +154,11 @@ def test_a_signal_at_an_epoch_s_end_does_not_wait_for_the_evaluation(start, pati
         patch.setattr(runlog.RunLog, "log", signalled)
         with pytest.raises(distributed.Stopped, match="SIGTERM at step 4"):
             start()
-    assert fault_runs.take_inventory(start.folder).newest == 4
-    assert fault_runs.logged_step(start.folder, "val/loss") == 0
+    assert run_contents.take_inventory(start.folder).newest == 4
+    assert run_contents.logged_step(start.folder, "val/loss") == 0
 
     def interrupted(self: run.Run) -> dict[str, float]:
-        saved.append(fault_runs.take_inventory(start.folder).newest)
+        saved.append(run_contents.take_inventory(start.folder).newest)
         os.kill(os.getpid(), signal.SIGTERM)
         return validate(self)
 
@@ -167,7 +167,7 @@ def test_a_signal_at_an_epoch_s_end_does_not_wait_for_the_evaluation(start, pati
         with pytest.raises(distributed.Stopped, match="SIGTERM at step 4"):
             start("--resume", "auto")
     start("--resume", "auto")
-    lines = fault_runs.read_metrics(start.folder)[0]
+    lines = run_contents.read_metrics(start.folder)[0]
     assert [(line["step"], "val/loss" in line) for line in lines] == [
         (4, False),
         (4, True),
@@ -188,11 +188,11 @@ def test_an_evaluation_that_was_killed_is_made_up_for(start, patient, monkeypatc
         patch.setattr(run, "evaluate", killed)
         with pytest.raises(KeyError):
             start("train.checkpoint_steps=2")
-    assert fault_runs.take_inventory(start.folder).newest == 4
+    assert run_contents.take_inventory(start.folder).newest == 4
     start("--resume", "auto")
-    lines = fault_runs.read_metrics(start.folder)[0]
+    lines = run_contents.read_metrics(start.folder)[0]
     assert [line["step"] for line in lines if "val/loss" in line] == [4, 8]
-    assert fault_runs.take_inventory(start.folder).steps["last.pt"] == 8
+    assert run_contents.take_inventory(start.folder).steps["last.pt"] == 8
 
 
 def test_killed_between_an_evaluation_and_its_checkpoint(start, patient, monkeypatch):
@@ -208,18 +208,18 @@ def test_killed_between_an_evaluation_and_its_checkpoint(start, patient, monkeyp
         patch.setattr(run.Run, "save", killed)
         with pytest.raises(KeyError):
             start("train.checkpoint_steps=4")
-    assert fault_runs.take_inventory(start.folder).newest == 4
+    assert run_contents.take_inventory(start.folder).newest == 4
     start("--resume", "auto")
-    lines = fault_runs.read_metrics(start.folder)[0]
+    lines = run_contents.read_metrics(start.folder)[0]
     assert [line["step"] for line in lines if "val/loss" in line] == [4, 8]
-    assert fault_runs.take_inventory(start.folder).steps["best.pt"] in (4, 8)
+    assert run_contents.take_inventory(start.folder).steps["best.pt"] in (4, 8)
 
 
 def test_a_start_that_was_killed_while_it_wrote_its_first_file(start):
     (start.folder / "checkpoints").mkdir(parents=True)
     (start.folder / ".config.yaml.77.tmp").write_text("mod")
     start()
-    assert fault_runs.count_litter(start.folder) == 0
+    assert run_contents.count_temporary_files(start.folder) == 0
 
 
 def test_going_back_is_refused_in_the_same_folder(start):
@@ -228,12 +228,12 @@ def test_going_back_is_refused_in_the_same_folder(start):
     source = start.folder / "checkpoints" / "step-00000003.pt"
     with pytest.raises(InputError, match=r"has gone on to .*last.pt; continue with --resume auto, or go back"):
         start("--resume", str(source))
-    assert fault_runs.logged_step(start.folder) == 8
+    assert run_contents.logged_step(start.folder) == 8
     for path in (start.folder / "checkpoints").glob("[ls]*.pt"):
         if path != source:
             path.write_bytes(b"damaged")
     start("--resume", str(source))
-    assert fault_runs.take_inventory(start.folder).newest == 8
+    assert run_contents.take_inventory(start.folder).newest == 8
 
 
 def test_a_damaged_checkpoint_pushes_out_no_whole_one(tmp_path):
@@ -255,7 +255,7 @@ def test_other_data_are_refused(start, monkeypatch):
         start("--resume", "auto")
     monkeypatch.setattr(train, "describe_source", described)
     start("--resume", "auto")
-    assert fault_runs.take_inventory(start.folder).newest == 8
+    assert run_contents.take_inventory(start.folder).newest == 8
 
 
 def test_skipped_images_are_counted_across_starts(start, image_folder, tmp_path):
@@ -266,7 +266,7 @@ def test_skipped_images_are_counted_across_starts(start, image_folder, tmp_path)
     data = ["data.name=folder", f"data.root={root}", "data.batch_size=23", "data.on_error=skip", "model.num_classes=3"]
     start(*data, "train.max_steps=1", "train.log_every=1")
     start(*data, "--resume", "auto", "train.max_steps=2", "train.log_every=1")
-    lines = [line for line in fault_runs.read_metrics(start.folder)[0] if "train/skipped" in line]
+    lines = [line for line in run_contents.read_metrics(start.folder)[0] if "train/skipped" in line]
     assert [(line["step"], line["train/skipped"]) for line in lines] == [(1, 1), (2, 2)]
 
 
@@ -293,7 +293,7 @@ def test_a_run_continued_from_another_folder_has_a_checkpoint_at_once(start, pat
         patch.setattr(run, "train_one_epoch", killed)
         with pytest.raises(KeyError):
             start("--output", str(other), "--resume", str(source))
-    assert fault_runs.take_inventory(other).newest == 3
+    assert run_contents.take_inventory(other).newest == 3
     start("--output", str(other), "--resume", "auto")
-    ends = [fault_runs.read_whole(folder / "checkpoints" / "last.pt") for folder in (start.folder, other)]
-    assert fault_runs.hash_value(ends[0]["model"]) == fault_runs.hash_value(ends[1]["model"])
+    ends = [run_contents.read_whole(folder / "checkpoints" / "last.pt") for folder in (start.folder, other)]
+    assert run_contents.hash_value(ends[0]["model"]) == run_contents.hash_value(ends[1]["model"])

@@ -27,7 +27,7 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def command(recipe: Path, folder: Path, *overrides: str, fault: str | None = None, processes: int = 2, extra=()):
-    script = "train.py" if fault is None else "tests/faulty_train.py"
+    script = "train.py" if fault is None else "tests/faults/faulty_train.py"
     arguments, environment = prepare(
         script, "--config", recipe, "--output", folder, *SHORT, *overrides, processes=processes
     )
@@ -60,13 +60,15 @@ def tree(pid: int) -> set[int]:
     """The living descendants of a process."""
     printed = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in printed.splitlines()]
-    children, found, todo = {}, set(), [pid]
+    children, descendants, todo = {}, set(), [pid]
     for child, parent, state in rows:
         if not state.startswith("Z"):
             children.setdefault(int(parent), []).append(int(child))
     while todo:
-        todo += [child for child in children.get(todo.pop(), []) if child not in found and not found.add(child)]
-    return found
+        new = set(children.get(todo.pop(), [])) - descendants
+        descendants |= new
+        todo += new
+    return descendants
 
 
 def alive(pids: set[int]) -> set[int]:
@@ -83,7 +85,7 @@ def wait_until(condition, seconds: float, what: str) -> None:
 
 
 def test_one_rank_s_nan(recipe, tmp_path):
-    """Skipped on the spot, or left out after a rollback: the same end, bit for bit, and the message names the rank."""
+    """The step is skipped, or its samples after a rollback: the same end, bit for bit; the message names the rank."""
     digests = []
     for policy in ("skip", "rollback"):
         folder = tmp_path / policy
@@ -127,7 +129,7 @@ def test_a_hanging_rank_is_named(recipe, tmp_path):
 
 
 def test_native_code_that_never_returns(tmp_path):
-    """The interpreter's lock is never free: no Python thread can run, and the process still tells and ends."""
+    """The interpreter's lock is never free: no Python thread can run, and the process still reports and ends."""
     script = f"""
 import re, sys
 from pathlib import Path
@@ -157,12 +159,12 @@ def test_nothing_outlives_the_parent(recipe, tmp_path, processes):
     try:
         metrics = folder / "metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.stat().st_size, 200, "the run has not begun")
-        left = tree(run.pid)
-        assert len(left) >= processes * 4  # two loaders of two processes each, and the ranks
+        members = tree(run.pid)
+        assert len(members) >= processes * 4  # two loaders of two processes each, and the ranks
     finally:
         run.kill()
         run.wait()
-    wait_until(lambda: not alive(left), 30, f"still alive: {alive(left)}")
+    wait_until(lambda: not alive(members), 30, f"still alive: {alive(members)}")
     with open(folder / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ import eval as eval_command
 from lip_resnet import distributed, metrics
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import EvalLoader, describe_source, testsets
+from lip_resnet.data.encoded import Encoded
 
 # The network's answer to every image: these classes, in this order.
 RANKING = [10, 2, 795, 6, 1, 11, 13, 15, 17, 809]
@@ -181,6 +183,32 @@ def test_one_loader_serves_several_sets_in_turn(sets):
     assert sizes[0] == [(50, 3, 32, 32)] * 4 + [(3, 3, 32, 32)]
     assert sizes[1] == [(50, 3, 24, 24)] * 4 + [(1, 3, 24, 24)]
     assert sizes[2] == [(3, 3, 32, 32)]
+
+
+class Recorder(Encoded):
+    """Validation images that note what is announced."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__("set", WNIDS, [(f"set/ILSVRC2012_val_{1 + number:08}.JPEG", 0) for number in range(images)])
+        self.announced = []
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        self.announced.append(list(indices))
+
+    def read(self, index: int) -> bytes:
+        raise NotImplementedError
+
+
+def test_every_wrapper_forwards_what_is_read_next():
+    config = DataConfig(name="digits", batch_size=1)
+    plain, real = Recorder(4), Recorder(100)
+    wrapped = testsets.RealLabels(real)
+    assert wrapped.kept == [index for index in range(100) if REAL[index]] != list(range(100))
+    noise = [0] * 5  # a source without prefetch
+    sets = [testsets.EvalSet("", source, config, {}) for source in (plain, noise, wrapped)]
+    testsets.Joined(sets).prefetch(range(2, 9 + len(wrapped)))
+    assert plain.announced == [[2, 3]]
+    assert real.announced == [wrapped.kept]
 
 
 @pytest.fixture

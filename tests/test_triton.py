@@ -22,9 +22,7 @@ def test_plain_where_triton_does_not_start(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton, "driver", Driver())
     dispatch._available.cache_clear()
-    with pytest.warns(
-        UserWarning, match=r"reference form, .*: Triton does not start: Failed to find C"
-    ):
+    with pytest.warns(UserWarning, match=r"reference form, .*: Triton does not start: Failed to find C"):
         assert dispatch.available("cuda") is False
     dispatch._available.cache_clear()
 

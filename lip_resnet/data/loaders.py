@@ -7,7 +7,7 @@ else: not on the number of workers or processes, nor on where a run was resumed.
 import math
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from lip_resnet.data.decode import BadImage
 from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Parcel, on_this_gpu
 from lip_resnet.data.transforms import TrainTransform, eval_transform
-from lip_resnet.data.workers import PREFETCH, Held, Orders, Ring, start_loader
+from lip_resnet.data.workers import PREFETCH_FACTOR, BufferPool, DeferredBatchSampler, InFlightSamples, start_loader
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,19 @@ class _Packet(NamedTuple):
 
 
 class _TrainBatches(Dataset):
-    """An order, (slot, [(epoch, index, repeat), ...]), to a packet.
+    """A request, (slot, [(epoch, index, repeat), ...]), to a packet.
 
     A sample's augmentation is drawn from (seed, epoch, index, repeat) alone.
     """
 
-    def __init__(self, source: Any, config: DataConfig, seed: int, memory: Tensor | None, held: Held) -> None:
-        self.source, self.config, self.seed, self.memory, self.held = source, config, seed, memory, held
+    def __init__(
+        self, source: Any, config: DataConfig, seed: int, memory: Tensor | None, in_flight: InFlightSamples
+    ) -> None:
+        self.source, self.config, self.seed, self.memory, self.in_flight = source, config, seed, memory, in_flight
         self.transform = TrainTransform(config)
 
-    def __getitems__(self, order: tuple[int | None, list[tuple[int, int, int]]]) -> _Packet:
-        slot, keys = order
+    def __getitems__(self, request: tuple[int | None, list[tuple[int, int, int]]]) -> _Packet:
+        slot, keys = request
         side = self.config.size_at(keys[0][0])
         shape = (len(keys), side, side, 3)
         packer = Packer(side) if self.config.decode == "gpu" else None
@@ -74,10 +76,9 @@ class _TrainBatches(Dataset):
         else:
             images = self.memory[slot, : math.prod(shape)].view(shape)
         labels, skipped = [], []
-        if isinstance(self.source, Encoded):
-            self.source.ahead(index for _, index, _ in keys)
+        _prefetch(self.source, [index for _, index, _ in keys])
         for epoch, index, repeat in keys:
-            self.held.note(index)
+            self.in_flight.begin(index)
             seed = seeding.derive("augment", self.seed, epoch, index, repeat)
             try:
                 labels.append(self._load(index, seed, images[len(labels)], packer))
@@ -85,7 +86,7 @@ class _TrainBatches(Dataset):
                 if self.config.on_error == "stop" or not isinstance(error, BadImage):
                     return _Packet(error=str(error))
                 skipped.append(str(error))
-        self.held.note(-1)
+        self.in_flight.end()
         done = len(labels)
         packed = np.array(labels, dtype=np.int64)
         if packer is not None:
@@ -119,25 +120,31 @@ class _TrainBatches(Dataset):
         return True
 
 
+def _prefetch(source: Any, indices: Sequence[int]) -> None:
+    """Announce a batch to a source that can request its images all at once."""
+    if hasattr(source, "prefetch"):
+        source.prefetch(indices)
+
+
 class _EvalBatches(Dataset):
-    """An order, (None, range of indices), to a packet: every image by PIL, and any that does not decode is an error."""
+    """A request, (None, range of indices), to a batch: every image by PIL, and any that does not decode is an error."""
 
-    def __init__(self, source: Any, config: DataConfig, held: Held) -> None:
-        self.source, self.held, self.transform = source, held, eval_transform(config)
+    def __init__(self, source: Any, config: DataConfig, in_flight: InFlightSamples) -> None:
+        self.source, self.in_flight, self.transform = source, in_flight, eval_transform(config)
 
-    def __getitems__(self, order: tuple[None, range]) -> tuple[Tensor, Tensor] | str:
+    def __getitems__(self, request: tuple[None, range]) -> tuple[Tensor, Tensor] | str:
         images, labels = [], []
-        if isinstance(self.source, Encoded):
-            self.source.ahead(order[1])
-        for index in order[1]:
-            self.held.note(index)
+        _, indices = request
+        _prefetch(self.source, indices)
+        for index in indices:
+            self.in_flight.begin(index)
             try:
                 image, label = self.source[index]
             except InputError as error:
                 return str(error)
             images.append(image if isinstance(image, Tensor) else self.transform(image))
             labels.append(label)
-        self.held.note(-1)
+        self.in_flight.end()
         return torch.stack(images), torch.tensor(labels)
 
 
@@ -195,12 +202,12 @@ class TrainLoader:
             raise InputError(
                 f"data.batch_size {batch_size} does not divide by {world} processes x optim.accumulate {accumulate}"
             )
-        left = samples % batch_size
+        remainder = samples % batch_size
         if config.last_batch == "drop" and samples < batch_size:
             raise InputError(f"data.batch_size {batch_size} is larger than the {samples} training images")
-        if config.last_batch == "keep" and 0 < left < 2 * parts:
+        if config.last_batch == "keep" and 0 < remainder < 2 * parts:
             raise InputError(
-                f"the last batch has {left} images for {parts} parts (processes x accumulate), and batch "
+                f"the last batch has {remainder} images for {parts} parts (processes x accumulate), and batch "
                 "statistics need 2 in each; set data.last_batch: drop or another data.batch_size"
             )
         self.config, self.accumulate, self.source = config, accumulate, source
@@ -210,15 +217,16 @@ class TrainLoader:
         self.skipped: dict[str, int] = {}
         self.skipped_to: Path | None = None
         self.sampler = _TrainSampler(samples, config, accumulate, seed)
-        self.held = Held(config.workers)
-        self.ring = None
+        self.in_flight = InFlightSamples(config.workers)
+        self.pool = None
         if config.workers and config.decode != "gpu":
-            # As many as can be on their way, and as the caller can hold while it waits.
-            buffers = PREFETCH * config.workers + 2 * accumulate + 1
-            self.ring = Ring(buffers, -(-batch_size // parts) * config.sizes[-1] ** 2 * 3)
-        memory = None if self.ring is None else self.ring.memory
-        dataset = _TrainBatches(source, config, seed, memory, self.held)
-        self.loader = start_loader(dataset, Orders(self.sampler, self.ring), config.workers, pin=False)
+            # As many as the workers can fill, and as the caller can hold while it waits.
+            buffers = PREFETCH_FACTOR * config.workers + 2 * accumulate + 1
+            self.pool = BufferPool(buffers, -(-batch_size // parts) * config.sizes[-1] ** 2 * 3)
+        memory = None if self.pool is None else self.pool.memory
+        dataset = _TrainBatches(source, config, seed, memory, self.in_flight)
+        sampler = DeferredBatchSampler(self.sampler, self.pool)
+        self.loader = start_loader(dataset, sampler, config.workers, pin=False)
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch."""
@@ -231,11 +239,11 @@ class TrainLoader:
             InputError: an image does not decode (``data.on_error: stop``), too few of a part do, or a worker died.
         """
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
-        packets = _packets(self.loader, self.held, self.source)
+        packets = _packets(self.loader, self.in_flight, self.source)
         for step in range(first_step, len(self)):
-            found = [next(packets) for _ in range(self.accumulate)]
-            skipped = sum(len(packet.skipped) for packet in found)
-            yield Batch([self._unpack(packet) for packet in found], self.sampler.size(step), skipped)
+            parts = [next(packets) for _ in range(self.accumulate)]
+            skipped = sum(len(packet.skipped) for packet in parts)
+            yield Batch([self._unpack(packet) for packet in parts], self.sampler.size(step), skipped)
         next(packets, None)  # runs the loader to its end, which keeps its workers for the next epoch
 
     def _unpack(self, packet: _Packet) -> tuple[Tensor, Tensor]:
@@ -243,16 +251,16 @@ class TrainLoader:
             raise InputError(packet.error)
         for line in packet.skipped:
             self._skip(line)
-        found = len(packet.labels)
-        if packet.skipped and found < 2:
+        decoded = len(packet.labels)
+        if packet.skipped and decoded < 2:
             raise InputError(
-                f"data.on_error: of one part of a batch, {found} images decode and {len(packet.skipped)} do not"
+                f"data.on_error: of one part of a batch, {decoded} images decode and {len(packet.skipped)} do not"
             )
         if packet.parcel is not None:
             return self.decoder(packet.parcel), torch.from_numpy(packet.labels)
         images = packet.images
         if images is None:
-            images = self.ring.lend(packet.slot, (found, packet.side, packet.side, 3))
+            images = self.pool.lend(packet.slot, (decoded, packet.side, packet.side, 3))
         return images.permute(0, 3, 1, 2), torch.from_numpy(packet.labels)
 
     def _skip(self, line: str) -> None:
@@ -267,18 +275,18 @@ class TrainLoader:
                     tqdm.write(f"warning: {self.skipped_to}: cannot write: {error.strerror}", file=sys.stderr)
 
 
-def _packets(loader: DataLoader, held: Held, source: Any) -> Iterator[Any]:
+def _packets(loader: DataLoader, in_flight: InFlightSamples, source: Any) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        death = held.explain(error, source)
+        death = in_flight.explain(error, source)
         if death is None:
             raise
         for child in multiprocessing.active_children():
-            # The other workers may wait for ever for a lock that died with this one.
-            if child.pid in held.pids():
+            # The other workers may wait for ever for a lock that the dead one held.
+            if child.pid in in_flight.pids():
                 child.kill()
-        raise death from None
+        raise death from error
 
 
 class EvalLoader:
@@ -291,9 +299,10 @@ class EvalLoader:
     def __init__(self, source: Any, config: DataConfig) -> None:
         self.source, self.batch_size, self.batches = source, config.eval_batch_size, []
         self.choose(range(len(source)))
-        self.held = Held(config.workers)
-        dataset = _EvalBatches(source, config, self.held)
-        self.loader = start_loader(dataset, Orders(self.batches), config.workers, pin=torch.cuda.is_available())
+        self.in_flight = InFlightSamples(config.workers)
+        dataset = _EvalBatches(source, config, self.in_flight)
+        sampler = DeferredBatchSampler(self.batches)
+        self.loader = start_loader(dataset, sampler, config.workers, pin=torch.cuda.is_available())
 
     def choose(self, images: range) -> None:
         """Read these images of the source alone from now on, as if they were the whole set."""
@@ -306,7 +315,7 @@ class EvalLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for packet in _packets(self.loader, self.held, self.source):
+        for packet in _packets(self.loader, self.in_flight, self.source):
             if isinstance(packet, str):
                 raise InputError(packet)
             yield tuple(packet)

@@ -10,10 +10,10 @@ import fsspec
 
 from lip_resnet.config import InputError
 
-TOGETHER = 16
-"""Requests that a process has under way."""
-PAUSES = (0.5, 2.0, 8.0)
-"""Seconds before a failed request is sent again, each with a note; after the last failure the run ends."""
+MAX_REQUESTS = 16
+"""Concurrent requests of a process."""
+RETRY_SECONDS = (0.5, 2.0, 8.0)
+"""Waiting time before each retry of a failed request; after the last one fails, the run ends."""
 
 
 def is_url(root: str) -> bool:
@@ -48,7 +48,7 @@ class Remote:
             raise InputError(
                 f'data.root: cannot open {self.url}: {error}; pip install ".[remote]" brings http and s3'
             ) from None
-        self._threads = ThreadPoolExecutor(TOGETHER)
+        self._threads = ThreadPoolExecutor(MAX_REQUESTS)
         self._process = os.getpid()
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -56,11 +56,11 @@ class Remote:
 
         Raises:
             MissingFile: there is no such file.
-            InputError: the server failed once more than ``PAUSES`` allows, or gave another number of bytes.
+            InputError: the server failed at every retry of ``RETRY_SECONDS``, or gave another number of bytes.
         """
         self._connect()
         url = f"{self.url}/{name}"
-        for pause in (*PAUSES, None):
+        for pause in (*RETRY_SECONDS, None):
             try:
                 data = self._system.cat_file(f"{self._path.rstrip('/')}/{name}", start=start, end=end)
                 break
@@ -70,7 +70,7 @@ class Remote:
                 reason = f"{type(error).__name__} {error}".strip()
                 if pause is None:
                     raise InputError(
-                        f"{url}: cannot read from byte {start or 0} on, {len(PAUSES) + 1} times: {reason}"
+                        f"{url}: cannot read from byte {start or 0} on, {len(RETRY_SECONDS) + 1} times: {reason}"
                     ) from error
                 print(f"note: {url}: asking again from byte {start or 0} on: {reason}", file=sys.stderr, flush=True)
                 time.sleep(pause)
@@ -81,7 +81,7 @@ class Remote:
             )
         return data
 
-    def order(self, name: str, start: int, end: int) -> "Future[bytes]":
-        """``read`` in the background."""
+    def read_async(self, name: str, start: int, end: int) -> "Future[bytes]":
+        """``read`` in the background; at most ``MAX_REQUESTS`` at a time, the others wait."""
         self._connect()
         return self._threads.submit(self.read, name, start, end)

@@ -66,10 +66,10 @@ def _class_folders(root: Path) -> list[str]:
 def _read_selection(path: str, found: list[str]) -> tuple[list[str], set[str] | None]:
     """A data.classes file -> the classes to keep, and the names of the training images to keep (None: all)."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"data.classes: cannot read {path}: {reason}") from None
+        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
+        raise InputError(f"data.classes: cannot read {path}: {reason}") from error
     lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     images = {line for line in lines if line.lower().endswith(IMG_EXTENSIONS)}
     # An image's class is its folder, or in ImageNet's own naming what stands before the underscore.

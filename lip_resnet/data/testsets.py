@@ -8,7 +8,7 @@ google-research/reassessed-imagenet (README).
 import importlib.resources
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,16 @@ class Joined(Dataset):
         image, label = source[index]
         return (image if isinstance(image, Tensor) else transform(image)), label
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Announce a batch to the sets that it comes from."""
+        batches: dict[int, list[int]] = {}
+        for number, index in map(self._find, indices):
+            batches.setdefault(number, []).append(index)
+        for number, batch in batches.items():
+            source = self.sets[number][0]
+            if hasattr(source, "prefetch"):
+                source.prefetch(batch)
+
     def path(self, index: int) -> str:
         """An image's name."""
         number, index = self._find(index)
@@ -129,6 +139,10 @@ class RealLabels(Encoded):
         super().__init__(source.root, source.classes, samples)
         self.source, width = source, max(map(len, right), default=1)
         self._right = torch.tensor([[*each, *[-1] * (width - len(each))] for each in right]).share_memory_()
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Announce the images that are read next."""
+        self.source.prefetch([self.kept[index] for index in indices])
 
     def read(self, index: int) -> bytes:
         """An image's bytes."""

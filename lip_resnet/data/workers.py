@@ -1,33 +1,36 @@
-"""What the training process and its loader processes share: batch buffers, and who holds which sample.
+"""What the training process and its loader workers share: batch buffers, and which sample each worker is reading.
 
-Loader processes start when their loader is built, not when it is first read: a process that is forked after autograd,
-TensorBoard and progress bars have started threads can inherit a lock that nobody will ever release.
+Workers start when their loader is built, not when it is first read: a process that is forked after autograd,
+TensorBoard and progress bars have started threads can inherit a lock that is never released.
 """
 
-import multiprocessing.util
+import atexit
 import os
 import re
 import signal
 import weakref
 from collections.abc import Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from lip_resnet import lifeline
 from lip_resnet.config import InputError
 
-PREFETCH = 2  # orders that each worker has in hand
+PREFETCH_FACTOR = 2
+"""Batches requested in advance from each worker."""
 
 
-class Ring:
-    """Batch buffers in shared memory, used again and again: fresh shared memory is mostly page faults.
+class BufferPool:
+    """Reusable batch buffers in shared memory: allocating shared memory anew is mostly page faults.
 
-    A buffer is out from ``take`` until nothing in this process refers to the tensor that ``lend`` gave; a caller may
-    keep batches as long as it likes. When no buffer is free, the worker makes one of its own.
+    A buffer is in use from ``acquire`` until nothing in this process refers to the tensor that ``lend`` gave; a caller
+    may keep batches as long as it likes. When no buffer is free, the worker allocates a tensor for its batch.
 
     Args:
         buffers: how many.
@@ -39,15 +42,15 @@ class Ring:
         self.free, self.lent = list(range(buffers)), set()
 
     def reset(self) -> None:
-        """Take back what was ordered and never delivered; only when no worker is at work."""
+        """Free the buffers of batches that were requested and never delivered; only while the workers are idle."""
         self.free = [slot for slot in range(len(self.memory)) if slot not in self.lent]
 
-    def take(self) -> int | None:
+    def acquire(self) -> int | None:
         """A free buffer's number, or None."""
         return self.free.pop() if self.free else None
 
     def lend(self, slot: int, shape: tuple[int, ...]) -> Tensor:
-        """A buffer as a tensor (uint8); it is free again when that tensor and all its views are gone."""
+        """A buffer as a uint8 tensor of ``shape``; it is free again when that tensor and all its views are gone."""
         array = self.memory[slot, : int(np.prod(shape))].view(shape).numpy()
         self.lent.add(slot)
         weakref.finalize(array, self._release, slot).atexit = False
@@ -58,86 +61,112 @@ class Ring:
         self.free.append(slot)
 
 
-class Held:
-    """Which sample each worker has in its hands, readable after its death."""
+class InFlightSamples:
+    """The sample that each worker is reading, in shared memory: it can be named after the worker's death.
+
+    Args:
+        workers: how many.
+    """
 
     def __init__(self, workers: int) -> None:
         self.table = torch.full((max(workers, 1), 2), -1, dtype=torch.int64).share_memory_()
+        """(workers, 2) int64: process id and sample index, -1 for none."""
 
-    def note(self, index: int) -> None:
-        """This worker begins on a sample."""
+    def begin(self, index: int) -> None:
+        """This worker begins to read a sample."""
         info = get_worker_info()
         if info is not None:
             self.table.numpy()[info.id] = (os.getpid(), index)
 
+    def end(self) -> None:
+        """This worker has read its batch."""
+        self.begin(-1)
+
     def pids(self) -> set[int]:
-        """The workers that have begun on a sample."""
+        """The workers that have begun to read a sample."""
         return {pid for pid, _ in self.table.tolist() if pid > 0}
 
     def explain(self, error: RuntimeError, source: Any) -> InputError | None:
-        """What torch's message about a dead worker says, with the file; None for any other error."""
-        text = " ".join(str(error).split())
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)", text)
-        if found is None:
+        """torch's message about a dead worker, with the names of the images; None for any other error."""
+        match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)", " ".join(str(error).split()))
+        if match is None:
             return None
-        pids = {int(pid) for pid in found[1].split(",")}
+        pids = {int(pid) for pid in match[1].split(",")}
         names = [_name(source, index) for pid, index in self.table.tolist() if pid in pids and index >= 0]
-        holding = f"while it held {', '.join(names)}" if names else "before it held a file"
-        return InputError(f"data.workers: a loader process (pid {found[1]}){found[2]} {holding}")
+        when = f"while it read {', '.join(names)}" if names else "before it read an image"
+        return InputError(f"data.workers: a loader process (pid {match[1]}){match[2]} {when}")
 
 
 def _name(source: Any, index: int) -> str:
     return source.path(index) if hasattr(source, "path") else f"sample {index}"
 
 
-class Orders:
-    """The batch sampler of a loader: nothing until ``open`` is set, so that workers can start with empty hands."""
+class DeferredBatchSampler:
+    """A batch sampler that yields nothing until ``started`` is set, so that workers can start without any work.
 
-    def __init__(self, batches: Iterable[Any], ring: Ring | None = None) -> None:
-        self.batches, self.ring, self.open = batches, ring, False
+    Args:
+        batches: what names the samples of each batch.
+        pool: where batches go; None for tensors that the workers allocate.
+    """
+
+    def __init__(self, batches: Iterable[Any], pool: BufferPool | None = None) -> None:
+        self.batches, self.pool, self.started = batches, pool, False
 
     def __iter__(self) -> Iterator[tuple[int | None, Any]]:
-        if self.ring is not None:
-            self.ring.reset()
-        for batch in self.batches if self.open else ():
-            yield (None if self.ring is None else self.ring.take()), batch
+        """(number of the batch's buffer or None, batch)."""
+        if self.pool is not None:
+            self.pool.reset()
+        for batch in self.batches if self.started else ():
+            yield (None if self.pool is None else self.pool.acquire()), batch
 
 
-def start_loader(dataset: Dataset, orders: Orders, workers: int, pin: bool) -> DataLoader:
-    """A DataLoader whose workers run already; ``dataset.__getitems__(order)`` makes a batch."""
+def start_loader(dataset: Dataset, sampler: DeferredBatchSampler, workers: int, pin: bool) -> DataLoader:
+    """A DataLoader whose workers run already; ``dataset.__getitems__`` makes a batch of what ``sampler`` yields."""
     loader = DataLoader(
         dataset,
-        batch_sampler=orders,
+        batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_as_it_is,
-        prefetch_factor=PREFETCH if workers else None,
+        collate_fn=_identity,
+        prefetch_factor=PREFETCH_FACTOR if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin,
-        worker_init_fn=_follow_the_parent,
+        worker_init_fn=_init_worker,
     )
     if workers:
-        iter(loader)
-    orders.open = True
+        iterator = iter(loader)
+        atexit.register(_kill_workers, os.getpid(), weakref.ref(iterator), iterator._workers)
+    sampler.started = True
     return loader
 
 
-def _follow_the_parent(_: int) -> None:
-    """A terminal or scheduler signals every process; only the training process must act, its workers follow it."""
+def _init_worker(_: int) -> None:
+    """Ignore the signals that a terminal or scheduler sends to every process: the training process acts on them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    lifeline.end_with(multiprocessing.parent_process().pid)
+    lifeline.exit_with_parent()
 
 
-def _end_workers() -> None:
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+def _kill_workers(process: int, reference: weakref.ref, workers: list[BaseProcess]) -> None:
+    """End a loader's workers when Python exits: multiprocessing would send SIGTERM, which they ignore, and wait.
+
+    Args:
+        process: the id of the process that started them; a fork of it inherits this hook, but not the workers.
+        reference: to torch's iterator over the loader.
+        workers: its processes.
+    """
+    iterator = reference()
+    if os.getpid() != process:
+        return
+    if iterator is not None and not iterator._shutdown:
+        # torch's SIGCHLD handler would report the workers' end as an error, its own shutdown wait for them.
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set, iterator._shutdown = False, True
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+    for worker in workers:
+        worker.join()
 
 
-# When Python leaves, multiprocessing sends SIGTERM to the workers of loaders that still live, and waits for them; they
-# ignore it.
-multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
-
-
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

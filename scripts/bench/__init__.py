@@ -1,0 +1,1 @@
+"""What ``scripts/benchmark.py`` measures, a module a subcommand, and ``performance.py``, which makes tables of it."""

@@ -1,0 +1,218 @@
+"""Rows of ``benchmark.py`` as tables: all of one measurement, and the documentation's from ``results/*.jsonl``."""
+
+import json
+import math
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.timing import Row
+from lip_resnet.results import render
+
+FOLDER = Path(__file__).parents[2] / "results"
+
+
+def read(path: Path) -> tuple[Row, list[Row]]:
+    """(environment, rows) of a file that ``benchmark.py`` wrote."""
+    head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return head["environment"], rows
+
+
+def shorten(value: Any) -> Any:
+    """A row, or a value of one, whose numbers have four digits."""
+    if isinstance(value, dict):
+        return {key: shorten(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [shorten(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+def markdown(rows: list[Row], environment: Row) -> str:
+    """The environment as a list, then every column of every row."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    facts = [f"- {key}: {' '.join(value) if isinstance(value, list) else value}" for key, value in environment.items()]
+    return "\n".join([*facts, "", _table(keys, [[row.get(key) for key in keys] for row in rows])]) + "\n"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_show, value))
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "-" if value is None else str(value)
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    return render(header, [[_show(value) for value in row] for row in rows], [], "md").rstrip()
+
+
+# ---- the documentation's tables ----
+
+
+def _operator(rows: list[Row]) -> str:
+    """A line a site and layout; a form's speedup over the textbook form, failed where it failed."""
+    by_key = {(row["layout"], row["site"], row.get("direction"), row["form"]): row for row in rows}
+    places = list(dict.fromkeys((row["layout"], row["site"]) for row in rows))
+    both = "forward + backward"
+    columns = (
+        *((f"{form}, {direction}", form, direction, "speedup")
+          for form in ("lip2d", "plain form") for direction in ("forward", both)),
+        ("share of the copy bound", "lip2d", both, "share_of_copy_bound"),
+        ("textbook, torch.compile", "textbook, torch.compile", both, "speedup"),
+        ("avg_pool2d", "avg_pool2d", both, "speedup"),
+    )  # fmt: skip
+
+    def value(layout: str, site: str, form: str, direction: str, key: str) -> Any:
+        row = by_key.get((layout, site, direction, form)) or by_key.get((layout, site, None, form), {})
+        return "failed" if "failed" in row else row.get(key)
+
+    header = ["site", "layout", f"textbook, {both} (ms)", *(column[0] for column in columns)]
+    return _table(
+        header,
+        [
+            [site, layout, value(layout, site, "textbook", both, "ms")]
+            + [value(layout, site, *column[1:]) for column in columns]
+            for layout, site in places
+        ],
+    )
+
+
+def _columns(*wanted: tuple[str, str]) -> Callable[[list[Row]], str]:
+    """A table of these columns, (key, title), a line a row; what failed says so."""
+
+    def table(rows: list[Row]) -> str:
+        columns = [(key, title) for key, title in wanted if any(key in row for row in rows)]
+        cells = [
+            ["failed" if "failed" in row and key not in row else row.get(key) for key, _ in columns] for row in rows
+        ]
+        return _table([title for _, title in columns], cells)
+
+    return table
+
+
+def _loaders(rows: list[Row]) -> str:
+    """A line a loader, and one a comparison below the table."""
+    loaders = [row for row in rows if "loader" in row]
+    first, cells = loaders[0], []
+    for row in loaders:
+        low, middle, high = (f"{value:.2f}" for value in row["ratio"])
+        rates = (f"{value:.0f}" for value in (row["images_per_second"][1], row["per_core"]))
+        cells.append([row["loader"], *rates, middle, f"{low} to {high}", f"{row['cores_for_gpu']:.1f}"])
+    header = ["loader", "images/s", "images/s a core", "against timm's", "quartiles", f"cores for {first['gpu']:.0f}/s"]
+    lines = [
+        _table(header, cells),
+        "",
+        f"{first['files']}, {first['bytes_per_file'] / 1000:.0f} KB each on average; {first['workers']} workers, batch "
+        f"{first['batch']}, {first['rounds']} interleaved rounds of {first['images']} images.",
+    ]
+    for row in rows:
+        if "ratio" in row and "comparison" in row:
+            low, middle, high = row["ratio"]
+            lines.append(f"{row['comparison'].capitalize()}: {middle:.2f} times ({low:.2f} to {high:.2f}).")
+        elif "comparison" in row:
+            worst = f"{row['worst_image']:.3f} in the worst image"
+            lines.append(f"{row['comparison'].capitalize()}: {row['mean']:.3f} of 255 on average, {worst}.")
+    return "\n".join(lines)
+
+
+_NETWORK = (("model", "network"), ("batch", "batch"), ("images_per_second", "images/s"), ("ms", "median (ms)"))
+_RATIOS = (("time / resnet50", "time / resnet50's"), ("time / floor", "time / convolution floor's"))
+_INFERENCE = _columns(*_NETWORK, ("ms_p90", "90% (ms)"), ("ms_p99", "99% (ms)"), *_RATIOS)
+_TRAINING = _columns(*_NETWORK, ("ms_q1", "quartile 1"), ("ms_q3", "quartile 3"), *_RATIOS)
+_STEP = _columns(
+    *(("step", "step"), ("images_per_second", "images/s"), ("ms", "median (ms)"), ("ms_q1", "quartile 1")),
+    *(("ms_q3", "quartile 3"), ("time / bare", "time / forward, backward, update's")),
+)
+_MEMORY = _columns(
+    *(("model", "network"), ("batch", "batch"), ("kept_mib", "kept for backward (MiB)")),
+    *(("kept / resnet50", "/ resnet50's"), ("peak_mib", "peak (MiB)"), ("peak / resnet50", "peak / resnet50's")),
+)
+_PREDICTED = _columns(
+    *(("gpu", "GPU"), ("mode", "mode"), ("resnet50", "resnet50 (ms)"), ("floor", "convolution floor (ms)")),
+    *(("lip_resnet50", "lip_resnet50 (ms)"), ("time / resnet50", "time / resnet50's")),
+    ("time / floor", "time / convolution floor's"),
+)
+FLOOR_CAPTION = (
+    "The convolution floor is LIP-ResNet-50 with all its convolutions, forward and backward, and without what LIP adds "
+    "to them: average pooling stands for the operator, its gradient goes to features and logits alike, and nothing "
+    "stands for the instance norms, ReLUs and gates of the logit modules."
+)
+STEP_CAPTION = (
+    "The first row normalises the images and runs forward, backward and update; it is the reference and no step that "
+    "`train.py` takes. `as train.py` has the gradient norm, the counts and the guard against steps that are not "
+    "finite; the rows below it change one option of the recipe each."
+)
+
+
+class Part(NamedTuple):
+    """One table: the rows in ``results/<name>.jsonl``, made by ``command``."""
+
+    name: str
+    title: str
+    table: Callable[[list[Row]], str]
+    command: str
+    caption: str = ""
+
+
+_MAIN = '--contestants resnet50 lip_resnet50 "lip_resnet50, textbook" "lip_resnet50, convolution floor"'
+_BFLOAT16 = "--device cuda --precision bfloat16"
+PARTS = (
+    Part("op_cpu", "The operator on a CPU", _operator, "op --device cpu --layout contiguous channels_last --rounds 7"),
+    Part("train_cpu", "Training steps on a CPU", _TRAINING, f"train --device cpu {_MAIN}", FLOOR_CAPTION),
+    Part("model_cpu", "Inference on a CPU", _INFERENCE, f"model --device cpu --batch 8 {_MAIN}", FLOOR_CAPTION),
+    Part("train_plain", "Training steps on a CPU without a C++ compiler", _TRAINING, f"train --device cpu {_MAIN}"),
+    Part("step_cpu", "The parts of a training step, on a CPU", _STEP, "step --device cpu", STEP_CAPTION),
+    Part("memory_cpu", "Memory of a training step", _MEMORY, "memory --device cpu --batch 2"),
+)
+LOADERS = Part("data_cpu", "Loaders", _loaders, "data --data DIR")
+GPU_PARTS = (
+    Part("op_gpu", "The operator on a GPU", _operator, f"op {_BFLOAT16}"),
+    Part("train_gpu", "Training steps on a GPU", _TRAINING, f"train {_BFLOAT16}", FLOOR_CAPTION),
+    Part("step_gpu", "The parts of a training step, on a GPU", _STEP, f"step {_BFLOAT16}", STEP_CAPTION),
+    Part("model_gpu", "Inference on a GPU", _INFERENCE, f"model {_BFLOAT16}", FLOOR_CAPTION),
+    Part("memory_gpu", "Memory of a training step on a GPU", _MEMORY, f"memory {_BFLOAT16}"),
+)
+
+
+def command_line(part: Part) -> str:
+    """What a user types to measure a part."""
+    prefix = "LIP_KERNELS=plain " if part.name.endswith("_plain") else ""
+    return f"{prefix}python scripts/benchmark.py {part.command} --output results/{part.name}.jsonl"
+
+
+def section(folder: Path = FOLDER) -> str:
+    """The table of every part that was measured, with the command and the machine behind it; and what is predicted for
+    GPUs until they are measured."""
+    texts = [_measured(part, folder) for part in (*PARTS, *GPU_PARTS) if (folder / f"{part.name}.jsonl").is_file()]
+    if not all((folder / f"{part.name}.jsonl").is_file() for part in GPU_PARTS):
+        model, rows = read(FOLDER / "predicted_gpu.jsonl")
+        loop = f"for what in {' '.join(part.name.removesuffix('_gpu') for part in GPU_PARTS)}; do"
+        texts.append(
+            f"**Training steps on GPUs, predicted**\n\n{_PREDICTED(rows)}\n\nNot measured: {model['method']} "
+            f"To measure it, and the other tables of this page, on a GPU:\n\n    {loop}\n"
+            f"        python scripts/benchmark.py $what {_BFLOAT16} --output results/${{what}}_gpu.jsonl\n    done"
+        )
+    return "\n\n".join(texts)
+
+
+def loaders(folder: Path = FOLDER) -> str:
+    """The table of ``benchmark.py data``."""
+    return _measured(LOADERS, folder)
+
+
+def _measured(part: Part, folder: Path) -> str:
+    environment, rows = read(folder / f"{part.name}.jsonl")
+    keys = ("network", "batch", "size", "precision", "layout", "compile")
+    values = {key: {str(row.get(key)) for row in rows} - {"None"} for key in keys}
+    common = [f"{key} {min(given)}" for key, given in values.items() if len(given) == 1]
+    text = f"**{part.title}**\n\n{part.table(rows)}\n\n{', '.join([*common, _made_by(environment)])}"
+    return f"{text}\n\n{part.caption}" if part.caption else text
+
+
+def _made_by(environment: Row) -> str:
+    """Where and how rows were measured."""
+    prefix = "" if environment["lip_kernels"] == "auto" else "LIP_KERNELS=plain "
+    command = prefix + shlex.join(environment["command"])
+    machine = f"{environment['hardware']}, torch {environment['torch']}, {environment['threads']} threads"
+    return f"{machine}, load {environment['load']} before the run, {environment['date'][:10]}; `{command}`"
