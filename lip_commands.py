@@ -2,6 +2,17 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
+
+TEST_SETS = (
+    *("imagenet", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-real", "imagenet-c"),
+    "all",
+)
+DATA_HELP = (
+    "the directory that holds val/, or that folder: class folders or tar shards (shards also behind a URL); or a "
+    "folder of Parquet files; or of a recipe with another data.name what its data.root would be"
+)
+DATA_NAME_HELP = "what lies at --data, as a recipe's data.name (default: the recipe's, or seen from the files)"
 
 
 def train_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -26,3 +37,48 @@ def train() -> None:
     from lip_resnet.commands import train as command
 
     cli.launch(lambda: command.main(train_parser(cli.ArgumentParser).parse_intermixed_args()))
+
+
+def eval_parser(
+    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser, data_names: Sequence[str] | None = None
+) -> argparse.ArgumentParser:
+    """Of eval.py; ``data_names`` are the choices of --data-name."""
+    parser = kind(
+        description="Evaluate weights exactly: eval.py --checkpoint RUN_OR_FILE --data DIR. A run folder knows its "
+        "model and protocol; for a bare file add --model NAME or --config FILE. torchrun makes it faster and gives the "
+        "same counts."
+    )
+    add = parser.add_argument
+    add("--checkpoint", help="a run folder, or a .pt, .pth or .safetensors file")
+    add("--pretrained", action="store_true", help="timm's own weights of --model, downloaded")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--config", help="the recipe of the checkpoint")
+    which.add_argument("--model", help="the timm name of the checkpoint's model; its protocol is timm's for that model")
+    add("--data", help=f"{DATA_HELP}; for a test set its folder, or what holds it by its name (default: the recipe's)")
+    add("--data-name", choices=data_names, metavar="NAME", help=DATA_NAME_HELP)
+    sets = f"test sets: {', '.join(TEST_SETS[:-1])}, or all of them (default: the recipe's validation set)"
+    add("--dataset", nargs="+", choices=TEST_SETS, metavar="NAME", help=sets)
+    add("--partial", action="store_true", help="take imagenet-c without some of its folders: no mCE")
+    where = "where to write the row (default for a run: RUN/eval.json, or RUN/eval-NAME.json with --dataset)"
+    add("--output", help=f"{where}; for several sets a directory, for rows of those names")
+    add("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
+    add("--size", dest="eval_size", type=int, help="side of the centre crop, pixels")
+    add("--resize", dest="eval_resize", type=int, help="the side before the crop, pixels (which side: data.crop_mode)")
+    add("--crop-mode", choices=("center", "squash", "border"), help="how images are resized before the crop, as timm's")
+    add("--interpolation", choices=("bilinear", "bicubic"))
+    add("--precision", choices=("float32", "bfloat16", "float16"))
+    add("--batch-size", dest="eval_batch_size", type=int, help="images per batch of one process")
+    add("--workers", type=int, help="loader processes of each process")
+    return parser
+
+
+def evaluate() -> None:
+    """eval.py."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        eval_parser().print_help()
+        return
+    from lip_resnet import cli
+    from lip_resnet.commands import eval as command
+    from lip_resnet.data.location import KINDS
+
+    cli.launch(lambda: command.main(eval_parser(cli.ArgumentParser, KINDS).parse_args()))

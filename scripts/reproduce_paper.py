@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
+from lip_commands import DATA_HELP, DATA_NAME_HELP
 from lip_resnet import checkpoint, distributed, fidelity, results
 from lip_resnet.config import InputError
-from lip_resnet.data.location import DATA_HELP, DATA_NAME_HELP, KINDS
+from lip_resnet.data.location import KINDS
 from lip_resnet.identify import check_finite, identify
 from lip_resnet.models import registry
 from lip_resnet.models.weights import load_weights

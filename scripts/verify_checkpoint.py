@@ -18,9 +18,10 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
+from lip_commands import DATA_HELP, DATA_NAME_HELP
 from lip_resnet import checkpoint, cost, distributed, fidelity, runlog
 from lip_resnet.config import Config, InputError
-from lip_resnet.data.location import DATA_HELP, DATA_NAME_HELP, KINDS
+from lip_resnet.data.location import KINDS
 from lip_resnet.identify import Network, check_finite, identify
 from lip_resnet.models.weights import put_weights
 from lip_resnet.paper import compare_counts, load_paper

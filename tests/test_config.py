@@ -78,7 +78,7 @@ def test_recipe_builds_its_model(path):
 
 SECTIONS = {section: field.annotation for section, field in Config.model_fields.items()}
 FREE = {
-    Effect.EVALUATION: {"data.eval_size", "data.eval_resize", "train.rules"},
+    Effect.EVALUATION: {"data.crop_mode", "data.eval_size", "data.eval_resize", "train.rules"},
     Effect.NOTHING: {
         *("model.weights", "data.root", "data.download", "data.eval_batch_size", "data.workers"),
         *("train.eval_every", "train.checkpoint_steps", "train.checkpoint_minutes", "train.keep"),
@@ -100,7 +100,13 @@ def test_every_key_says_what_it_changes(section):
 
 def test_resuming_takes_every_key_that_changes_no_weights():
     theirs = small_config()
-    changed = {"data.eval_size": 24, "data.eval_resize": 48, "train.rules": "ema", "train.max_steps": 9}
+    changed = {
+        "data.crop_mode": "squash",
+        "data.eval_size": 24,
+        "data.eval_resize": 48,
+        "train.rules": "ema",
+        "train.max_steps": 9,
+    }
     changed |= dict.fromkeys(FREE[Effect.NOTHING], 7)
     changed |= {"model.weights": "x", "data.root": "x", "data.download": False}
     changed |= {"train.on_write_error": "continue", "train.on_nonfinite": "skip"}

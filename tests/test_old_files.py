@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import train
-from lip_resnet import checkpoint, run_folder
-from lip_resnet.results import build_table, read_rows
+import lip_commands
+from lip_resnet import checkpoint, cli, run_folder
+from lip_resnet.commands import train
+from lip_resnet.results import build_table
+from lip_resnet.rows import read_rows
 
 OLD = Path(__file__).parent / "fixtures" / "written_by_0.1.0"
 
@@ -31,7 +33,7 @@ def test_a_run_resumes(old_run, monkeypatch):
     arguments = ["--config", str(old_run / "config.yaml"), "--output", str(old_run), "--resume", "auto"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "train.max_steps=null"])
     try:
-        train.main()
+        train.main(lip_commands.train_parser(cli.ArgumentParser).parse_intermixed_args())
     finally:
         while run_folder._locks:
             run_folder._locks.pop().close()  # as the end of the process does

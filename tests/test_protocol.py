@@ -17,7 +17,7 @@ from test_data_remote import served  # noqa: F401 (a fixture)
 from test_refusals import refuse
 
 import eval as eval_command
-from lip_resnet import checkpoint, distributed
+from lip_resnet import checkpoint
 from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data import named
 from lip_resnet.data.transforms import eval_transform
@@ -37,7 +37,7 @@ def score(capsys, monkeypatch, tmp_path):
         output.unlink(missing_ok=True)
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments), "--output", str(output)])
         with pytest.raises(SystemExit) as ended:
-            distributed.launch(eval_command.main)
+            eval_command.main()
         assert not ended.value.code, capsys.readouterr().err
         return json.loads(output.read_text())
 

@@ -19,10 +19,10 @@ import make_table
 def refuse(capsys, monkeypatch, module, *arguments: object) -> str:
     """Run a command in this process and return the one line that it prints."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        module.main() if module is train else cli.launch(module.main)
+    with pytest.raises(SystemExit) as ended:
+        module.main() if module in (train, eval_command) else cli.launch(module.main)
     printed = capsys.readouterr()
-    assert left.value.code == 2, printed
+    assert ended.value.code == 2, printed
     assert len(printed.err.splitlines()) == 1, printed.err
     assert printed.out == ""
     return printed.err
@@ -133,9 +133,9 @@ def test_the_cause_is_kept_and_shown(capsys, monkeypatch, recipe):
     """One line as a rule; with LIP_DEBUG=1 the traceback after it, down to the library's own error."""
     monkeypatch.setenv("LIP_DEBUG", "1")
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "model.args.width=3"])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as ended:
         train.main()
-    assert left.value.code == 2
+    assert ended.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("train.py: error: model test_resnet does not take")
     assert lines[1] == "Traceback (most recent call last):"

@@ -34,7 +34,7 @@ def tuned(model: str, top1: float, initial: dict | None, weights: str | None = N
     """A row of weights that were trained from others."""
     config = small_config(model__name=model, model__weights=weights or f"runs/{model}")
     training = results.describe_training(config, [2], initial)
-    return {**row(model, top1), "protocol": results.describe_protocol(config, training)}
+    return {**row(model, top1), "protocol": results.describe_protocol(EvalConfig.from_recipe(config), training)}
 
 
 def source(model: str, sha256: str, before: dict | None = None, **changes) -> dict:
@@ -140,7 +140,7 @@ def test_rows_of_earlier_versions_compare_with_todays(tmp_path):
     del old["protocol"]["training"]["data.images"]
     for name, each in (("old", old), ("new", new)):
         (tmp_path / f"{name}.json").write_text(json.dumps(each))
-    lines, notes = table(results.read_rows([str(tmp_path / "old.json"), str(tmp_path / "new.json")]))
+    lines, notes = table(read_rows([str(tmp_path / "old.json"), str(tmp_path / "new.json")]))
     assert lines["lip_resnet50"]["delta top-1"] == "+1.00"
     assert notes == []
 

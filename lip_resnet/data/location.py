@@ -14,13 +14,6 @@ from lip_resnet.data.remote import MissingFile, Remote, is_url
 KINDS = ("folder", "shards", "huggingface", *get_args(TorchvisionSet))
 """Every ``data.name`` whose images lie at a root."""
 
-DATA_HELP = (
-    "the directory that holds val/, or that folder: class folders or tar shards (shards also behind a URL); or a "
-    "folder of Parquet files; or of a recipe with another data.name what its data.root would be"
-)
-DATA_NAME_HELP = "what lies at --data, as a recipe's data.name (default: the recipe's, or seen from the files)"
-"""Of the options --data and --data-name of every command that evaluates."""
-
 _FOLDERS = {
     "imagenet": ("imagenet", "val"),
     "imagenet-v2": ("imagenet-v2", "imagenetv2-matched-frequency-format-val"),

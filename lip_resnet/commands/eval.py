@@ -1,0 +1,87 @@
+"""``eval.py``: reads weights and their protocol, evaluates each set, prints and writes its row."""
+
+import json
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from lip_resnet import checkpoint, distributed, rows
+from lip_resnet.config import Config, InputError
+from lip_resnet.data import EvalLoader, testsets
+from lip_resnet.evaluate import evaluate_set, print_result
+from lip_resnet.models import registry
+from lip_resnet.models.weights import extract_weights, put_weights
+from lip_resnet.protocol import EvalConfig, adapt, timm_protocol
+from lip_resnet.recipe import load_config, parse_config
+
+
+def main(options: Namespace) -> None:
+    """``options`` are ``lip_commands.eval_parser``'s."""
+    if bool(options.checkpoint) == options.pretrained:
+        raise InputError("give --checkpoint PATH, or --pretrained with --model NAME; one of the two")
+    if options.pretrained and not options.model:
+        raise InputError("--pretrained needs --model NAME")
+    names = testsets.choose(options.dataset, options.partial)
+    outputs = [rows.row_path(options.checkpoint, options.output, name, alone=len(names) == 1) for name in names]
+
+    payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
+    trained = parse_config(payload["config"], options.checkpoint) if "config" in payload else None
+    ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
+    recipe = choose_protocol(options, payload, trained)
+    keys = ("precision", "eval_size", "eval_resize", "crop_mode", "interpolation", "eval_batch_size", "workers")
+    changes, alone = {key: getattr(options, key) for key in keys}, len(names) == 1
+    plans = [adapt(recipe, name, options.data, alone=alone, kind=options.data_name, **changes) for name in names]
+    configs = [config for config, _ in plans]
+    sets = [
+        testsets.open_set(name, config.data, split, config.model.num_classes, options.partial)
+        for name, (config, split) in zip(names, plans, strict=True)
+    ]
+    # First: its workers are forked before other threads start.
+    loader = EvalLoader(testsets.Joined(sets), configs[0].data)
+    model = build(recipe, options, payload, ema)
+
+    # TF32 rounds to 10 bits: counts would not be the float32 counts.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for config in configs:
+        registry.check_size(model, config.data.eval_size)
+    model.to(distributed.device(), memory_format=torch.channels_last if recipe.channels_last else None)
+    start = 0
+    for data, config, output in zip(sets, configs, outputs, strict=True):
+        result = evaluate_set(model, data, loader, config, start)
+        start += len(data.source)
+        if distributed.is_main():
+            print_result(data, result, with_name=bool(options.dataset))
+        if distributed.is_main() and output is not None:
+            source = options.checkpoint or f"timm:{recipe.model.name}"
+            row = rows.build_row(model, source, ema, data, config, result, payload, trained)
+            text = json.dumps(row, indent=2) + "\n"
+            checkpoint.write_atomically(output, lambda file, text=text: file.write(text.encode()))
+
+
+def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config | None) -> EvalConfig:
+    """The evaluation of ``--config``, of timm for ``--model``, or of the run; with as many classes as the weights."""
+    if options.config:
+        config = EvalConfig.from_recipe(load_config(options.config))
+    elif options.model:
+        config = timm_protocol(options.model, registry.pretrained_cfg(options.model))
+        if not options.data:
+            raise InputError(f"--data is missing: the directory that holds {(options.dataset or ['val/'])[0]}")
+    elif trained is not None:
+        return EvalConfig.from_recipe(trained)
+    else:
+        raise InputError(f"{options.checkpoint} does not name its model; add --model NAME or --config FILE")
+    head = registry.pretrained_cfg(config.model.name).get("classifier")
+    weight = extract_weights(payload, options.checkpoint).get(f"{head}.weight") if payload else None
+    if weight is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": len(weight)})})
+
+
+def build(config: EvalConfig, options: Namespace, payload: dict[str, Any], ema: bool) -> torch.nn.Module:
+    """The network with the weights to evaluate."""
+    if options.pretrained:
+        return registry.create_model(config.model.name, pretrained=True)
+    model = registry.build_model(config.model.model_copy(update={"weights": None}))
+    put_weights(model, payload, options.checkpoint, ema=ema)
+    return model
