@@ -143,8 +143,9 @@ def limit_table(cases: Sequence[Case], options: argparse.Namespace) -> list[str]
 
 def data_table(cases: Sequence[Case], options: argparse.Namespace) -> list[str]:
     """What a node must load: cores by the loader's measured speed, bytes by ImageNet's mean file."""
-    record = json.loads((FOLDER / "data_cpu.json").read_text(encoding="utf-8"))
-    speed = {row["loader"]: row["per_core"] for row in record["rows"]}
+    record = (FOLDER.parent / "results" / "data_cpu.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in record.splitlines()]
+    speed = {row["loader"]: row["per_core"] for row in rows if "loader" in row}
     decoders = {decode: speed[f"ours, decode: {decode}"] for decode in ("fast", "exact")}
     header = ["network", "images/s a node", *(f"cores, `{decode}`" for decode in decoders)]
     header += ["GB/s read", "Gbit/s", "workers a process, `fast`"]

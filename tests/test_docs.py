@@ -1,4 +1,4 @@
-"""The generated parts of the documentation are current; nothing is measured."""
+"""The generated parts of the documentation are current; nothing is measured. docs/paper.md: test_reproduce_paper.py."""
 
 import sys
 
@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import make_docs
 
 
-@pytest.mark.parametrize("page", make_docs.PAGES)
+@pytest.mark.parametrize("page", [page for page in make_docs.PAGES if page != "docs/paper.md"])
 def test_generated_parts_are_current(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert make_docs.refresh(text, make_docs.PAGES[page]) == text, "refresh: python scripts/make_docs.py"
