@@ -180,7 +180,7 @@ def section(folder: Path = FOLDER) -> str:
         model, rows = read(FOLDER / "predicted_gpu.jsonl")
         loop = f"for what in {' '.join(part.name.removesuffix('_gpu') for part in GPU_PARTS)}; do"
         texts.append(
-            f"**Training steps on GPUs, predicted**\n\n{_PREDICTED(rows)}\n\nPredicted, not measured: {model['method']} "
+            f"**Training steps on GPUs, predicted**\n\n{_PREDICTED(rows)}\n\nNot measured: {model['method']} "
             f"To measure it, and the other tables of this page, on a GPU:\n\n    {loop}\n"
             "        python scripts/benchmark.py $what --device cuda --precision bfloat16 "
             "--output results/${what}_gpu.jsonl\n    done"
