@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bench.contestants import FLOOR, build_network
-from bench.timing import LAYOUTS, Row, failure_of, interleave, ratio, spread
+from bench.timing import LAYOUTS, Row, compare, failure_of, ratio, spread
 from lip_resnet.config import Config
 from lip_resnet.data import Batch
 from lip_resnet.engine import TrainStep, autocast, build_state
@@ -75,19 +75,15 @@ def network_rows(options: argparse.Namespace) -> Iterator[Row]:
     device = torch.device(options.device)
     for layout in options.layout:
         for batch in options.batch:
-            config, runs = build_config(options, batch, layout), {}
+            config = build_config(options, batch, layout)
             common = describe(options, layout, batch) | {"compile": options.compile}
 
-            def prepare(name: str, config=config, layout=layout, runs=runs) -> None:
+            def prepare(name: str, config: Config = config, layout: str = layout) -> Callable[[], object]:
                 run = make(build_network(name, options.device, LAYOUTS[layout]), config, device)
                 run()
-                runs[name] = run
+                return run
 
-            for name in options.contestants:
-                failure = failure_of(lambda name=name: prepare(name))
-                if failure is not None:
-                    yield common | {"model": name, "failed": failure}
-            times, failed = interleave(runs, options)
+            times, failed = compare(options.contestants, prepare, options)
             for name, error in failed.items():
                 yield common | {"model": name, "failed": error}
             for name, seconds in times.items():

@@ -146,39 +146,30 @@ STEP_CAPTION = (
 
 
 class Part(NamedTuple):
-    """One table: the rows in ``results/<name>.jsonl``, made by ``command``."""
+    """One table: of the rows in ``results/<name>.jsonl``."""
 
     name: str
     title: str
     table: Callable[[list[Row]], str]
-    command: str
     caption: str = ""
 
 
-_MAIN = '--contestants resnet50 lip_resnet50 "lip_resnet50, textbook" "lip_resnet50, convolution floor"'
-_BFLOAT16 = "--device cuda --precision bfloat16"
 PARTS = (
-    Part("op_cpu", "The operator on a CPU", _operator, "op --device cpu --layout contiguous channels_last --rounds 7"),
-    Part("train_cpu", "Training steps on a CPU", _TRAINING, f"train --device cpu {_MAIN}", FLOOR_CAPTION),
-    Part("model_cpu", "Inference on a CPU", _INFERENCE, f"model --device cpu --batch 8 {_MAIN}", FLOOR_CAPTION),
-    Part("train_plain", "Training steps on a CPU without a C++ compiler", _TRAINING, f"train --device cpu {_MAIN}"),
-    Part("step_cpu", "The parts of a training step, on a CPU", _STEP, "step --device cpu", STEP_CAPTION),
-    Part("memory_cpu", "Memory of a training step", _MEMORY, "memory --device cpu --batch 2"),
+    Part("op_cpu", "The operator on a CPU", _operator),
+    Part("train_cpu", "Training steps on a CPU", _TRAINING, FLOOR_CAPTION),
+    Part("model_cpu", "Inference on a CPU", _INFERENCE, FLOOR_CAPTION),
+    Part("train_plain", "Training steps on a CPU without a C++ compiler", _TRAINING, FLOOR_CAPTION),
+    Part("step_cpu", "The parts of a training step, on a CPU", _STEP, STEP_CAPTION),
+    Part("memory_cpu", "Memory of a training step", _MEMORY),
 )
-LOADERS = Part("data_cpu", "Loaders", _loaders, "data --data DIR")
 GPU_PARTS = (
-    Part("op_gpu", "The operator on a GPU", _operator, f"op {_BFLOAT16}"),
-    Part("train_gpu", "Training steps on a GPU", _TRAINING, f"train {_BFLOAT16}", FLOOR_CAPTION),
-    Part("step_gpu", "The parts of a training step, on a GPU", _STEP, f"step {_BFLOAT16}", STEP_CAPTION),
-    Part("model_gpu", "Inference on a GPU", _INFERENCE, f"model {_BFLOAT16}", FLOOR_CAPTION),
-    Part("memory_gpu", "Memory of a training step on a GPU", _MEMORY, f"memory {_BFLOAT16}"),
+    Part("op_gpu", "The operator on a GPU", _operator),
+    Part("train_gpu", "Training steps on a GPU", _TRAINING, FLOOR_CAPTION),
+    Part("step_gpu", "The parts of a training step, on a GPU", _STEP, STEP_CAPTION),
+    Part("model_gpu", "Inference on a GPU", _INFERENCE, FLOOR_CAPTION),
+    Part("memory_gpu", "Memory of a training step on a GPU", _MEMORY),
 )
-
-
-def command_line(part: Part) -> str:
-    """What a user types to measure a part."""
-    prefix = "LIP_KERNELS=plain " if part.name.endswith("_plain") else ""
-    return f"{prefix}python scripts/benchmark.py {part.command} --output results/{part.name}.jsonl"
+LOADERS = Part("data_cpu", "Loaders", _loaders)
 
 
 def section(folder: Path = FOLDER) -> str:
@@ -191,7 +182,8 @@ def section(folder: Path = FOLDER) -> str:
         texts.append(
             f"**Training steps on GPUs, predicted**\n\n{_PREDICTED(rows)}\n\nNot measured: {model['method']} "
             f"To measure it, and the other tables of this page, on a GPU:\n\n    {loop}\n"
-            f"        python scripts/benchmark.py $what {_BFLOAT16} --output results/${{what}}_gpu.jsonl\n    done"
+            "        python scripts/benchmark.py $what --device cuda --precision bfloat16 "
+            "--output results/${what}_gpu.jsonl\n    done"
         )
     return "\n\n".join(texts)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.contestants import NETWORKS
 from bench.network import build_config, make_batch
-from bench.timing import Row, WrongResult, failure_of, interleave, ratio, spread
+from bench.timing import Row, WrongResult, compare, ratio, spread
 from lip_resnet.config import Config
 from lip_resnet.engine import TrainState, TrainStep, autocast, build_state
 from lip_resnet.objective import Objective
@@ -101,19 +101,14 @@ def step_rows(options: argparse.Namespace) -> Iterator[Row]:
             return run, [loss(), loss()]
 
         _, truth = make(AS_TRAINED)
-        steps = {}
 
-        def prepare(name: str, make=make, truth=truth, steps=steps) -> None:
+        def prepare(name: str, make=make, truth=truth) -> Callable[[], object]:
             run, losses = make(name)
             if not all(abs(a - b) < tolerance * b for a, b in zip(losses, truth, strict=True)):
                 raise WrongResult(f"losses {losses} for {truth}")
-            steps[name] = run
+            return run
 
-        for name in options.contestants:
-            failure = failure_of(lambda name=name: prepare(name))
-            if failure is not None:
-                yield common | {"step": name, "failed": failure}
-        times, failed = interleave(steps, options)
+        times, failed = compare(options.contestants, prepare, options)
         for name, error in failed.items():
             yield common | {"step": name, "failed": error}
         for name, seconds in times.items():

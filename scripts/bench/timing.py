@@ -46,6 +46,20 @@ def interleave(
     return times, failed
 
 
+def compare(
+    names: list[str], prepare: Callable[[str], Callable[[], object]], options: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """As ``interleave``, of what ``prepare`` builds and checks for each name; its errors count as failures."""
+    runs: dict[str, Callable[[], object]] = {}
+    failed = {}
+    for name in names:
+        failure = failure_of(lambda name=name: runs.update({name: prepare(name)}))
+        if failure is not None:
+            failed[name] = failure
+    times, failed_later = interleave(runs, options)
+    return times, failed | failed_later
+
+
 def _time(run: Callable[[], object], clock: Callable[[], float], repeats: int, flush: torch.Tensor | None) -> float:
     if flush is None:
         begin = clock()
