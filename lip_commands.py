@@ -79,6 +79,6 @@ def evaluate() -> None:
         return
     from lip_resnet import cli
     from lip_resnet.commands import eval as command
-    from lip_resnet.data.location import KINDS
+    from lip_resnet.evaluation.location import KINDS
 
     cli.launch(lambda: command.main(eval_parser(cli.ArgumentParser, KINDS).parse_args()))

@@ -1,10 +1,7 @@
 """Processes and ranks: the same code for one process and for many."""
 
 import datetime
-import hashlib
 import os
-import time
-import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,13 +10,13 @@ import torch.distributed as dist
 
 from lip_resnet import lifeline
 from lip_resnet.errors import InputError
-from lip_resnet.errors import Stopped as Stopped
+from lip_resnet.rendezvous import store_of_this_start
 
 T = TypeVar("T")
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = datetime.timedelta(hours=2)
-"""How long a process waits for the others; longer than ``train.hang_minutes``, whose watchdog says who hangs."""
-_control: Any = None  # Gloo group for objects and barriers, so that they never touch a GPU stream
+TIMEOUT = datetime.timedelta(hours=2)
+"""Of collectives. Longer than ``train.hang_minutes``, so that the watchdog names the rank that hangs first."""
+_control: Any = None  # Gloo group for objects and barriers, which therefore never wait for a GPU stream
 
 
 def rank() -> int:
@@ -153,46 +150,10 @@ def init() -> None:
     store: dict[str, Any] = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = {"store": _fresh_store(number, count), "rank": number, "world_size": count}
+        store = {"store": store_of_this_start(number, count), "rank": number, "world_size": count}
     if here.type == "cuda":
         torch.cuda.set_device(here)
-        dist.init_process_group("nccl", device_id=here, timeout=PATIENCE, **store)
+        dist.init_process_group("nccl", device_id=here, timeout=TIMEOUT, **store)
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE, **store)
-    _control = dist.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def _fresh_store(number: int, count: int) -> dist.Store:
-    """torchrun's store, under a prefix of this start's own.
-
-    torchrun keeps one store for all its restarts, and a restarted process could read where the killed ones listened.
-    Nothing in the environment tells starts apart (the restart count is each node's own), so all processes agree on a
-    name: rank 0 lists everybody's token, everybody confirms the list that holds its own, and rank 0 confirms that.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, count, is_master=False)
-    token, end = uuid.uuid4().hex, time.monotonic() + 600
-    names = [f"lip_resnet/hello/{each}" for each in range(count)]
-    acks = [f"lip_resnet/agreed/{each}" for each in range(count)]
-    store.set(names[number], token)
-    while time.monotonic() < end:
-        if number == 0 and store.check(names):
-            store.set("lip_resnet/list", b" ".join(store.multi_get(names)))
-        listed = store.get("lip_resnet/list") if store.check(["lip_resnet/list"]) else b""
-        if token.encode() in listed.split():
-            store.set(acks[number], listed)
-            if number == 0 and store.check(acks) and set(store.multi_get(acks)) == {listed}:
-                store.set("lip_resnet/go", listed)
-            if store.check(["lip_resnet/go"]) and store.get("lip_resnet/go") == listed:
-                return dist.PrefixStore(hashlib.sha256(listed).hexdigest(), store)
-        time.sleep(0.05)
-    raise InputError(f"not all of {count} processes have come within 10 minutes")
-
-
-def __getattr__(name: str) -> Any:
-    """``ArgumentParser`` and ``launch`` under their earlier names."""
-    if name not in ("ArgumentParser", "launch"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lip_resnet import cli
-
-    return getattr(cli, name)
+        dist.init_process_group("gloo", timeout=TIMEOUT, **store)
+    _control = dist.new_group(backend="gloo", timeout=TIMEOUT)

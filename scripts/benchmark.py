@@ -30,8 +30,9 @@ from bench import data, network, op, performance, step
 from bench.contestants import FORMS, NETWORKS, SITES
 from bench.timing import CLOCKS, LAYOUTS, Row
 
-from lip_resnet import distributed, runlog
+from lip_resnet import cli
 from lip_resnet.config import InputError
+from lip_resnet.environment import describe_environment
 from lip_resnet.ops import dispatch
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -56,7 +57,7 @@ def parse() -> argparse.Namespace:
         InputError: it is wrong.
     """
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = distributed.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(ROWS))
     gpu = torch.cuda.is_available()
     for what in ROWS:
@@ -142,7 +143,7 @@ def main() -> None:
     words = sys.argv[1:]
     if options.what == "data":  # where the images lay is no part of how to measure again
         words = ["DIR" if before == "--data" else word for before, word in zip(["", *words], words, strict=False)]
-    environment = runlog.describe_environment(options.device) | {
+    environment = describe_environment(options.device) | {
         "command": ["python", "scripts/benchmark.py", *words],
         "lip_kernels": os.environ.get("LIP_KERNELS", "auto"),
         "fused_kernel": dispatch.available(options.device),
@@ -158,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

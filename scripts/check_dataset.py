@@ -15,15 +15,16 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import cli
 from lip_resnet.config import InputError
-from lip_resnet.data import testsets
 from lip_resnet.data.decode import BadImage, check_scan, decode_exact
-from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.fingerprint import FILE, digest, names_of
-from lip_resnet.data.location import layout
-from lip_resnet.data.shards import Shards
-from lip_resnet.data.sources import Folder
+from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.folder import Folder
+from lip_resnet.data.sources.shards import Shards
+from lip_resnet.evaluation import testsets
+from lip_resnet.evaluation.location import layout
+from lip_resnet.files import write_atomically
 
 _IMAGENET = {"train": 1_281_167, "val": 50_000}
 
@@ -100,7 +101,7 @@ def check_split(root: Path, workers: int) -> tuple[Encoded, dict[str, object], l
 
 
 def main() -> None:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "root", type=Path, help="the directory that holds train/, val/ or both: class folders or shards"
     )
@@ -134,9 +135,9 @@ def main() -> None:
     if problems:
         raise InputError(f"{options.root}: {len(problems)} bad files, listed above; the first is {problems[0]}")
     text = json.dumps(entries, indent=2) + "\n"
-    checkpoint.write_atomically(output, lambda file: file.write(text.encode()))
+    write_atomically(output, lambda file: file.write(text.encode()))
     print(f"every image decodes; {output} written")
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lip_resnet import checkpoint, distributed, lip2d
+from lip_resnet import cli, lip2d
+from lip_resnet.files import write_atomically
 
 FEATURES = [[1.0, 2.0, 1.0], [2.0, 5.0, 6.0], [9.0, 6.0, 5.0]]
 LOGITS = [[0.1, 0.4, 0.2], [0.6, 2.6, 3.0], [0.3, 2.9, 2.4]]
@@ -132,11 +133,11 @@ def _arrow(start: float, end: float, y: float) -> str:
 
 
 def main() -> None:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="the SVG file to write")
     options = parser.parse_args()
-    checkpoint.write_atomically(options.output, lambda file: file.write(draw().encode()))
+    write_atomically(options.output, lambda file: file.write(draw().encode()))
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

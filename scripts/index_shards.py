@@ -5,16 +5,16 @@ Writes DIR/train/index.npz and so on, to be put beside the shards; `prepare_imag
 
 from pathlib import Path
 
-from lip_resnet import distributed
-from lip_resnet.data.index import FILE, write_index
+from lip_resnet import cli
+from lip_resnet.data.sources.index import FILE, write_index
 
 
 def main() -> None:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="directories of .tar shards")
     for folder in parser.parse_args().folders:
         print(f"{folder / FILE}: {len(write_index(folder).keys)} images")
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

@@ -15,12 +15,13 @@ from typing import Any
 import draw_operator
 from bench import performance
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import cli
 from lip_resnet import config as recipe_config
 from lip_resnet.config import Config, InputError
+from lip_resnet.evaluation.paper import check_sizes, load_paper, render_table
+from lip_resnet.evaluation.results import render
+from lip_resnet.files import write_atomically
 from lip_resnet.layers.pooling import DOWNSAMPLING
-from lip_resnet.paper import check_sizes, load_paper, render_table
-from lip_resnet.results import render
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "operator.svg"
@@ -138,13 +139,13 @@ def refresh(text: str, sections: Mapping[str, Callable[[], str]]) -> str:
 
 
 def main() -> None:
-    distributed.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    cli.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for name, sections in PAGES.items():
         path = ROOT / name
         text = refresh(path.read_text(encoding="utf-8"), sections)
-        checkpoint.write_atomically(path, lambda file, text=text: file.write(text.encode()))
-    checkpoint.write_atomically(FIGURE, lambda file: file.write(draw_operator.draw().encode()))
+        write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    write_atomically(FIGURE, lambda file: file.write(draw_operator.draw().encode()))
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

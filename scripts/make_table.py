@@ -3,15 +3,17 @@
 import sys
 from pathlib import Path
 
-from lip_resnet import checkpoint, distributed, results
+from lip_resnet import cli
 from lip_resnet.config import InputError
-from lip_resnet.paper import load_paper
-from lip_resnet.rows import read_rows
-from lip_resnet.tables import STYLES, render
+from lip_resnet.evaluation import results
+from lip_resnet.evaluation.paper import load_paper
+from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.evaluation.tables import STYLES, render
+from lip_resnet.files import write_atomically
 
 
 def main() -> None:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="+", help="JSON rows of eval.py, or folders that hold eval.json, eval-NAME.json")
     parser.add_argument("--format", choices=STYLES, default="md")
     parser.add_argument("--wide", action="store_true", help="a line a network, a column a test set: top-1, or the mCE")
@@ -32,8 +34,8 @@ def main() -> None:
     if options.format == "csv":  # which has no place for them
         print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     if output is not None:
-        checkpoint.write_atomically(output, lambda file: file.write(text.encode()))
+        write_atomically(output, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

@@ -22,10 +22,11 @@ from scipy.io import loadmat
 from torchvision.datasets.imagenet import ARCHIVE_META
 from tqdm import tqdm
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.data import reencoding
-from lip_resnet.data.index import write_index
+from lip_resnet.data.sources.index import write_index
+from lip_resnet.files import write_atomically
 
 _DATA = "ILSVRC2012_devkit_t12/data"
 _PER_SHARD = 1000
@@ -194,7 +195,7 @@ class ShardWriter(Writer):
         """Every image to folder/NNNNNN.tar, _PER_SHARD in each, and where each lies to the index beside them."""
         _make(self.folder)
         names = "".join(f"{name}\n" for name in self.labels).encode()
-        checkpoint.write_atomically(self.folder / "classes.txt", lambda file: file.write(names))
+        write_atomically(self.folder / "classes.txt", lambda file: file.write(names))
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             batch: list[tuple[str, str, Future]] = []
             for label, name, file, _ in images:
@@ -259,7 +260,7 @@ def check_there(paths: dict[str, Path], any_archive: bool) -> None:
 
 
 def parse() -> Any:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archives", type=Path, help="the directory of the three archives")
     parser.add_argument("--output", type=Path, help="where train/ and val/ are written")
     parser.add_argument("--format", choices=("folder", "shards"), default="folder", help="class folders or tar shards")
@@ -336,8 +337,8 @@ def _begun(record: Path) -> dict[str, Any] | None:
 
 def _save(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2) + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

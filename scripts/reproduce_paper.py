@@ -15,13 +15,11 @@ import torch
 
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_commands import DATA_HELP, DATA_NAME_HELP
-from lip_resnet import checkpoint, distributed, fidelity, results
+from lip_resnet import checkpoint, cli, distributed
 from lip_resnet.config import InputError
-from lip_resnet.data.location import KINDS
-from lip_resnet.identify import check_finite, identify
-from lip_resnet.models import registry
-from lip_resnet.models.weights import load_weights
-from lip_resnet.paper import (
+from lip_resnet.evaluation import released, results
+from lip_resnet.evaluation.location import KINDS
+from lip_resnet.evaluation.paper import (
     COUNT_TOLERANCE,
     RETRAINED_TOLERANCE,
     Check,
@@ -33,14 +31,18 @@ from lip_resnet.paper import (
     load_paper,
     render_report,
 )
-from lip_resnet.rows import read_rows
+from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.files import sha256, write_atomically
+from lip_resnet.models import registry
+from lip_resnet.models.identify import check_finite, identify
+from lip_resnet.models.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 FIGURES = Path(__file__).with_name("paper.yaml")
 
 
 def main() -> None:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     files = {"nargs": "+", "metavar": "NAME=FILE", "default": []}
     parser.add_argument("--checkpoints", **files, help="released weights of rows")
     parser.add_argument("--weights", dest="checkpoints", **files, help=argparse.SUPPRESS)  # its earlier name
@@ -70,7 +72,7 @@ def main() -> None:
             files[folder / "report.md"] = markdown
             files[folder / "report.json"] = json.dumps(report, indent=2) + "\n"
         for path, text in files.items():
-            checkpoint.write_atomically(path, lambda file, text=text: file.write(text.encode()))
+            write_atomically(path, lambda file, text=text: file.write(text.encode()))
     if not report["ok"]:
         sys.exit(1)
 
@@ -114,7 +116,7 @@ def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
         row = paper.find(result["model"], keywords)
         if row is None:
             raise InputError(f"{path}: {results.label(result['model'], keywords)} is no row of {FIGURES.name}")
-        why_not = fidelity.protocol_difference(result, ROOT / row.recipe)
+        why_not = released.protocol_difference(result, ROOT / row.recipe)
         if result["images"] != paper.images:
             why_not = f"images: {result['images']} against {paper.images}"
         trained = result["protocol"].get("training") is not None
@@ -139,10 +141,10 @@ def evaluate_checkpoints(options: Any, paper: Paper) -> list[dict[str, Any]]:
         model = network.build()
         load_weights(model, path)
         check_finite(model, path)
-        config = fidelity.reference_protocol(network.model, network.num_classes)
+        config = released.reference_protocol(network.model, network.num_classes)
         arguments = (options.data, options.workers, paper.images, options.data_name)
-        result = fidelity.evaluate_reference(model, config, *arguments)
-        facts = {"file": path, "sha256": fidelity.sha256(Path(path))}
+        result = released.evaluate_reference(model, config, *arguments)
+        facts = {"file": path, "sha256": sha256(Path(path))}
         if row.correct is not None:
             facts["verdict"] = compare_counts(result, row.correct)
         measured.append(accuracy(row, result, paper.images, False, **facts))
@@ -150,4 +152,4 @@ def evaluate_checkpoints(options: Any, paper: Paper) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_commands import DATA_HELP, DATA_NAME_HELP
-from lip_resnet import checkpoint, cost, distributed, fidelity, runlog
+from lip_resnet import checkpoint, cli, distributed
 from lip_resnet.config import Config, InputError
-from lip_resnet.data.location import KINDS
-from lip_resnet.identify import Network, check_finite, identify
+from lip_resnet.environment import describe_environment
+from lip_resnet.evaluation import cost, released
+from lip_resnet.evaluation.location import KINDS
+from lip_resnet.evaluation.paper import compare_counts, load_paper
+from lip_resnet.files import sha256
+from lip_resnet.models.identify import Network, check_finite, identify
 from lip_resnet.models.weights import put_weights
-from lip_resnet.paper import compare_counts, load_paper
 from lip_resnet.recipe import parse_config
 
 FIGURES = Path(__file__).with_name("paper.yaml")
@@ -36,7 +39,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="a .pth, .pt or .safetensors file: released or ours; or a run folder")
     parser.add_argument("--data", help=f"ImageNet, or the network's other set: {DATA_HELP}")
     parser.add_argument("--data-name", choices=KINDS, metavar="NAME", help=DATA_NAME_HELP)
@@ -51,7 +54,7 @@ def main() -> None:
 
     payload = checkpoint.load(path)
     say(f"file      {path}")
-    say(f"sha256    {fidelity.sha256(path)}")
+    say(f"sha256    {sha256(path)}")
     say(f"holds     {describe(payload)}")
     trained = parse_config(payload["config"], str(path)) if "config" in payload else None
     ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
@@ -80,8 +83,8 @@ def check_accuracy(model: nn.Module, network: Network, trained: Config | None, o
     row = paper.find(network.model, network.args) if network.num_classes == paper.classes else None
     published = row.correct if row else None
     images = paper.images if published else None
-    config = fidelity.reference_protocol(network.model, network.num_classes, trained)
-    result = fidelity.evaluate_reference(model, config, options.data, options.workers, images, options.data_name)
+    config = released.reference_protocol(network.model, network.num_classes, trained)
+    result = released.evaluate_reference(model, config, options.data, options.workers, images, options.data_name)
     say(f"* Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
     say(f"correct   top-1 {result['correct1']:,}, top-5 {result['correct5']:,} of {result['images']:,}")
     if published is None:
@@ -91,7 +94,7 @@ def check_accuracy(model: nn.Module, network: Network, trained: Config | None, o
     say(f"published top-1 {published.top1:,}, top-5 {published.top5:,} ({paper.sources[published.source]})")
     top1, top5 = result["correct1"] - published.top1, result["correct5"] - published.top5
     say(f"apart     top-1 {top1:+d}, top-5 {top5:+d} images")
-    environment = runlog.describe_environment() | {"pillow": PIL.__version__}
+    environment = describe_environment() | {"pillow": PIL.__version__}
     names = ("python", "torch", "torchvision", "timm", "pillow", "cuda", "hardware")
     say("versions  " + ", ".join(f"{name} {environment[name]}" for name in names if environment[name]))
     say(f"verdict   {verdict}")
@@ -136,4 +139,4 @@ def write(folder: Path, model: nn.Module, network: Network) -> None:
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

@@ -1,113 +1,105 @@
-"""The house rules of the source tree: imports run one way, the two wings do not know each other, files stay short."""
+"""The rules of the source tree (docs/architecture.md): imports run one way, wings do not mix, files stay short."""
 
 import ast
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lip_resnet"
-LIP_WING = {"lip", "kernels", "logits", "pooling", "released", "blocks", "resnet", "densenet", "replace"}
-FLOORS = [
-    {
-        "config",
-        "recipe",
-        "lip",
-        "kernels",
-        "logits",
-        "released",
-        "distributed",
-        "seeding",
-        "lifeline",
-        "cost",
-        "tables",
-    },
-    {
-        "pooling",
-        "blocks",
-        "data",
-        "weights",
-        "optim",
-        "metrics",
-        "checkpoint",
-        "interrupts",
-        "objective",
-        "protocol",
-        "evaluate",
-    },
-    {"runlog", "run_folder", "resnet", "densenet", "replace", "models", "engine", "numerics", "watchdog", "results"},
-    {"fidelity", "paper", "run", "rows", "identify"},
-]
-# Inside a floor, only these: each is the plainer of the two.
-WITHIN = {
-    "distributed": {"config", "lifeline", "cost", "tables"},
-    "recipe": {"config"},
-    "lip": {"kernels"},
-    "logits": {"kernels"},
-    "blocks": {"pooling"},
-    "objective": {"data"},
-    "protocol": {"data"},
-    "evaluate": {"data", "metrics", "protocol"},
-    "engine": {"numerics"},
-    "data": {"checkpoint"},
-    "weights": {"checkpoint"},
+HALL = "hall"
+MAY_IMPORT = {
+    HALL: set(),
+    "ops": {HALL},
+    "layers": {HALL, "ops"},
+    "models": {HALL, "ops", "layers"},
+    "data": {HALL},
+    "evaluation": {HALL, "data"},
+    "training": {HALL, "data", "evaluation"},
 }
+"""Wing -> the wings that its modules import. ``commands``, scripts and ``lip_resnet/__init__.py`` join all of them."""
+COMMANDS = [ROOT / "train.py", ROOT / "eval.py", *(PACKAGE / "commands").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+CODE = [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), ROOT / "train.py", ROOT / "eval.py"]
 
 
-def _imports(path: Path) -> set[str]:
-    """The package's own modules that a file imports."""
+def _wing(dotted: str) -> str:
+    """lip_resnet.data.loaders -> data; a module at the root of the package belongs to the hall."""
+    parts = dotted.split(".")
+    return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else HALL
+
+
+def _imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, at the top or inside a function."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "lip_resnet":
+        if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lip_resnet."):
-            names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lip_resnet.")}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                dotted = f"{node.module}.{alias.name}"
+                is_module = (ROOT / dotted.replace(".", "/")).with_suffix(".py").is_file()
+                names.add(dotted if is_module or (ROOT / dotted.replace(".", "/")).is_dir() else node.module)
     return names
 
 
 def _modules() -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
+    """Every module of the package but its ``__init__`` -> the modules of the package that it imports."""
+    modules = {}
     for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if name != "__init__":
-            found[name] = found.get(name, set()) | _imports(path) - {name}
-    return found
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if dotted != "lip_resnet":
+            modules[dotted] = {name for name in _imported(path) if name.split(".")[0] == "lip_resnet"}
+    return modules
 
 
-def test_every_module_has_a_floor():
-    assert set(_modules()) <= set.union(*FLOORS)
+MODULES = _modules()
 
 
-def test_imports_run_downwards():
-    floor = {name: height for height, names in enumerate(FLOORS) for name in names}
-    upwards = [
-        f"{name} imports {other}"
-        for name, imported in _modules().items()
-        for other in imported
-        if floor[other] >= floor[name] and other not in WITHIN.get(name, ())
-    ]
-    assert not upwards
-
-
-def test_wings_do_not_know_each_other():
+@pytest.mark.parametrize("wing", MAY_IMPORT)
+def test_imports_between_wings_run_one_way(wing):
     crossing = [
-        f"{name} imports {other}"
-        for name, imported in _modules().items()
+        f"{module} imports {other}"
+        for module, imported in MODULES.items()
         for other in imported
-        if (name in LIP_WING) != (other in LIP_WING)
+        if _wing(module) == wing and _wing(other) not in {wing, *MAY_IMPORT[wing]}
     ]
     assert not crossing
 
 
-def test_nothing_imports_the_roof():
-    roof = {"train", "eval", "scripts"}
+def test_every_wing_has_a_rule_and_a_description():
+    wings = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+    assert wings == {*MAY_IMPORT, "commands"} - {HALL}
+    for wing in wings:
+        assert ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text(encoding="utf-8"))), wing
+
+
+def test_ops_import_torch_alone():
+    libraries = {name.split(".")[0] for path in (PACKAGE / "ops").rglob("*.py") for name in _imported(path)}
+    assert not libraries & {"timm", "torchvision", "numpy", "pydantic", "yaml", "PIL"}
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Inside wings too; an import of a package is one of its ``__init__``."""
+    waiting = {
+        module: {name for name in imported if name in MODULES} - {module} for module, imported in MODULES.items()
+    }
+    while free := [module for module, imported in waiting.items() if not imported & waiting.keys()]:
+        for module in free:
+            del waiting[module]
+    assert not waiting
+
+
+def test_nothing_imports_a_command():
+    commands = {"train", "eval", "scripts", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            assert not roof & {module.split(".")[0] for module in modules}, path
+        imported = _imported(path)
+        assert not commands & {name.split(".")[0] for name in imported}, path
+        if path.parent.name != "commands":
+            assert not any(name.startswith("lip_resnet.commands") for name in imported), path
 
 
-def test_files_are_short():
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert not {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length > 350}
+def test_sizes():
+    lengths = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in CODE}
+    assert not {str(path): length for path, length in lengths.items() if length > 350}
+    assert not {path: lengths[path] for path in lengths if path.parent.name == "commands" and lengths[path] > 120}
+    assert len(list(PACKAGE.glob("*.py"))) <= 13

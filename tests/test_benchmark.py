@@ -16,8 +16,8 @@ import benchmark
 from bench import contestants, network, performance, step
 from bench.timing import LAYOUTS, WrongResult
 
-from lip_resnet import engine
-from lip_resnet.nonfinite import NonFiniteGuard
+from lip_resnet.training import engine
+from lip_resnet.training.nonfinite import NonFiniteGuard
 
 TINY = {
     "op": ["--sites", "1024x14", "--batch", "1", "--contestants", "textbook", "lip2d", "plain form", "avg_pool2d"],

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from lip_resnet.files import write_atomically
 
 from lip_resnet import checkpoint
 from lip_resnet.config import InputError
@@ -178,5 +179,5 @@ def test_a_failed_write_leaves_no_litter(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match="No space left"):
-        checkpoint.write_atomically(path, write)
+        write_atomically(path, write)
     assert list(tmp_path.iterdir()) == []

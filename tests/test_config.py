@@ -16,7 +16,7 @@ from lip_resnet.config import EFFECTS, Config, Effect, InputError
 from lip_resnet.data.transforms import TrainTransform
 from lip_resnet.models.registry import build_model
 from lip_resnet.recipe import load_config, parse_config
-from lip_resnet.run_folder import check_same_recipe
+from lip_resnet.training.run_folder import check_same_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))

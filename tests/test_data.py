@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from lip_resnet import distributed
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, normalize
-from lip_resnet.data.sources import Digits
+from lip_resnet.data.sources.embedded import Digits
 
 
 def folder_config(root: Path, **changes: object) -> DataConfig:

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from lip_resnet import distributed
+from lip_resnet import cli
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
@@ -20,7 +20,7 @@ from bench.data import make_photographs
 def run(monkeypatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "data", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
-        distributed.launch(benchmark.main)
+        cli.launch(benchmark.main)
     return left.value.code
 
 

@@ -17,7 +17,7 @@ from test_data_shards import add_shards
 
 from lip_resnet.config import DataConfig
 from lip_resnet.data import TrainLoader, build_sources
-from lip_resnet.data.index import write_index
+from lip_resnet.data.sources.index import write_index
 from lip_resnet.data.transforms import eval_transform
 from lip_resnet.recipe import load_config
 

@@ -17,7 +17,8 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from lip_resnet.config import DataConfig, InputError, TorchvisionSet
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source, named
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
+from lip_resnet.data.sources import named
 
 RANDOM = np.random.default_rng(0)
 IMAGES = {"train": 6, "val": 4}

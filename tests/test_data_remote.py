@@ -13,8 +13,10 @@ from test_data import as_rank
 from test_data_shards import add, config
 
 from lip_resnet.config import InputError
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source, remote, testsets
-from lip_resnet.data.index import FILE, write_index
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
+from lip_resnet.data.sources import remote
+from lip_resnet.data.sources.index import FILE, write_index
+from lip_resnet.evaluation import testsets
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT, small_config
 
 from lip_resnet.config import DataConfig, InputError
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source, index
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
+from lip_resnet.data.sources import index
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import index_shards

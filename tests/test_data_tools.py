@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets.imagenet import ARCHIVE_META
 
-from lip_resnet import distributed
+from lip_resnet import cli
 from lip_resnet.config import DataConfig
 from lip_resnet.data import build_sources, describe_source
 
@@ -84,7 +84,7 @@ def archives(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
 def run(monkeypatch, module, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
-        distributed.launch(module.main)
+        cli.launch(module.main)
     return left.value.code
 
 

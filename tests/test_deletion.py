@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 from conftest import ROOT, small_config
+from lip_resnet.training.checkpoints import Checkpoints
 
-from lip_resnet import checkpoint, run_folder
+from lip_resnet.training import run_folder
 
 
 def make(target: str, folder, *flags: str) -> str:
@@ -51,7 +52,7 @@ def test_a_continued_run(tmp_path):
     finally:
         run_folder._locks.pop().close()
     assert not any(path.exists() for path in half_written)
-    writer = checkpoint.Checkpoints(checkpoints, keep=1)
+    writer = Checkpoints(checkpoints, keep=1)
     for step in (5, 10):
         writer.save({"step": step}, best=False)
         writer.wait()

@@ -10,9 +10,9 @@ from conftest import small_config
 
 from lip_resnet import distributed
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, normalize
-from lip_resnet.engine import build_state, train_one_epoch
-from lip_resnet.evaluate import evaluate
+from lip_resnet.evaluation.evaluate import evaluate
 from lip_resnet.models import registry
+from lip_resnet.training.engine import build_state, train_one_epoch
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ from conftest import ROOT
 from torch import nn
 
 from lip_resnet.data import TrainLoader, build_sources
-from lip_resnet.engine import build_state, train_one_epoch
 from lip_resnet.models.registry import initialize
-from lip_resnet.optim import build_optimizer
 from lip_resnet.recipe import load_config
+from lip_resnet.training.engine import build_state, train_one_epoch
+from lip_resnet.training.optim import build_optimizer
 
 LARGE = sorted((ROOT / "configs" / "imagenet").glob("*32k.yaml"))
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lip_resnet.metrics import AccuracyCounts, cross_entropy
+from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
 
 
 def test_counts_by_hand():

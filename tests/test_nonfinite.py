@@ -8,8 +8,9 @@ import torch
 from conftest import small_config
 from test_engine import prepare, run
 
-from lip_resnet import checkpoint, nonfinite, objective
-from lip_resnet.engine import train_one_epoch
+from lip_resnet import checkpoint
+from lip_resnet.training import nonfinite, objective
+from lip_resnet.training.engine import train_one_epoch
 
 BAD = 3
 

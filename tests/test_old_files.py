@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import lip_commands
-from lip_resnet import checkpoint, cli, run_folder
+from lip_resnet import checkpoint, cli
 from lip_resnet.commands import train
-from lip_resnet.results import build_table
-from lip_resnet.rows import read_rows
+from lip_resnet.evaluation.results import build_table
+from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.training import run_folder
 
 OLD = Path(__file__).parent / "fixtures" / "written_by_0.1.0"
 

@@ -8,7 +8,7 @@ import torch
 
 import lip_resnet  # noqa: F401
 from lip_resnet.config import OptimConfig
-from lip_resnet.optim import build_optimizer, lr_at
+from lip_resnet.training.optim import build_optimizer, lr_at
 
 
 def test_step_schedule_is_the_paper_s():

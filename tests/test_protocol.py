@@ -19,10 +19,10 @@ from test_refusals import refuse
 import eval as eval_command
 from lip_resnet import checkpoint
 from lip_resnet.config import EvalDataConfig, InputError
-from lip_resnet.data import named
+from lip_resnet.data.sources import named
 from lip_resnet.data.transforms import eval_transform
-from lip_resnet.identify import Network, crop_pct
-from lip_resnet.protocol import EvalConfig, adapt, timm_protocol
+from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
+from lip_resnet.models.identify import Network, crop_pct
 from lip_resnet.recipe import load_config
 
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -15,12 +15,13 @@ from golden import GOLDEN, released_state_dict
 from test_data_huggingface import parquet  # noqa: F401 (a fixture)
 from torch import nn
 
-from lip_resnet import distributed, fidelity, results
-from lip_resnet.cost import count_flops, count_macs
-from lip_resnet.identify import Network
+from lip_resnet import cli
+from lip_resnet.evaluation import released, results
+from lip_resnet.evaluation.cost import count_flops, count_macs
+from lip_resnet.evaluation.paper import Check, load_paper
+from lip_resnet.evaluation.protocol import EvalConfig
+from lip_resnet.models.identify import Network
 from lip_resnet.models.weights import load_weights
-from lip_resnet.paper import Check, load_paper
-from lip_resnet.protocol import EvalConfig
 from lip_resnet.recipe import load_config
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -37,7 +38,7 @@ def run(capsys, monkeypatch):
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            distributed.launch(reproduce_paper.main)
+            cli.launch(reproduce_paper.main)
         printed = capsys.readouterr()
         return left.value.code or 0, printed.out, printed.err
 
@@ -219,8 +220,8 @@ def test_weights(run, small, tmp_path, image_folder, parquet):  # noqa: F811
     network = Network("lip_densenet121", {}, 3)
     model = network.build()
     load_weights(model, path)
-    protocol = fidelity.reference_protocol("lip_densenet121", 3)
-    top1 = fidelity.evaluate_reference(model, protocol, str(image_folder), 0, 11)["correct1"]
+    protocol = released.reference_protocol("lip_densenet121", 3)
+    top1 = released.evaluate_reference(model, protocol, str(image_folder), 0, 11)["correct1"]
     for option, apart, code, words in (
         ("--checkpoints", 0, 0, "agrees (counts: identical)"),
         ("--weights", 26, 1, "OFF (counts: differs)"),  # the option's earlier name

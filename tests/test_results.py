@@ -7,11 +7,11 @@ import math
 import pytest
 from conftest import small_config
 
-from lip_resnet import results
 from lip_resnet.config import InputError
-from lip_resnet.protocol import EvalConfig
-from lip_resnet.rows import read_rows
-from lip_resnet.tables import render
+from lip_resnet.evaluation import results
+from lip_resnet.evaluation.protocol import EvalConfig
+from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.evaluation.tables import render
 
 PAPER = {"lip_resnet50": {"top1": 78.186, "top5": 93.964}}
 

@@ -17,9 +17,11 @@ import torch
 from conftest import ROOT, small_config
 
 import lip_commands
-from lip_resnet import checkpoint, cli, distributed, run, run_folder, runlog
+from lip_resnet import checkpoint, cli, distributed, errors
 from lip_resnet.commands import train
 from lip_resnet.config import InputError
+from lip_resnet.training import run, run_folder, runlog
+from lip_resnet.training.checkpoints import Checkpoints
 
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import run_contents
@@ -46,13 +48,13 @@ def start(tmp_path, monkeypatch):
 @pytest.fixture
 def patient(monkeypatch):
     """Every checkpoint is written, or not, before training goes on."""
-    save = checkpoint.Checkpoints.save
+    save = Checkpoints.save
 
-    def save_and_wait(self: checkpoint.Checkpoints, payload: dict, best: bool) -> None:
+    def save_and_wait(self: Checkpoints, payload: dict, best: bool) -> None:
         save(self, payload, best)
         self._thread.join()
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_wait)
+    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
@@ -66,13 +68,13 @@ def test_a_signal_before_the_first_step(start, monkeypatch, where, swallowed):
     def signalled(*arguments: object) -> object:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
-        except distributed.Stopped:  # as a library may, which tries something and goes on without it
+        except errors.Stopped:  # as a library may, which tries something and goes on without it
             if not swallowed:
                 raise
         return original(*arguments)
 
     monkeypatch.setattr(owner, name, signalled)
-    with pytest.raises(distributed.Stopped, match="SIGTERM before the first step"):
+    with pytest.raises(errors.Stopped, match="SIGTERM before the first step"):
         start("--resume", "auto")
     assert (start.folder / "requeue").exists()
     assert run_contents.logged_step(start.folder) == 0
@@ -88,12 +90,12 @@ def test_requeue_is_not_left_in_a_folder_of_others(start, monkeypatch):
     monkeypatch.setattr(train, "build_state", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     start.folder.mkdir()
     (start.folder / "thesis.tex").touch()
-    with pytest.raises(distributed.Stopped):
+    with pytest.raises(errors.Stopped):
         start()
     (start.folder / "thesis.tex").rename(start.folder / "config.yaml")
     with open(start.folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(distributed.Stopped):
+        with pytest.raises(errors.Stopped):
             start()
     assert sorted(path.name for path in start.folder.iterdir()) == [".lock", "config.yaml"]
 
@@ -155,7 +157,7 @@ def test_a_signal_at_an_epoch_s_end_does_not_wait_for_the_evaluation(start, pati
 
     with monkeypatch.context() as patch:
         patch.setattr(runlog.RunLog, "log", signalled)
-        with pytest.raises(distributed.Stopped, match="SIGTERM at step 4"):
+        with pytest.raises(errors.Stopped, match="SIGTERM at step 4"):
             start()
     assert run_contents.take_inventory(start.folder).newest == 4
     assert run_contents.logged_step(start.folder, "val/loss") == 0
@@ -167,7 +169,7 @@ def test_a_signal_at_an_epoch_s_end_does_not_wait_for_the_evaluation(start, pati
 
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "validate", interrupted)
-        with pytest.raises(distributed.Stopped, match="SIGTERM at step 4"):
+        with pytest.raises(errors.Stopped, match="SIGTERM at step 4"):
             start("--resume", "auto")
     start("--resume", "auto")
     lines = run_contents.read_metrics(start.folder)[0]
@@ -240,7 +242,7 @@ def test_going_back_is_refused_in_the_same_folder(start):
 
 
 def test_a_damaged_checkpoint_pushes_out_no_whole_one(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=2)
     (tmp_path / "step-00000100.pt").write_bytes(b"damaged")
     os.utime(tmp_path / "step-00000100.pt", (1, 1))
     for step in (90, 95):

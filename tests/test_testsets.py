@@ -21,11 +21,11 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 import eval as eval_command
-from lip_resnet import metrics
 from lip_resnet.config import DataConfig, InputError
-from lip_resnet.data import EvalLoader, describe_source, testsets
-from lip_resnet.data.encoded import Encoded
-from lip_resnet.rows import row_path
+from lip_resnet.data import EvalLoader, describe_source
+from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.evaluation import metrics, testsets
+from lip_resnet.evaluation.rows import row_path
 
 # The network's answer to every image: these classes, in this order.
 RANKING = [10, 2, 795, 6, 1, 11, 13, 15, 17, 809]

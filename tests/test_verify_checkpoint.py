@@ -14,9 +14,9 @@ from PIL import Image
 from test_data_huggingface import parquet  # noqa: F401 (a fixture)
 from torchvision.transforms import v2
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import checkpoint, cli
 from lip_resnet.config import InputError
-from lip_resnet.identify import Network, identify
+from lip_resnet.models.identify import Network, identify
 from lip_resnet.models.weights import load_weights
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -30,7 +30,7 @@ def run(capsys, monkeypatch):
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["verify_checkpoint.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            distributed.launch(verify_checkpoint.main)
+            cli.launch(verify_checkpoint.main)
         printed = capsys.readouterr()
         return left.value.code or 0, printed.out, printed.err
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from lip_resnet import checkpoint, distributed, rows
+from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, InputError
-from lip_resnet.data import EvalLoader, testsets
-from lip_resnet.evaluate import evaluate_set, print_result
+from lip_resnet.data import EvalLoader
+from lip_resnet.evaluation import rows, testsets
+from lip_resnet.evaluation.evaluate import evaluate_set, print_result
+from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
+from lip_resnet.files import write_atomically
 from lip_resnet.models import registry
 from lip_resnet.models.weights import extract_weights, put_weights
-from lip_resnet.protocol import EvalConfig, adapt, timm_protocol
 from lip_resnet.recipe import load_config, parse_config
 
 
@@ -56,7 +58,7 @@ def main(options: Namespace) -> None:
             source = options.checkpoint or f"timm:{recipe.model.name}"
             row = rows.build_row(model, source, ema, data, config, result, payload, trained)
             text = json.dumps(row, indent=2) + "\n"
-            checkpoint.write_atomically(output, lambda file, text=text: file.write(text.encode()))
+            write_atomically(output, lambda file, text=text: file.write(text.encode()))
 
 
 def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config | None) -> EvalConfig:

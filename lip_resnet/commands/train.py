@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lip_resnet import checkpoint, distributed, run_folder, runlog
+from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, ModelConfig, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
-from lip_resnet.engine import build_state
+from lip_resnet.environment import describe_environment
 from lip_resnet.errors import InputError, Stopped
-from lip_resnet.fidelity import sha256
-from lip_resnet.interrupts import Interrupts
+from lip_resnet.evaluation.results import describe_training
+from lip_resnet.files import sha256
 from lip_resnet.layers.pooling import logit_parameters
 from lip_resnet.models import registry
 from lip_resnet.models.weights import put_weights
 from lip_resnet.recipe import load_config, parse_config
-from lip_resnet.results import describe_training
-from lip_resnet.run import Provenance, Run, restore
+from lip_resnet.training import run_folder, runlog
+from lip_resnet.training.checkpoints import Checkpoints
+from lip_resnet.training.engine import build_state
+from lip_resnet.training.interrupts import Interrupts
+from lip_resnet.training.run import Provenance, Run, restore
 
 
 def main(options: Namespace) -> None:
@@ -64,12 +67,12 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
     total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
     loader.skipped_to = folder / "skipped.txt"
     environment = {
-        **runlog.describe_environment(),
+        **describe_environment(),
         "datasets": provenance.datasets,
         "initial_weights": provenance.initial_weights,
     }
     log = runlog.RunLog(folder, config, environment, state.step, state.evaluated, total)
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.train.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
     try:
         if len(provenance.processes) > 1:
             opened.notes.append(

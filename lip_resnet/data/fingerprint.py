@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lip_resnet.data.arrays import Arrays
-from lip_resnet.data.encoded import Encoded
+from lip_resnet.data.sources.arrays import Arrays
+from lip_resnet.data.sources.encoded import Encoded
 
 FILE = "fingerprint.json"
 """Written by scripts/check_dataset.py into the directory that holds train/ and val/."""

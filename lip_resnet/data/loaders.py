@@ -21,8 +21,8 @@ from tqdm import tqdm
 from lip_resnet import distributed, seeding
 from lip_resnet.config import DataConfig, EvalDataConfig, InputError
 from lip_resnet.data.decode import BadImage
-from lip_resnet.data.encoded import Encoded
 from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Parcel, on_this_gpu
+from lip_resnet.data.sources.encoded import Encoded
 from lip_resnet.data.transforms import TrainTransform, eval_transform
 from lip_resnet.data.workers import PREFETCH_FACTOR, BufferPool, DeferredBatchSampler, InFlightSamples, start_loader
 

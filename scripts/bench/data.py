@@ -24,7 +24,7 @@ from bench.timing import Row
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import TrainLoader
 from lip_resnet.data.gpu_decode import installed
-from lip_resnet.data.sources import Folder
+from lip_resnet.data.sources.folder import Folder
 
 _BASELINE = "timm, uint8"
 

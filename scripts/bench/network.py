@@ -17,9 +17,9 @@ from bench.contestants import FLOOR, build_network
 from bench.timing import LAYOUTS, Row, compare, failure_of, ratio, spread
 from lip_resnet.config import Config
 from lip_resnet.data import Batch
-from lip_resnet.engine import TrainStep, autocast, build_state
-from lip_resnet.objective import Objective
 from lip_resnet.recipe import load_config
+from lip_resnet.training.engine import TrainStep, autocast, build_state
+from lip_resnet.training.objective import Objective
 
 RECIPE = Path(__file__).parents[2] / "configs" / "imagenet" / "lip_resnet50_step90.yaml"
 

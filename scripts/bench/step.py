@@ -16,8 +16,8 @@ from bench.contestants import NETWORKS
 from bench.network import build_config, make_batch
 from bench.timing import Row, WrongResult, compare, ratio, spread
 from lip_resnet.config import Config
-from lip_resnet.engine import TrainState, TrainStep, autocast, build_state
-from lip_resnet.objective import Objective
+from lip_resnet.training.engine import TrainState, TrainStep, autocast, build_state
+from lip_resnet.training.objective import Objective
 
 BARE, AS_TRAINED = "forward, backward, update", "as train.py"
 PARTS: dict[str, tuple[str, ...]] = {

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lip_resnet import distributed
+from lip_resnet import cli
 from lip_resnet.config import DataConfig
 from lip_resnet.data.decode import BadImage, read_file
-from lip_resnet.data.sources import Folder
+from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.transforms import TrainTransform
 
 
@@ -131,7 +131,7 @@ def rows(outcomes_by_kind: dict[str, dict[str, torch.Tensor | Image.Image | BadI
 
 
 def main() -> None:
-    distributed.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    cli.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "class"
         folder.mkdir()
@@ -139,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

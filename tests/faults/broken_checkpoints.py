@@ -23,7 +23,7 @@ import torch
 from processes import RECIPE, ROOT
 from run_contents import STATE, hash_value, read_whole
 
-from lip_resnet import distributed
+from lip_resnet import cli
 from lip_resnet.recipe import load_config
 
 SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8", "data.workers=0"]
@@ -88,7 +88,7 @@ class Commands:
                 if typed:
                     os.execv(sys.executable, [sys.executable, script, *arguments])
                 sys.argv = [script, *arguments]
-                distributed.launch(self.mains[script])
+                cli.launch(self.mains[script])
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
             except BaseException:

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import lip_commands
-from lip_resnet import distributed, objective
+from lip_resnet import distributed
+from lip_resnet.training import objective
 
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
 prepare = objective.Objective.prepare

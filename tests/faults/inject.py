@@ -24,8 +24,10 @@ from attacks import ATTACKS, SPARSE_LOG, Reference
 from processes import ROOT, Interrupted, Worker, train_command
 from run_contents import TOTAL, hash_run
 
-from lip_resnet import checkpoint, distributed, runlog
+from lip_resnet import cli, errors
 from lip_resnet.config import InputError
+from lip_resnet.environment import describe_environment
+from lip_resnet.files import write_atomically
 
 Line = dict[str, Any]
 WORKERS = 2
@@ -65,7 +67,7 @@ def load_reference(path: Path, worker: Worker) -> dict[str, Any]:
     Raises:
         InputError: they are of another commit.
     """
-    environment = runlog.describe_environment("cpu")
+    environment = describe_environment("cpu")
     if not path.is_file():
         write_json(path, {"environment": environment, "reference": asdict(make_reference(worker))})
     head = json.loads(path.read_text(encoding="utf-8"))
@@ -78,7 +80,7 @@ def load_reference(path: Path, worker: Worker) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
     text = json.dumps(value, indent=1) + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def inject(fault: str, first: int, count: int, worker: Worker, reference: Reference) -> list[Line]:
@@ -158,7 +160,7 @@ def render(page: str) -> str:
 
 
 def main() -> None:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, help="at most so many injections of each fault, and no record is kept")
     parser.add_argument("--only", nargs="+", choices=PLAN, metavar="FAULT", help=f"of {', '.join(PLAN)}; no record")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="new, or of an earlier call")
@@ -173,7 +175,7 @@ def main() -> None:
         try:
             record = inject_all(processes.open_work_folder(options.work), times)
         except Interrupted as error:
-            raise distributed.Stopped("nothing is left running; the same command goes on") from error
+            raise errors.Stopped("nothing is left running; the same command goes on") from error
         print(f"{(time.time() - began) / 60:.1f} minutes\n\n{summary.render(record)}", flush=True)
         if broken := [fault for fault, row in record["faults"].items() if not row["holds"]]:
             raise InputError(f"faults that were not survived: {', '.join(broken)}; see the files in {options.work}")
@@ -181,9 +183,9 @@ def main() -> None:
             return
         write_json(RECORD, {"command": "make faults", **record})
     page = render(PAGE.read_text(encoding="utf-8"))
-    checkpoint.write_atomically(PAGE, lambda file: file.write(page.encode()))
+    write_atomically(PAGE, lambda file: file.write(page.encode()))
 
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    distributed.launch(main)
+    cli.launch(main)

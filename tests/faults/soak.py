@@ -19,8 +19,9 @@ from pathlib import Path
 from processes import ROOT, Interrupted, Process, Worker, open_work_folder, send, stop_on_signals, train_command
 from run_contents import count_temporary_files, logged_step, read_metrics
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import cli, errors
 from lip_resnet.config import InputError
+from lip_resnet.files import write_atomically
 
 EVERY = 10
 """Steps between log lines, and between samples."""
@@ -135,7 +136,7 @@ def check_bounds(soak: Soak, processes_left: int) -> list[tuple[str, str, str, b
 
 
 def main() -> None:
-    parser = distributed.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=4.0, help="how long (default: 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "soak", help="new, or of an earlier call")
@@ -150,7 +151,7 @@ def main() -> None:
         soak.train(max(5.0, 60 * options.minutes - (time.monotonic() - began)), signal.SIGTERM)
         processes_left = soak.worker.end(seconds=20)
     except Interrupted as error:
-        raise distributed.Stopped("nothing is left running") from error
+        raise errors.Stopped("nothing is left running") from error
     finally:
         soak.worker.end()
     rows = check_bounds(soak, processes_left)
@@ -161,10 +162,10 @@ def main() -> None:
         print(f"| {what} | {figure} | {bound} | {'yes' if holds else '**no**'} |", flush=True)
     record = {"steps": soak.steps, "starts": soak.starts, "kills": soak.kills, "rows": rows}
     record["samples"] = [vars(sample) for sample in soak.samples]
-    checkpoint.write_atomically(work / "soak.json", lambda file: file.write(json.dumps(record).encode()))
+    write_atomically(work / "soak.json", lambda file: file.write(json.dumps(record).encode()))
     if broken := [what for what, *_, holds in rows if not holds]:
         raise InputError(f"not bounded: {'; '.join(broken)}")
 
 
 if __name__ == "__main__":
-    distributed.launch(main)
+    cli.launch(main)

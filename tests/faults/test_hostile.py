@@ -10,14 +10,15 @@ import hostile_files
 import pytest
 import torch
 from conftest import ROOT, small_config
+from lip_resnet.training.checkpoints import Checkpoints
 from processes import RECIPE
 from run_contents import hash_value
 
 from lip_resnet import checkpoint
 from lip_resnet.config import InputError
-from lip_resnet.engine import build_state
 from lip_resnet.models import registry
 from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.training.engine import build_state
 
 SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8"]
 
@@ -150,7 +151,7 @@ def test_the_newest_whole_one_is_found(good, tmp_path):
     for step, data in ((5, good[1]), (10, good[1][:50_000]), (15, bytes(flipped))):
         (tmp_path / f"step-{step:08d}.pt").write_bytes(data)
     os.link(tmp_path / "step-00000015.pt", tmp_path / "last.pt")
-    found, skipped = checkpoint.Checkpoints(tmp_path, keep=2).newest_whole()
+    found, skipped = Checkpoints(tmp_path, keep=2).newest_whole()
     assert found == tmp_path / "step-00000005.pt"
     assert [line.partition(":")[0].rpartition("/")[2] for line in skipped] == [
         "last.pt",

@@ -11,8 +11,9 @@ import traceback
 from pathlib import Path
 from typing import BinaryIO
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import distributed
 from lip_resnet.config import InputError
+from lip_resnet.files import write_atomically
 
 EXIT = 124
 NATIVE = 60.0
@@ -103,7 +104,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
         try:
-            checkpoint.write_atomically(self.folder / f"hang-rank{distributed.rank()}.txt", write)
+            write_atomically(self.folder / f"hang-rank{distributed.rank()}.txt", write)
         except InputError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
         time.sleep(2 * self._poll + 1)  # the others' clocks end a little later

@@ -8,10 +8,11 @@ import torch
 from timm.utils import distribute_bn
 from torch import nn
 
-from lip_resnet import distributed, metrics
-from lip_resnet.data import EvalLoader, normalize, testsets, to_device
-from lip_resnet.metrics import AccuracyCounts, cross_entropy
-from lip_resnet.protocol import EvalConfig
+from lip_resnet import distributed
+from lip_resnet.data import EvalLoader, normalize, to_device
+from lip_resnet.evaluation import metrics, testsets
+from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
+from lip_resnet.evaluation.protocol import EvalConfig
 
 _DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

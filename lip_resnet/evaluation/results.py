@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lip_resnet.config import EFFECTS, Config, Effect, InputError
-from lip_resnet.data.testsets import IMAGES
-from lip_resnet.protocol import EvalConfig
+from lip_resnet.evaluation.protocol import EvalConfig
+from lip_resnet.evaluation.testsets import IMAGES
 
 PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
 """Keywords of the published networks; a recipe may spell them out."""

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, TrainLoader, prefetch, to_device
-from lip_resnet.evaluate import autocast
-from lip_resnet.metrics import AccuracyCounts
-from lip_resnet.nonfinite import NonFiniteGuard, check_scale, step_optimizer, update_average
-from lip_resnet.objective import Objective
-from lip_resnet.optim import build_optimizer, lr_at
+from lip_resnet.evaluation.evaluate import autocast
+from lip_resnet.evaluation.metrics import AccuracyCounts
+from lip_resnet.training.checkpoints import check_entries
+from lip_resnet.training.nonfinite import NonFiniteGuard, check_scale, step_optimizer, update_average
+from lip_resnet.training.objective import Objective
+from lip_resnet.training.optim import build_optimizer, lr_at
 
 _COMPRESSION = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
 
@@ -84,7 +85,7 @@ class TrainState:
         """Take over what ``state_dict`` gave; ``source`` names the file in errors."""
         try:
             networks = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
-            checkpoint.check_entries(payload, networks, self.optimizer, self.window.sums)
+            check_entries(payload, networks, self.optimizer, self.window.sums)
             self.model.load_state_dict(payload["model"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(payload["ema"])

@@ -5,8 +5,6 @@ import datetime
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import threading
 import time
@@ -14,63 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-import torchvision
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import distributed
 from lip_resnet.config import Config, InputError
-
-
-def describe_environment(device: str | None = None) -> dict[str, Any]:
-    """Versions, hardware, command and commit: what a number depends on beside its recipe.
-
-    ``device`` ("cpu" or "cuda") is the one that is described, by default the GPU where there is one.
-    """
-    gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        **_describe_commit(Path(__file__)),
-        "hardware": torch.cuda.get_device_name() if gpu else _cpu_name(),
-        "processes": distributed.world_size(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "cuda": torch.version.cuda if gpu else None,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _describe_commit(source: Path) -> dict[str, Any]:
-    """The commit of the repository that tracks a source file, and whether its tracked files differ from it.
-
-    None where no repository does: an environment with an installed package can lie in the folder of any repository.
-    """
-
-    def git(*arguments: str) -> str | None:
-        try:
-            result = subprocess.run(["git", *arguments], cwd=source.parent, capture_output=True, text=True, check=False)
-        except OSError:  # no git on this machine
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", source.name) is None:
-        return {"git_commit": None, "git_dirty": False}
-    dirty = git("status", "--porcelain", "--untracked-files=no")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(dirty)}
-
+from lip_resnet.files import write_atomically
 
 EARLIER = 50
 """Environments of earlier starts that env.json keeps."""
@@ -137,7 +85,7 @@ class RunLog:
         return told
 
     def _write(self, name: str, text: str) -> None:
-        checkpoint.write_atomically(self.folder / name, lambda file: file.write(text.encode()))
+        write_atomically(self.folder / name, lambda file: file.write(text.encode()))
 
     def advance(self) -> None:
         """One optimizer step is done."""

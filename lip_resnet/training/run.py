@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lip_resnet import checkpoint, distributed, run_folder, runlog
+from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, Effect, InputError, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader
-from lip_resnet.engine import TrainState, train_one_epoch, warm_up_ddp
 from lip_resnet.errors import Stopped
-from lip_resnet.evaluate import evaluate
-from lip_resnet.interrupts import SAVE, SETTLE, STOP, Interrupts
-from lip_resnet.nonfinite import Rollback
+from lip_resnet.evaluation.evaluate import evaluate
 from lip_resnet.recipe import parse_config
-from lip_resnet.watchdog import Watchdog
+from lip_resnet.training import run_folder, runlog
+from lip_resnet.training.checkpoints import Checkpoints
+from lip_resnet.training.engine import TrainState, train_one_epoch, warm_up_ddp
+from lip_resnet.training.interrupts import SAVE, SETTLE, STOP, Interrupts
+from lip_resnet.training.nonfinite import Rollback
+from lip_resnet.training.watchdog import Watchdog
 
 Datasets = dict[str, dict[str, Any]]
 """What ``describe_source`` says of "train" and "val"."""
@@ -78,7 +80,7 @@ class Run:
     state: TrainState
     loader: TrainLoader
     val_loader: EvalLoader
-    checkpoints: checkpoint.Checkpoints
+    checkpoints: Checkpoints
     log: runlog.RunLog
     total: int
     """Optimizer steps of the whole run."""

@@ -7,9 +7,10 @@ import yaml
 from pydantic import Field, ValidationError
 from torch import nn
 
-from lip_resnet import cost, results, runlog
 from lip_resnet.config import InputError, Section
-from lip_resnet.tables import render
+from lip_resnet.environment import describe_environment
+from lip_resnet.evaluation import cost, results
+from lip_resnet.evaluation.tables import render
 
 COUNT_TOLERANCE = 25
 """Of 50,000: how far kernels, image decoders and resizers of other versions may move a count of the same weights."""
@@ -214,7 +215,7 @@ def build_report(paper: Paper, sizes: dict[str, dict[str, Check]], accuracies: l
         "checks": len(checks),
         **{"rows": rows, "gains": gains, "sources": paper.sources},
         "out_of_scope": [skipped.model_dump() for skipped in paper.out_of_scope],
-        "environment": runlog.describe_environment(),
+        "environment": describe_environment(),
     }
 
 

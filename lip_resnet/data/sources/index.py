@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lip_resnet.checkpoint import write_atomically
 from lip_resnet.config import InputError
+from lip_resnet.files import write_atomically
 
 FILE = "index.npz"
 """Lies beside the shards; numpy arrays, nothing pickled."""

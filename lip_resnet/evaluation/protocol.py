@@ -6,8 +6,8 @@ from typing import Any, Literal
 import timm
 
 from lip_resnet.config import Config, EvalDataConfig, InputError, ModelConfig, Section
-from lip_resnet.data.location import locate
-from lip_resnet.data.testsets import SIDE_OF_C
+from lip_resnet.evaluation.location import locate
+from lip_resnet.evaluation.testsets import SIDE_OF_C
 from lip_resnet.recipe import parse_config
 
 _KEYS_OF_KIND = {"download": False, "label_column": None, "classes": None}

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from lip_resnet import cost, distributed, results, runlog
+from lip_resnet import distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import describe_source
-from lip_resnet.data.testsets import EvalSet
-from lip_resnet.protocol import EvalConfig
+from lip_resnet.environment import describe_environment
+from lip_resnet.evaluation import cost, results
+from lip_resnet.evaluation.protocol import EvalConfig
+from lip_resnet.evaluation.testsets import EvalSet
 
 _NEEDED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
@@ -74,7 +76,7 @@ def build_row(
         "step": payload.get("step"),
         "protocol": results.describe_protocol(config, training, data.protocol),
         "dataset": {"name": data.name, "whole": data.whole, **describe_source(data.source)},
-        "environment": runlog.describe_environment(),
+        "environment": describe_environment(),
     }
 
 

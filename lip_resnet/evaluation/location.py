@@ -8,8 +8,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lip_resnet import distributed
 from lip_resnet.config import InputError, TorchvisionSet
-from lip_resnet.data.index import FILE
-from lip_resnet.data.remote import MissingFile, Remote, is_url
+from lip_resnet.data.sources.index import FILE
+from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
 KINDS = ("folder", "shards", "huggingface", *get_args(TorchvisionSet))
 """Every ``data.name`` whose images lie at a root."""

@@ -11,9 +11,9 @@ from torchvision import datasets
 
 from lip_resnet import distributed
 from lip_resnet.config import EvalDataConfig, InputError
-from lip_resnet.data.arrays import Arrays
 from lip_resnet.data.decode import read_file
-from lip_resnet.data.encoded import Encoded
+from lip_resnet.data.sources.arrays import Arrays
+from lip_resnet.data.sources.encoded import Encoded
 
 
 class Files(Encoded):

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 
 from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import read_file
-from lip_resnet.data.encoded import Encoded
-from lip_resnet.data.sources import Folder, build_sources
+from lip_resnet.data.sources import build_sources
+from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.transforms import eval_transform
 
 IMAGES = {

@@ -1,59 +1,13 @@
-"""Where images come from.
-
-A *source* is a torchvision-style dataset: ``source[i]`` is (PIL image, label), ``source.classes`` the class names.
-"""
+"""Class folders: one folder a class, as torchvision's ImageFolder reads them."""
 
 import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from lip_resnet.config import EvalDataConfig, InputError
-from lip_resnet.data.arrays import Arrays
 from lip_resnet.data.decode import read_file
-from lip_resnet.data.encoded import Encoded
-from lip_resnet.data.huggingface import table_sources
-from lip_resnet.data.named import NAMED, named_sources
-from lip_resnet.data.shards import shard_sources
-
-
-class Digits(Arrays):
-    """scikit-learn's 1,797 real handwritten digits as images of 8x8; every fifth of a class validates."""
-
-    def __init__(self, train: bool) -> None:
-        from sklearn.datasets import load_digits  # a second of imports that only this source needs
-
-        digits = load_digits()
-        rank_in_class = np.empty(len(digits.target), dtype=int)
-        for label in range(10):
-            members = digits.target == label
-            rank_in_class[members] = np.arange(members.sum())
-        chosen = (rank_in_class % 5 != 4) if train else (rank_in_class % 5 == 4)
-        pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        super().__init__(
-            f"digits/{'train' if train else 'val'}", pixels, digits.target[chosen].tolist(), list("0123456789")
-        )
-
-
-class Synthetic(Dataset):
-    """Noise that costs nothing to load: (3, size, size) uint8 tensors, so that train.py's own speed can be measured."""
-
-    def __init__(self, images: int, num_classes: int, size: int) -> None:
-        self.images = images
-        self.classes = tuple(str(label) for label in range(num_classes))
-        generator = torch.Generator().manual_seed(0)
-        self.pixels = torch.randint(0, 256, (min(images, 64), 3, size, size), dtype=torch.uint8, generator=generator)
-
-    def __len__(self) -> int:
-        return self.images
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.pixels[index % len(self.pixels)], index % len(self.classes)
+from lip_resnet.data.sources.encoded import Encoded
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -108,7 +62,7 @@ class Folder(Encoded):
         return read_file(self.path(index))
 
 
-def _folder_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Folder]:
+def folder_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Folder]:
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise InputError(f"data.root: {root} is not a directory; it must hold train/ and val/")
@@ -134,36 +88,4 @@ def _folder_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Fol
         raise InputError(
             f"data.classes: {config.classes} lists {len(images)} images, {len(sources[0])} are in {root}/train"
         )
-    return sources
-
-
-def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Any]:
-    """The datasets of the splits asked for, ("train", "val") or ("val",); every process must call it.
-
-    Args:
-        config: for "train" a ``DataConfig``.
-
-    Raises:
-        InputError: they are not there, not as they should be, or hold another number of classes.
-    """
-    if config.name == "digits":
-        sources = [Digits(train=split == "train") for split in splits]
-    elif config.name == "synthetic":
-        sources = [
-            Synthetic(config.images, num_classes, config.sizes[-1])
-            if split == "train"
-            else Synthetic(max(1, config.images // 10), num_classes, config.eval_size)
-            for split in splits
-        ]
-    elif config.name == "shards":
-        sources = shard_sources(config, splits)
-    elif config.name == "huggingface":
-        sources = table_sources(config, splits)
-    elif config.name in NAMED:
-        sources = named_sources(config, splits)
-    else:
-        sources = _folder_sources(config, splits)
-    found = len(sources[0].classes)
-    if found != num_classes:
-        raise InputError(f"model.num_classes is {num_classes}, but the data has {found} classes")
     return sources

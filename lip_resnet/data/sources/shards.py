@@ -11,9 +11,9 @@ import torch
 from lip_resnet import distributed
 from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import BadImage
-from lip_resnet.data.encoded import Encoded
-from lip_resnet.data.index import FILE, Index, read_index
-from lip_resnet.data.remote import MissingFile, Remote, is_url
+from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.index import FILE, Index, read_index
+from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
 _NAMES = "classes.txt"
 

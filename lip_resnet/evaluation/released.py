@@ -1,27 +1,18 @@
 """Accuracy by the reference's protocol, compared with published counts."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lip_resnet import distributed, results
+from lip_resnet import distributed
 from lip_resnet.config import Config, EvalDataConfig, InputError, ModelConfig
-from lip_resnet.data import EvalLoader, testsets
-from lip_resnet.evaluate import evaluate_set
-from lip_resnet.protocol import EvalConfig, adapt
+from lip_resnet.data import EvalLoader
+from lip_resnet.evaluation import results, testsets
+from lip_resnet.evaluation.evaluate import evaluate_set
+from lip_resnet.evaluation.protocol import EvalConfig, adapt
 from lip_resnet.recipe import load_config
-
-
-def sha256(path: Path) -> str:
-    """Of a file, as ``sha256sum`` prints it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def reference_protocol(model: str, num_classes: int, trained: Config | None = None) -> EvalConfig:

@@ -12,6 +12,7 @@ from typing import TextIO
 from lip_resnet import checkpoint
 from lip_resnet.config import Config, Effect, InputError
 from lip_resnet.recipe import load_config
+from lip_resnet.training.checkpoints import Checkpoints
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """Names that ``checkpoint.write_atomically`` gives to half-written files; no other file is removed."""
@@ -87,7 +88,7 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
     except OSError as error:
         raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from error
     try:
-        found = checkpoint.Checkpoints(checkpoints, keep=1)
+        found = Checkpoints(checkpoints, keep=1)
         if source is None:
             source, skipped = found.newest_whole()
             notes = [f"skipped {line}" for line in skipped]

@@ -7,7 +7,7 @@ import numpy as np
 from lip_resnet import distributed
 from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import BadImage, read_file
-from lip_resnet.data.encoded import Encoded
+from lip_resnet.data.sources.encoded import Encoded
 
 _SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev", "test")}
 """Our splits -> the names that they may have, the first found."""
