@@ -1,20 +1,13 @@
-"""Shared by all tests: a small image folder, a small recipe, Python in a process of its own."""
+"""Fixtures that tests of several folders use: small sets of images as folders, Parquet files and shards."""
 
-import os
-import subprocess
-import sys
-import textwrap
+import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from lip_resnet.config import Config
-from lip_resnet.recipe import parse_config
-
-ROOT = Path(__file__).parents[1]
 
 # Tests run side by side, a process a core: OpenMP threads that wait for each other would cost more than they give.
 torch.set_num_threads(1)
@@ -36,32 +29,48 @@ def image_folder(tmp_path_factory) -> Path:
     return root
 
 
-def small_config(**changes: object) -> Config:
-    """A tiny timm network on the digits; ``optim__lr=0.1`` changes optim.lr."""
-    tree: dict = {
-        "model": {"name": "test_resnet", "num_classes": 10},
-        "data": {
-            **{"name": "digits", "batch_size": 64, "eval_batch_size": 50, "workers": 0},
-            **{"size": 32, "eval_size": 32, "eval_resize": 32, "flip": 0.0},
-        },
-        "optim": {"lr": 0.05},
-        "train": {"epochs": 2, "log_every": 5},
-    }
-    for name, value in changes.items():
-        section, key = name.split("__")
-        tree[section][key] = value
-    return parse_config(tree, "test")
+@pytest.fixture
+def parquet(image_folder, tmp_path, monkeypatch) -> Path:
+    """The shared folder as Parquet files, train in two."""
+    import datasets  # a second of imports that few tests need
+    from helpers.sets import table
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    root = tmp_path / "set"
+    root.mkdir()
+    train = sorted((image_folder / "train").glob("*/*"))
+    for number, paths in enumerate((train[:10], train[10:])):
+        table(paths).to_parquet(root / f"train-{number:05}-of-00002.parquet")
+    table(sorted((image_folder / "val").glob("*/*"))).to_parquet(root / "validation-00000-of-00001.parquet")
+    return root
 
 
-def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run Python code in a process of its own, with this package and the tests' folder on its path."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.fixture
+def served(image_folder, tmp_path, monkeypatch):
+    """(server, URL) of the shared folder in shards of five, indexed."""
+    from helpers.server import Server
+    from helpers.sets import add
+
+    from lip_resnet.data.sources import remote
+    from lip_resnet.data.sources.index import write_index
+
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "classes.txt").write_text("ant\nbee\ncat\n")
+        paths = sorted((image_folder / split).glob("*/*"))
+        for start in range(0, len(paths), 5):
+            with tarfile.open(tmp_path / split / f"{start:04}.tar", "w") as archive:
+                for path in paths[start : start + 5]:
+                    add(archive, f"{path.stem}.jpg", path.read_bytes())
+                    add(archive, f"{path.stem}.cls", str(("ant", "bee", "cat").index(path.parent.name)).encode())
+        write_index(tmp_path / split)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0, 0.0))
+    server = Server(tmp_path)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

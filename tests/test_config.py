@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import small_config
+from helpers import small_config
 from pydantic import ValidationError
 
 from lip_resnet import DOWNSAMPLING

@@ -2,21 +2,18 @@
 
 import re
 import subprocess
-import sys
 
+import draw_operator
+import make_docs
 import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT
+from helpers import ROOT
 
 import lip_resnet.data
 from lip_resnet.config import Config, InputError
 from lip_resnet.recipe import load_config
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import draw_operator
-import make_docs
 
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/README.md")
 PAGES = [ROOT / name for name in NAMES] + sorted((ROOT / "docs").glob("*.md"))

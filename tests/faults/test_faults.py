@@ -14,7 +14,7 @@ import run_contents
 import soak
 import summary
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from run_contents import EPOCH, TOTAL
 
 from lip_resnet import checkpoint

@@ -9,8 +9,7 @@ import zipfile
 import hostile_files
 import pytest
 import torch
-from conftest import ROOT, small_config
-from lip_resnet.training.checkpoints import Checkpoints
+from helpers import ROOT, small_config
 from processes import RECIPE
 from run_contents import hash_value
 
@@ -18,6 +17,7 @@ from lip_resnet import checkpoint
 from lip_resnet.config import InputError
 from lip_resnet.models import registry
 from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import build_state
 
 SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8"]

@@ -1,0 +1,222 @@
+"""torchvision's sets by name, from tiny copies of what they look like on a disk."""
+
+import csv
+import gzip
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from helpers.sets import IMAGES, cifar, pixels
+from PIL import Image
+from scipy.io import savemat
+from torchvision import datasets
+
+from lip_resnet.config import DataConfig, InputError, TorchvisionSet
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
+from lip_resnet.data.sources import named
+
+
+def picture(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(20, 24, 3)).save(path)
+    return path.stem
+
+
+def mnist(root: Path, name: str) -> None:
+    folder = root / name / "raw"
+    folder.mkdir(parents=True)
+    for prefix, split in (("train", "train"), ("t10k", "val")):
+        n = IMAGES[split]
+        images = struct.pack(">IIII", 0x803, n, 28, 28) + pixels(n, 28, 28).tobytes()
+        labels = struct.pack(">II", 0x801, n) + bytes(index % 3 for index in range(n))
+        for kind, data in (("images-idx3", images), ("labels-idx1", labels)):
+            (folder / f"{prefix}-{kind}-ubyte").write_bytes(data)
+            (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
+
+
+def svhn(root: Path) -> None:
+    for name, split in (("train", "train"), ("test", "val")):
+        n = IMAGES[split]
+        labels = np.array([10, 1, 2, 10, 1, 2][:n], np.uint8)[:, None]  # 10 stands for 0
+        savemat(root / f"{name}_32x32.mat", {"X": pixels(32, 32, 3, n), "y": labels})
+
+
+def stl10(root: Path) -> None:
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True)
+    (folder / "class_names.txt").write_text("ape\nbat\ncow\n")
+    for name, split in (("train", "train"), ("test", "val")):
+        n = IMAGES[split]
+        (folder / f"{name}_X.bin").write_bytes(pixels(n, 3, 96, 96).tobytes())
+        (folder / f"{name}_y.bin").write_bytes(bytes(1 + index % 3 for index in range(n)))
+
+
+def gtsrb(root: Path) -> None:
+    base = root / "gtsrb"
+    for index in range(IMAGES["train"]):
+        picture(base / "GTSRB" / "Training" / f"{index % 3:05}" / f"{index}.ppm")
+    rows = [{"Filename": f"{index:05}.ppm", "ClassId": index % 3} for index in range(IMAGES["val"])]
+    for row in rows:
+        picture(base / "GTSRB" / "Final_Test" / "Images" / row["Filename"])
+    with open(base / "GT-final_test.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["Filename", "ClassId"], delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def folders(base: Path, splits: dict[str, int], names: list[str], suffix: str) -> None:
+    for split, count in splits.items():
+        for index in range(count):
+            picture(base / split / names[index % 3] / f"{index}{suffix}")
+
+
+def flowers102(root: Path) -> None:
+    base = root / "flowers-102"
+    for number in range(1, 11):
+        picture(base / "jpg" / f"image_{number:05}.jpg")
+    savemat(base / "imagelabels.mat", {"labels": np.array([1 + number % 3 for number in range(10)])})
+    savemat(base / "setid.mat", {"trnid": np.arange(1, 5), "valid": np.arange(5, 7), "tstid": np.arange(7, 11)})
+
+
+def food101(root: Path) -> None:
+    base = root / "food-101"
+    (base / "meta").mkdir(parents=True)
+    for name, split in (("train", "train"), ("test", "val")):
+        listed: dict[str, list[str]] = {"pie": [], "rice": [], "soup": []}
+        for index in range(IMAGES[split]):
+            label = list(listed)[index % 3]
+            picture(base / "images" / label / f"{name}{index}.jpg")
+            listed[label].append(f"{label}/{name}{index}")
+        (base / "meta" / f"{name}.json").write_text(json.dumps(listed))
+
+
+def pets(root: Path) -> None:
+    base = root / "oxford-iiit-pet"
+    (base / "annotations").mkdir(parents=True)
+    for name, split in (("trainval", "train"), ("test", "val")):
+        lines = []
+        for index in range(IMAGES[split]):
+            stem = picture(base / "images" / f"{'abc'[index % 3]}_{name}{index}.jpg")
+            lines.append(f"{stem} {1 + index % 3} 1 1\n")
+        (base / "annotations" / f"{name}.txt").write_text("".join(lines))
+
+
+def dtd(root: Path) -> None:
+    base = root / "dtd" / "dtd"
+    (base / "labels").mkdir(parents=True)
+    for name, count in (("train", 3), ("val", 3), ("test", 4)):
+        lines = [f"{'abc'[index % 3]}/{name}{index}.jpg" for index in range(count)]
+        for line in lines:
+            picture(base / "images" / line)
+        (base / "labels" / f"{name}1.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
+def aircraft(root: Path) -> None:
+    base = root / "fgvc-aircraft-2013b" / "data"
+    (base / "images").mkdir(parents=True)
+    (base / "variants.txt").write_text("A 1\nB 2\nC 3\n")
+    for name, split in (("trainval", "train"), ("test", "val")):
+        lines = []
+        for index in range(IMAGES[split]):
+            stem = picture(base / "images" / f"{name}{index}.jpg")
+            lines.append(f"{stem} {('A 1', 'B 2', 'C 3')[index % 3]}\n")
+        (base / f"images_variant_{name}.txt").write_text("".join(lines))
+
+
+FIVE = [f"data_batch_{number}" for number in range(1, 6)]
+LAYOUTS = {
+    "cifar10": lambda r: cifar(r, 3, "cifar-10-batches-py", {"train": FIVE, "val": ["test_batch"]}, "labels"),
+    "cifar100": lambda r: cifar(r, 3, "cifar-100-python", {"train": ["train"], "val": ["test"]}, "fine_labels"),
+    "mnist": lambda r: mnist(r, "MNIST"),
+    "fashion_mnist": lambda r: mnist(r, "FashionMNIST"),
+    "kmnist": lambda r: mnist(r, "KMNIST"),
+    "svhn": svhn,
+    "stl10": stl10,
+    "gtsrb": gtsrb,
+    "imagenette": lambda r: folders(r / "imagenette2", IMAGES, ["n01440764", "n02102040", "n02979186"], ".JPEG"),
+    "flowers102": flowers102,
+    "food101": food101,
+    "pets": pets,
+    "dtd": dtd,
+    "aircraft": aircraft,
+    "country211": lambda r: folders(r / "country211", {"train": 3, "valid": 3, "test": 4}, ["AD", "AE", "AF"], ".jpg"),
+}
+
+CLASSES = {"flowers102": 102, "mnist": 10, "fashion_mnist": 10, "kmnist": 10}
+"""Of those whose classes torchvision's code names."""
+
+
+def settings(name: str, root: Path, **changes: object) -> DataConfig:
+    values = {"name": name, "root": str(root), "batch_size": 3, "size": 16, "eval_size": 16, "eval_resize": 18}
+    return DataConfig(**{**values, "workers": 0, "decode": "fast", **changes})
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The sets' true checksums and sizes are not these copies'."""
+    for kind in (datasets.CIFAR10, datasets.SVHN, datasets.STL10):
+        monkeypatch.setattr(kind, "_check_integrity", lambda self: Path(self.root).exists())
+    for module in (datasets.cifar, datasets.flowers102):
+        monkeypatch.setattr(module, "check_integrity", lambda path, *_: Path(path).exists())
+    for name, entry in named.NAMED.items():
+        monkeypatch.setitem(named.NAMED, name, replace(entry, images=IMAGES))
+
+
+def test_every_name_is_known_to_recipes():
+    assert set(named.NAMED) == set(get_args(TorchvisionSet)) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_set_is_torchvision_s(tiny, tmp_path, name):
+    """The same images with the same labels as torchvision's own class gives; every one once in training."""
+    LAYOUTS[name](tmp_path)
+    config = settings(name, tmp_path)
+    train, val = build_sources(config, CLASSES.get(name, 3))
+    entry = named.NAMED[name]
+    for source, split in ((train, "train"), (val, "val")):
+        theirs = [item for part in entry.splits[split] for item in entry.build(str(tmp_path), **{entry.split: part})]
+        assert len(source) == len(theirs) == IMAGES[split]
+        for (mine, label), (image, other) in zip((source[i] for i in range(len(source))), theirs, strict=True):
+            assert label == other
+            assert mine.tobytes() == image.convert("RGB").tobytes()
+        assert describe_source(source)["images"] == len(source)
+    labels = [label for batch in TrainLoader(train, config, 1, 0).epoch(0) for label in batch.parts[0][1].tolist()]
+    assert sorted(labels) == sorted(label for _, label in (train[i] for i in range(6)))
+    assert torch.cat([labels for _, labels in EvalLoader(val, config)]).tolist() == [val[i][1] for i in range(4)]
+    assert all(isinstance(name, str) for name in train.classes)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_set_that_is_not_there(tmp_path, name):
+    with pytest.raises(InputError, match=rf"does not hold {name}'s train; data\.download: true fetches it") as caught:
+        build_sources(settings(name, tmp_path), 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_set_that_is_not_whole(tiny, tmp_path):
+    """A download that was killed while it unpacked: torchvision takes it for the set."""
+    LAYOUTS["imagenette"](tmp_path)
+    next((tmp_path / "imagenette2" / "train").rglob("*.JPEG")).unlink()
+    with pytest.raises(InputError, match=r"holds 5 images of imagenette's train, the whole set 6"):
+        build_sources(settings("imagenette", tmp_path), 3)
+
+
+def test_download_comes_first(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.Imagenette, "_download", lambda self: None if self._check_exists() else make())
+    made = []
+
+    def make() -> None:
+        made.append(tmp_path / "new")
+        LAYOUTS["imagenette"](tmp_path / "new")
+
+    sources = build_sources(settings("imagenette", tmp_path / "new", download=True), 3)
+    assert [len(source) for source in sources] == [6, 4]
+    assert len(made) == 1
+    monkeypatch.setattr(datasets.Imagenette, "_download", lambda self: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(InputError, match=r"data\.download: cannot download imagenette to .*: no route"):
+        build_sources(settings("imagenette", tmp_path / "other", download=True), 3)

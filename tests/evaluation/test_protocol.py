@@ -1,0 +1,188 @@
+"""Evaluations: no rule of training applies to them, timm's protocol is timm's own, and images of any kind are found."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import ROOT, small_config
+from helpers.commands import refuse
+from helpers.sets import cifar
+from PIL import Image
+
+import eval as eval_command
+from lip_resnet import checkpoint
+from lip_resnet.config import EvalDataConfig, InputError
+from lip_resnet.data.sources import named
+from lip_resnet.data.transforms import eval_transform
+from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
+from lip_resnet.models.identify import Network, crop_pct
+from lip_resnet.recipe import load_config
+
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def score(capsys, monkeypatch, tmp_path):
+    """Run eval.py in this process: its row."""
+
+    def call(*arguments: object) -> dict:
+        output = tmp_path / "row.json"
+        output.unlink(missing_ok=True)
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments), "--output", str(output)])
+        with pytest.raises(SystemExit) as ended:
+            eval_command.main()
+        assert not ended.value.code, capsys.readouterr().err
+        return json.loads(output.read_text())
+
+    return call
+
+
+def save_run(path: Path, **changes: object) -> Path:
+    """A checkpoint of a run that was trained by ``small_config`` with changes."""
+    config = small_config(**changes)
+    torch.manual_seed(0)
+    state = timm.create_model(config.model.name, num_classes=config.model.num_classes).state_dict()
+    tree = config.model_dump(mode="json")
+    checkpoint.save(path, {"model": state, "ema": None, "step": 1, "processes": [1], "config": tree})
+    return path
+
+
+def test_rules_of_training_do_not_bind_an_evaluation(score, tmp_path):
+    """float16 training needs a fused optimizer; a float16 evaluation has no optimizer."""
+    path = save_run(tmp_path / "run.pt", optim__name="lamb", data__name="synthetic", data__images=40)
+    row = score("--checkpoint", path, "--precision", "float16")
+    assert (row["protocol"]["precision"], row["images"]) == ("float16", 4)
+    assert row["protocol"]["training"]["optim.name"] == "lamb"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_evaluated_in_every_way(path):
+    recipe = EvalConfig.from_recipe(load_config(path))
+    for precision in ("float32", "bfloat16", "float16"):
+        config, split = adapt(recipe, precision=precision, eval_size=96, eval_resize=100, workers=0)
+        assert (config.precision, config.data.eval_size, config.data.workers, split) == (precision, 96, 0, "val")
+        assert (config.model, config.data.mean) == (recipe.model, recipe.data.mean)
+    with pytest.raises(InputError, match="eval_size 512 is larger than eval_resize"):
+        adapt(recipe, eval_size=512)
+
+
+def test_timm_protocol_is_timms():
+    """Every model that timm has weights of: what timm resolves, or a refusal that names the model."""
+    refused = {}
+    for name in timm.list_pretrained():
+        cfg = timm.models.get_pretrained_cfg(name).to_dict()
+        resolved = timm.data.resolve_data_config({}, pretrained_cfg=cfg, use_test_size=True)
+        try:
+            data = timm_protocol(name, cfg).data
+        except InputError as error:
+            refused[name] = resolved, str(error)
+            continue
+        assert (3, data.eval_size, data.eval_size) == tuple(resolved["input_size"]), name
+        assert data.eval_resize == math.floor(data.eval_size / resolved["crop_pct"]), name
+        for key in ("crop_mode", "interpolation", "mean", "std"):
+            assert getattr(data, key) == resolved[key], name
+    for name, (resolved, message) in refused.items():
+        assert message.startswith(f"--model {name}: ")
+        assert "\n" not in message
+        height, width = resolved["input_size"][1:]
+        assert height != width or resolved["crop_pct"] > 1, name
+    # Known values of timm 1.0: a test size of its own, the longer side padded, both sides squashed.
+    known = {"resnet50.a1_in1k": (288, 288, "center"), "vit_base_patch16_clip_224.openai": (224, 248, "center")}
+    known |= {"eva_large_patch14_336.in22k_ft_in1k": (336, 336, "squash")}
+    for name, expected in known.items():
+        data = timm_protocol(name, timm.models.get_pretrained_cfg(name).to_dict()).data
+        assert (data.eval_size, data.eval_resize, data.crop_mode) == expected
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize(("size", "pct"), [(32, 1.0), (28, 0.875), (33, 0.9)])
+def test_pixels_are_timms(mode, size, pct):
+    for seed, shape in enumerate([(40, 60), (61, 37), (50, 50), (20, 90), (9, 7)]):
+        pixels = np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+        theirs = timm.data.create_transform(
+            (3, size, size), use_prefetcher=True, crop_pct=pct, crop_mode=mode, interpolation="bicubic", mean=mean
+        )
+        keys = {"eval_size": size, "eval_resize": math.floor(size / pct), "crop_mode": mode, "mean": mean, "std": std}
+        ours = eval_transform(EvalDataConfig(name="digits", interpolation="bicubic", **keys))
+        image = Image.fromarray(pixels)
+        assert torch.equal(ours(image), torch.as_tensor(theirs(image)))
+
+
+def test_exported_crop_gives_the_resize_back():
+    sizes = [(size, resize) for size in range(32, 400, 7) for resize in range(size, size + 130)]
+    assert all(math.floor(size / crop_pct(size, resize)) == resize for size, resize in sizes)
+    assert math.floor(224 / (224 / 354)) == 353  # the plain quotient does not
+    config = small_config(data__crop_mode="squash", data__eval_resize=36)
+    cfg = Network("resnet50", {}, 5).build(config).pretrained_cfg
+    assert (cfg["crop_mode"], math.floor(32 / cfg["crop_pct"])) == ("squash", 36)
+
+
+def test_crops_of_imagenet_c_are_not_cropped_again(tmp_path):
+    recipe = timm_protocol("x", {"num_classes": 1000, "input_size": (3, 336, 336), "crop_mode": "squash"})
+    assert recipe.data.crop_mode == "squash"
+    data = adapt(recipe, "imagenet-c", str(tmp_path))[0].data
+    assert (data.eval_size, data.eval_resize, data.crop_mode) == (224, 224, "center")
+    data = adapt(recipe, "imagenet-c", str(tmp_path), eval_size=64)[0].data
+    assert (data.eval_size, data.eval_resize) == (64, 64)
+
+
+THREE = {"model__num_classes": 3, "data__eval_resize": 40}
+
+
+def test_a_table_is_evaluated_elsewhere(score, image_folder, parquet, tmp_path):
+    """The same images as class folders and as Parquet files: of a run on tables or on folders, and the other way."""
+    changes = {**THREE, "data__root": "/nonexistent"}
+    of_tables = save_run(tmp_path / "tables.pt", data__name="huggingface", data__label_column="label", **changes)
+    of_folders = save_run(tmp_path / "folders.pt", data__name="folder", **changes)
+    expected = score("--checkpoint", of_folders, "--data", image_folder, "--workers", 0)
+    assert (expected["images"], expected["protocol"]["data"]) == (11, "folder")
+    for arguments in (
+        (of_tables, "--data", parquet),
+        (of_folders, "--data", parquet),
+        (of_tables, "--data", image_folder, "--data-name", "folder"),
+    ):
+        row = score("--checkpoint", *arguments, "--workers", 0)
+        assert [row[key] for key in ("images", "correct1", "loss")] == [
+            expected[key] for key in ("images", "correct1", "loss")
+        ]
+
+
+def test_a_set_of_torchvision_is_evaluated_elsewhere(score, monkeypatch, tmp_path):
+    files = {"train": [f"data_batch_{number}" for number in range(1, 6)], "val": ["test_batch"]}
+    cifar(tmp_path / "moved", 3, "cifar-10-batches-py", files, "labels")
+    monkeypatch.setattr(named.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setitem(named.NAMED["cifar10"].images, "val", 4)
+    monkeypatch.setattr(named.datasets.CIFAR10, "_load_meta", lambda self: setattr(self, "classes", list("abc")))
+    path = save_run(tmp_path / "run.pt", data__name="cifar10", data__root="/nonexistent", **THREE)
+    row = score("--checkpoint", path, "--data", tmp_path / "moved", "--workers", 0)
+    assert (row["images"], row["protocol"]["data"]) == (4, "cifar10")
+
+
+def test_shards_behind_a_url_are_evaluated(score, image_folder, served, tmp_path):
+    _, url = served
+    path = save_run(tmp_path / "run.pt", data__name="folder", data__root="/nonexistent", **THREE)
+    expected = score("--checkpoint", path, "--data", image_folder, "--workers", 0)
+    for data in (url, f"{url}/val/"):
+        row = score("--checkpoint", path, "--data", data, "--workers", 0)
+        assert [row[key] for key in ("images", "correct1", "loss")] == [11, expected["correct1"], expected["loss"]]
+        assert row["protocol"]["data"] == "shards"
+
+
+def test_refusals(capsys, monkeypatch, image_folder, tmp_path):
+    digits = save_run(tmp_path / "digits.pt")
+
+    def line(*arguments: object) -> str:
+        return refuse(capsys, monkeypatch, eval_command, "--checkpoint", digits, *arguments)
+
+    assert "the recipe's data.name is digits, which is not read from a directory" in line("--data", image_folder)
+    assert "--data-name folder belongs to --data DIR" in line("--data-name", "folder")
+    assert "imagenet-a must lie on a disk" in line("--dataset", "imagenet-a", "--data", "http://127.0.0.1:9/x")
+    assert "eval_size 64 is larger than eval_resize 32" in line("--size", 64)
+    square = line("--model", "vit_base_patch16_sapiens2.fb", "--data", image_folder)
+    assert "vit_base_patch16_sapiens2.fb: timm evaluates it on 1024x768 images of 3 channels" in square

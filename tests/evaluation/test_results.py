@@ -1,0 +1,318 @@
+"""Tables: deltas computed by hand, seeds grouped, and no delta between different protocols."""
+
+import copy
+import json
+import math
+
+import pytest
+from helpers import small_config
+
+from lip_resnet.config import InputError
+from lip_resnet.evaluation import results
+from lip_resnet.evaluation.protocol import EvalConfig
+from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.evaluation.tables import render
+
+PAPER = {"lip_resnet50": {"top1": 78.186, "top5": 93.964}}
+
+
+def row(model: str, top1: float, seed: int | None = 0, **changes) -> dict:
+    config = small_config(model__name=model, train__seed=seed or 0, **changes)
+    return {
+        **{"model": model, "args": {}, "checkpoint": f"{model}-{seed}", "weights": "model", "selected_on_val": False},
+        **{"top1": top1, "top5": 99.0, "loss": 0.1, "images": 355, "params": 23_864_232, "macs": 5_299_830_784},
+        **{
+            "seed": seed,
+            "protocol": results.describe_protocol(
+                EvalConfig.from_recipe(config), results.describe_training(config, [2])
+            ),
+        },
+    }
+
+
+def tuned(model: str, top1: float, initial: dict | None, weights: str | None = None) -> dict:
+    """A row of weights that were trained from others."""
+    config = small_config(model__name=model, model__weights=weights or f"runs/{model}")
+    training = results.describe_training(config, [2], initial)
+    return {**row(model, top1), "protocol": results.describe_protocol(EvalConfig.from_recipe(config), training)}
+
+
+def source(model: str, sha256: str, before: dict | None = None, **changes) -> dict:
+    """``initial_weights`` of a run from another run's checkpoint."""
+    changes |= {"model__weights": "before.pt"} if before else {}
+    training = results.describe_training(small_config(model__name=model, **changes), [2], before)
+    return {"training": {**training, "step": 46}, "sha256": sha256, "weights": "model"}
+
+
+def table(rows: list[dict]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    header, lines, notes = results.build_table(rows, PAPER)
+    return {line[0]: dict(zip(header, line, strict=True)) for line in lines}, notes
+
+
+def test_delta_and_seeds():
+    rows = [
+        row("lip_resnet50", 98.0, 0),
+        row("resnet50", 97.0, 0),
+        row("lip_resnet50", 99.0, 1),
+        row("resnet50", 96.0, 1),
+    ]
+    lines, notes = table(rows)
+    assert lines["lip_resnet50"]["top-1 (%)"] == f"98.50 ± {math.sqrt(0.5):.2f}"
+    assert lines["lip_resnet50"]["delta top-1"] == "+2.00"
+    assert lines["lip_resnet50"]["seeds"] == "2"
+    assert lines["lip_resnet50"]["params (M)"] == "23.86"
+    assert lines["lip_resnet50"]["MACs (G)"] == "5.300"
+    assert lines["resnet50"]["delta top-1"] == "-"
+    assert notes == []
+    assert "paper top-1" not in lines["resnet50"]  # digits are not the paper's data
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__epochs": 3}, "train.epochs"),
+        ({"optim__lr": 0.2}, "optim.lr"),
+        ({"data__eval_resize": 40}, "eval_resize"),
+        ({"data__flip": 0.5}, "data.flip"),
+        ({"data__batch_size": 32}, "data.batch_size"),
+    ],
+)
+def test_no_delta_between_protocols(changes, words):
+    lines, notes = table([row("lip_resnet50", 98.0), row("resnet50", 97.0, **changes)])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert len(notes) == 1
+    assert words in notes[0]
+
+
+def test_no_delta_between_batch_norms_of_other_sizes():
+    ours, theirs = row("lip_resnet50", 98.0), row("resnet50", 97.0)
+    theirs["protocol"] = results.describe_protocol(
+        EvalConfig.from_recipe(small_config()), results.describe_training(small_config(), [1])
+    )
+    lines, notes = table([ours, theirs])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert "images_per_batch_norm: 32 against 64" in notes[0]
+
+
+def test_hardware_is_not_protocol():
+    lines, _ = table([row("lip_resnet50", 98.0, data__workers=3), row("resnet50", 97.0, train__nonfinite_limit=9)])
+    assert lines["lip_resnet50"]["delta top-1"] == "+1.00"
+
+
+UNKNOWN = {"training": None, "sha256": "ab", "weights": "model"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        (source("lip_resnet50", "ab"), source("resnet50", "cd"), None),
+        (UNKNOWN, UNKNOWN, None),
+        (source("lip_resnet50", "ab", UNKNOWN), source("resnet50", "cd", UNKNOWN), None),
+        (
+            *(source("lip_resnet50", "ab"), source("resnet50", "cd", optim__lr=0.2)),
+            "model.weights: the weights started from differ in optim.lr: 0.05 against 0.2",
+        ),
+        (
+            *(source("lip_resnet50", "ab", UNKNOWN), source("resnet50", "cd", {**UNKNOWN, "sha256": "ef"})),
+            "the weights started from differ in model.weights: started from two different files whose training is",
+        ),
+        (UNKNOWN, {**UNKNOWN, "sha256": "ef"}, "model.weights: started from two different files whose training is"),
+        (UNKNOWN, source("resnet50", "ab"), "started from a file of unknown training against weights of a known"),
+        (None, None, "model.weights: started from runs/lip_resnet50 against runs/resnet50"),  # older checkpoints
+    ],
+)
+def test_fine_tuned_weights_are_compared_by_what_they_started_from(ours, theirs, words):
+    lines, notes = table([tuned("lip_resnet50", 98.0, ours), tuned("resnet50", 97.0, theirs)])
+    assert lines["lip_resnet50"]["delta top-1"] == ("-" if words else "+1.00")
+    assert len(notes) == bool(words)
+    assert not words or words in notes[0]
+
+
+def test_a_start_from_weights_is_not_one_from_none():
+    _, notes = table([tuned("lip_resnet50", 98.0, UNKNOWN), row("resnet50", 97.0)])
+    assert "model.weights: started from a file of unknown training against random weights" in notes[0]
+
+
+def test_rows_of_earlier_versions_compare_with_todays(tmp_path):
+    """They list keys that change no weights, and know no keys that came later."""
+    old, new = row("lip_resnet50", 98.0), row("resnet50", 97.0)
+    old["protocol"]["training"] |= {"train.nonfinite_limit": 3, "train.on_nonfinite": "skip", "train.rules": "ema"}
+    del old["protocol"]["training"]["data.images"]
+    for name, each in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(each))
+    lines, notes = table(read_rows([str(tmp_path / "old.json"), str(tmp_path / "new.json")]))
+    assert lines["lip_resnet50"]["delta top-1"] == "+1.00"
+    assert notes == []
+
+
+def test_unknown_training_has_no_delta():
+    ours, theirs = row("lip_resnet50", 98.0, None), row("resnet50", 97.0, None)
+    for one in (ours, theirs):
+        one["protocol"] = results.describe_protocol(EvalConfig.from_recipe(small_config()), None)
+    lines, notes = table([ours, theirs])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert "unknown training" in notes[0]
+
+
+def test_paper_figures_stand_beside_imagenet():
+    ours = row("lip_resnet50", 78.2)
+    ours["images"], ours["protocol"]["classes"] = 50000, 1000
+    lines, _ = table([ours])
+    assert lines["lip_resnet50"]["paper top-1"] == "78.19"
+
+
+def test_paper_figures_belong_to_a_network_with_its_keywords():
+    rows = [row("lip_resnet50", top1) for top1 in (78.2, 77.0, 78.0)]
+    for one, width in zip(rows, (128, 64, 256), strict=True):
+        one["images"], one["protocol"]["classes"], one["args"] = 50000, 1000, {"bottleneck_width": width}
+    paper = PAPER | {"lip_resnet50 (bottleneck_width=256)": {"top1": 78.15}}
+    header, lines, _ = results.build_table(rows, paper)
+    assert [line[header.index("paper top-1")] for line in lines] == ["78.19", "-", "78.15"]
+
+
+def test_best_and_ema_are_labelled():
+    best, ema = row("resnet50", 97.0), row("resnet50", 97.5)
+    best["selected_on_val"], ema["weights"] = True, "ema"
+    lines, _ = table([best, ema])
+    assert set(lines) == {"resnet50, best epoch (selected on val)", "resnet50, EMA"}
+
+
+def test_formats():
+    rows = [row("lip_resnet50", 98.0), row("resnet50", 97.0)]
+    header, lines, notes = results.build_table(rows, PAPER)
+    csv = render(header, lines, notes, "csv").splitlines()
+    assert csv[1] == "lip_resnet50,23.86,5.300,98.00,99.00,+1.00,1,355"
+    latex = render(header, lines, notes, "latex")
+    assert r"lip\_resnet50 & 23.86 & 5.300 & 98.00 & 99.00 & +1.00 & 1 & 355 \\" in latex
+    markdown = render(header, lines, notes, "md").splitlines()
+    assert len({len(line) for line in markdown}) == 1
+    assert markdown[0].split("|")[1].strip() == "model"
+
+
+def test_bad_rows(tmp_path):
+    good = row("resnet50", 97.0)
+    with pytest.raises(InputError, match="same seed"):
+        results.build_table([good, copy.deepcopy(good)], PAPER)
+    for name, text, words in (
+        ("a.json", "no json", "not JSON"),
+        ("b.json", "[1]", "not a row"),
+        ("c.json", json.dumps({"model": "x"}), "lacks top1"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=words):
+            read_rows([str(tmp_path / name)])
+    with pytest.raises(InputError, match="No such file"):
+        read_rows([str(tmp_path / "none.json")])
+    with pytest.raises(InputError, match=r"holds no eval\.json"):
+        read_rows([str(tmp_path)])
+
+
+def test_old_rows_were_centre_crops():
+    """Rows from before the key ``crop_mode``: deltas and seeds as ever, and no delta to another crop."""
+    old, seed = row("resnet50", 97.0, 0), row("resnet50", 96.0, 1)
+    assert old["protocol"].pop("crop_mode") == "center"
+    assert not {key for key in old["protocol"]["training"] if "crop_mode" in key}
+    lines, notes = table([row("lip_resnet50", 98.0), old, seed])
+    assert (lines["lip_resnet50"]["delta top-1"], lines["resnet50"]["seeds"], notes) == ("+1.50", "2", [])
+    lines, notes = table([row("lip_resnet50", 98.0, data__crop_mode="squash"), old])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert "crop_mode: squash against center" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"selected_on_val": True}, "selected_on_val"),
+        ({"weights": "ema"}, "weights: model against ema"),
+        ({"images": 100}, "images: 355 against 100"),
+    ],
+)
+def test_no_delta_between_other_weights_or_images(changes, words):
+    lines, notes = table([row("lip_resnet50", 98.0), {**row("resnet50", 97.0), **changes}])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert words in notes[0]
+
+
+def test_rows_of_other_images_are_not_seeds_of_each_other():
+    lines, _ = table([row("resnet50", 98.0, 0), {**row("resnet50", 97.0, 1), "images": 100}])
+    assert lines["resnet50"]["seeds"] == "1"
+
+
+def test_batch_norm_sees_what_its_process_sees():
+    config = small_config(optim__accumulate=4)
+    assert results.describe_training(config, [2])["images_per_batch_norm"] == "8"
+    assert results.describe_training(config, [2, 1])["images_per_batch_norm"] == "8, then 16"
+    synced = small_config(optim__accumulate=4, train__sync_bn=True)
+    assert results.describe_training(synced, [2])["images_per_batch_norm"] == "16"
+
+
+def on(name: str, model: str, top1: float, **facts) -> dict:
+    """A row of a test set."""
+    found = row(model, top1)
+    found["protocol"] |= {"test_set": name}
+    return {**found, "dataset": {"name": name, "whole": True, "names": name, "content": None}, **facts}
+
+
+ROWS = [
+    *(row("lip_resnet50", 98.0), row("resnet50", 97.0)),
+    *(on("imagenet-v2", "lip_resnet50", 66.0), on("imagenet-v2", "resnet50", 63.0)),
+    on("imagenet-a", "lip_resnet50", 9.0),
+    *(on("imagenet-c", "lip_resnet50", 40.0, mce=75.0), on("imagenet-c", "resnet50", 39.0, mce=76.7)),
+]
+
+
+def test_test_sets_stand_apart():
+    """A delta is to the baseline on the same set; where the baseline is missing there is none."""
+    header, lines, notes = results.build_table(ROWS, PAPER)
+    found = {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
+    assert [found["lip_resnet50", name]["delta top-1"] for name in ("digits", "imagenet-v2", "imagenet-c")] == [
+        "+1.00",
+        "+3.00",
+        "+1.00",
+    ]
+    assert found["lip_resnet50", "imagenet-a"]["delta top-1"] == "-"
+    assert found["lip_resnet50", "imagenet-c"]["mCE (%)"] == "75.00"
+    assert found["lip_resnet50", "digits"]["mCE (%)"] == "-"
+    assert notes == []
+
+
+def test_a_column_a_test_set():
+    header, lines, notes = results.build_wide(ROWS)
+    assert header == [
+        *("model", "params (M)", "imagenet-v2 top-1 (%)", "imagenet-a top-1 (%)", "imagenet-c mCE (%)"),
+        *("digits top-1 (%)", "seeds"),
+    ]
+    assert lines == [
+        ["lip_resnet50", "23.86", "66.00 (+3.00)", "9.00", "75.00 (-1.70)", "98.00 (+1.00)", "1"],
+        ["resnet50", "23.86", "63.00", "-", "76.70", "97.00", "1"],
+    ]
+    assert notes == []
+    part = on("imagenet-a", "resnet50", 1.0, dataset={"name": "imagenet-a", "whole": False, "names": "imagenet-a"})
+    _, _, notes = results.build_wide([*ROWS, part])
+    assert notes == ["imagenet-a: 355 images, which is not all of it"]
+    twice = on("imagenet-a", "lip_resnet50", 9.5)
+    twice["protocol"]["eval_size"] = 288
+    with pytest.raises(InputError, match=r"lip_resnet50 has two figures on imagenet-a.*eval_size: 288 against 32"):
+        results.build_wide([*ROWS, twice])
+
+
+def test_no_delta_between_other_images_of_one_name():
+    """ImageNet-V2 has three variants of 10,000 images in the same layout."""
+    other = on("imagenet-v2", "resnet50", 70.0)
+    other["dataset"]["names"] = "top images"
+    lines, notes = table([on("imagenet-v2", "lip_resnet50", 66.0), other])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    assert "other images (dataset.names)" in notes[0]
+
+
+def test_the_papers_figures_are_not_those_of_sketch():
+    ours = on("imagenet-sketch", "lip_resnet50", 25.0, images=50000)
+    ours["protocol"]["classes"] = 1000
+    header, _, _ = results.build_table([ours], PAPER)
+    assert "paper top-1" not in header
+
+
+def test_a_run_folder_holds_a_row_for_each_set(tmp_path):
+    for name, one in (("eval", ROWS[0]), ("eval-imagenet-v2", ROWS[2])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(one))
+    assert read_rows([str(tmp_path)]) == [ROWS[0], ROWS[2]]

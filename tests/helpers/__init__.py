@@ -1,0 +1,40 @@
+"""What several test files share: a small recipe, and Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from lip_resnet.config import Config
+from lip_resnet.recipe import parse_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def small_config(**changes: object) -> Config:
+    """A tiny timm network on the digits; ``optim__lr=0.1`` changes optim.lr."""
+    tree: dict = {
+        "model": {"name": "test_resnet", "num_classes": 10},
+        "data": {
+            **{"name": "digits", "batch_size": 64, "eval_batch_size": 50, "workers": 0},
+            **{"size": 32, "eval_size": 32, "eval_resize": 32, "flip": 0.0},
+        },
+        "optim": {"lr": 0.05},
+        "train": {"epochs": 2, "log_every": 5},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree[section][key] = value
+    return parse_config(tree, "test")
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python code in a process of its own, with this package and the tests' folder on its path."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

@@ -1,0 +1,31 @@
+"""A small training state and its loaders."""
+
+import torch
+
+from helpers import small_config
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources
+from lip_resnet.models import registry
+from lip_resnet.training.engine import build_state, train_one_epoch
+
+CPU = torch.device("cpu")
+
+
+def prepare(**changes):
+    config = small_config(**changes)
+    torch.manual_seed(0)
+    state = build_state(registry.build_model(config.model, drop_rate=config.train.drop), config, CPU)
+    train, val = build_sources(config.data, config.model.num_classes)
+    loader = TrainLoader(train, config.data, config.optim.accumulate, config.train.seed)
+    return config, state, loader, EvalLoader(val, config.data)
+
+
+def how(config):
+    """The keywords of ``evaluate``."""
+    data, train = config.data, config.train
+    return {"precision": train.precision, "channels_last": train.channels_last, "mean": data.mean, "std": data.std}
+
+
+def run(config, state, loader, norm_excludes=()):
+    logged = []
+    train_one_epoch(state, loader, config, norm_excludes=norm_excludes, on_step=lambda: None, on_log=logged.append)
+    return logged

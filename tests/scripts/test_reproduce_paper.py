@@ -1,0 +1,253 @@
+"""scripts/reproduce_paper.py: the figures' own consistency, the counting rules, and what makes the report say OFF."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import reproduce_paper
+import timm
+import torch
+import torchvision
+import yaml
+from helpers import ROOT
+from helpers.golden import GOLDEN, released_state_dict
+from torch import nn
+
+from lip_resnet import cli
+from lip_resnet.evaluation import released, results
+from lip_resnet.evaluation.cost import count_flops, count_macs
+from lip_resnet.evaluation.paper import Check, load_paper
+from lip_resnet.evaluation.protocol import EvalConfig
+from lip_resnet.models.identify import Network
+from lip_resnet.models.weights import load_weights
+from lip_resnet.recipe import load_config
+
+PAPER = load_paper(ROOT / "scripts/paper.yaml")
+ROWS = {row.name: row for row in PAPER.rows}
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command in this process: (exit code, what it printed, its error line)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.launch(reproduce_paper.main)
+        printed = capsys.readouterr()
+        return left.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The data file with the row of LIP-DenseNet-121 alone, and changes to it or to the whole."""
+
+    def change(row: dict | None = None, **whole: object) -> None:
+        tree = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
+        tree["rows"] = [{**one, **(row or {})} for one in tree["rows"] if one["name"] == "lip_densenet121"]
+        path = tmp_path / "paper.yaml"
+        path.write_text(yaml.safe_dump(tree | {"gains": []} | whole))
+        monkeypatch.setattr(reproduce_paper, "FIGURES", path)
+
+    return change
+
+
+def test_figures_agree_with_each_other_and_with_other_records():
+    for row in PAPER.rows:
+        if row.correct:  # published to three digits, of 50,000
+            assert row.correct.top1 * 100 / PAPER.images == pytest.approx(row.published.top1, rel=1e-9)
+            assert row.correct.top5 * 100 / PAPER.images == pytest.approx(row.published.top5, rel=1e-9)
+        for figure in (row.published, row.correct, row.params, row.macs):
+            assert figure is None or figure.source in PAPER.sources
+    for name, golden in (("width64", "lip_resnet50_b64"), ("width256", "lip_resnet50_b256")):
+        assert ROWS[f"lip_resnet50_{name}"].params.value == GOLDEN[golden]["params"]
+    for name in ("lip_resnet50", "lip_resnet101", "lip_densenet121"):
+        assert ROWS[name].params.value == GOLDEN[name]["params"]
+    for name in ("resnet50", "resnet101", "densenet121"):
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        assert ROWS[name].params.value == weights.meta["num_params"]
+    printed, baseline = ROWS["lip_resnet101"].published, ROWS["resnet101"].published
+    gain = next(gain for gain in PAPER.gains if gain.row == "lip_resnet101")
+    assert gain.top1 == 1.46  # as printed, and wrong
+    assert gain.correction == {"top1": pytest.approx(printed.top1 - baseline.top1)} == {"top1": 1.35}
+
+
+@pytest.mark.parametrize("row", PAPER.rows, ids=lambda row: row.name)
+def test_recipes_train_the_row(row):
+    config = load_config(ROOT / row.recipe)
+    assert PAPER.find(config.model.name, config.model.args) is row
+    assert config.model.num_classes == PAPER.classes == 1000
+    assert (config.train.epochs, config.optim.milestones, config.data.batch_size) == (90, (30, 60, 80), 256)
+
+
+def test_flops_rule_by_hand():
+    """2 x 4 x 4 inputs; 3x3 convolution to 4 channels, BN, ReLU, instance norm, max pooling, linear."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.InstanceNorm2d(4)),
+        *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 5)),
+    )
+    convolution, linear, outputs = 4 * 4 * 4 * 3 * 9, 16 * 5, 4 * 4 * 4
+    assert count_macs(model, 4) == convolution + linear
+    assert count_flops(model, 4) == convolution + linear + 2 * outputs + outputs + outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [("resnet50", 4_121_925_096), ("densenet121", 2_882_620_136), ("lip_resnet50", 5_332_822_504)],
+)
+def test_flops_are_those_of_ptflops(name, counted):
+    """Counted once by ptflops 0.6.9, which adds the classifier's 1,000 biases.
+
+    The DenseNet is torchvision's, whose last ReLU and pooling neither sees: they are functions.
+    """
+    create = torchvision.models.get_model if name == "densenet121" else timm.create_model
+    with torch.device("meta"):
+        assert count_flops(create(name), 224) == counted - 1000
+
+
+def test_tolerances():
+    assert Check("flops", 4.125, 4.12, 0.005, "").ok
+    assert not Check("flops", 4.1251, 4.12, 0.005, "").ok
+    assert Check("top1", 78.236, 78.186, 0.05, "").ok  # 25 of 50,000
+    assert not Check("top1", 78.238, 78.186, 0.05, "").ok  # 26
+    assert not Check("params", 23864233, 23864232, 0, "").ok
+
+
+def test_report(run, tmp_path):
+    """The whole report agrees, says what it leaves out, and has the table of docs/paper.md."""
+    code, out, _ = run("--output", tmp_path / "new" / "report")
+    assert code == 0
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    table = re.search("<!-- paper-report:begin -->\n(.*)<!-- paper-report:end -->", page, re.DOTALL)[1]
+    assert table in out, "refresh: python scripts/make_docs.py"
+    assert (tmp_path / "new/report/report.md").read_text(encoding="utf-8") == out
+    report = json.loads((tmp_path / "new/report/report.json").read_text(encoding="utf-8"))
+    assert report["ok"] is True
+    assert [row["name"] for row in report["rows"]] == list(ROWS)
+    for row in report["rows"]:
+        sizes = {check["what"]: check for check in row["sizes"]}
+        assert sizes["params"]["measured"] == ROWS[row["name"]].params.value
+        assert sizes["macs"]["measured"] == pytest.approx(ROWS[row["name"]].macs.value, abs=5e-4)
+        published = ROWS[row["name"]].published
+        if published and published.flops:
+            assert round(sizes["flops"]["measured"], 2) == published.flops
+        command = f"train.py --config {ROWS[row['name']].recipe} data.root=DIR"
+        assert command in row["train"]
+        assert command in out
+    assert "printed +1.46, by the printed rows +1.35: a misprint in the source" in out
+    assert "AP 41.7" in out
+    assert " OFF" not in out
+
+
+def test_a_wrong_figure_is_off(run, small):
+    small()
+    assert run()[0] == 0
+    small({"params": {"source": "measured", "value": 8690921}})
+    code, out, _ = run()
+    assert code == 1
+    assert "8,690,920 (8,690,921) OFF" in out
+    assert "1 are OFF" in out
+
+
+def test_a_gain_that_its_rows_do_not_give_is_off(run, monkeypatch, tmp_path):
+    tree = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
+    tree["rows"] = [row for row in tree["rows"] if row["name"] in ("resnet50", "lip_resnet50")]
+    tree["gains"] = [{"source": "readme", "row": "lip_resnet50", "baseline": "resnet50", "top1": 1.81, "top5": 0.81}]
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(reproduce_paper, "FIGURES", tmp_path / "paper.yaml")
+    code, out, _ = run()
+    assert code == 1
+    assert "top1: printed +1.81, by the printed rows +1.79 OFF" in out
+
+
+def trained_row(path: Path, top1: float, processes: int | None = 8, **changes: object) -> Path:
+    config = load_config(ROOT / ROWS["lip_densenet121"].recipe)
+    row = {
+        **{
+            "model": "lip_densenet121",
+            "args": config.model.args,
+            "checkpoint": "runs/x",
+            "weights": "model",
+            "loss": 1.0,
+        },
+        **{"top1": top1, "top5": 93.2, "images": 50000, "params": 8690920, "macs": 4083343360, "seed": 0},
+        **{
+            "protocol": results.describe_protocol(
+                EvalConfig.from_recipe(config), processes and results.describe_training(config, [processes])
+            ),
+            **changes,
+        },
+    }
+    path.write_text(json.dumps(row))
+    return path
+
+
+def test_rows_of_eval(run, small, tmp_path):
+    small()
+    near = trained_row(tmp_path / "near.json", 76.40)
+    code, out, _ = run("--rows", near)
+    assert code == 0
+    assert "top-1 76.400, top-5 93.200; agrees" in out
+    assert "76.40 / 93.20" in out
+    code, out, _ = run("--rows", near, trained_row(tmp_path / "far.json", 76.30))
+    assert code == 1
+    assert "top-1 76.300, top-5 93.200; OFF" in out
+    # Bare weights are the published ones or they are not: no seed is between them.
+    code, out, _ = run("--rows", trained_row(tmp_path / "bare.json", 76.40, None))
+    assert code == 1
+    for name, changes, words in (
+        ("processes", {"processes": 4}, "images_per_batch_norm: 64 against 32"),
+        ("images", {"images": 11}, "images: 11 against 50000"),
+    ):
+        code, out, _ = run("--rows", trained_row(tmp_path / f"{name}.json", 60.0, **changes))
+        assert code == 0
+        assert f"not compared, its protocol is not the paper's: {words}" in out
+
+
+def test_weights(run, small, tmp_path, image_folder, parquet):
+    state = released_state_dict("lip_densenet121")
+    for key in ("classifier.weight", "classifier.bias"):
+        state[key] = state[key][:3].clone()
+    path = tmp_path / "lip_densenet_121.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    network = Network("lip_densenet121", {}, 3)
+    model = network.build()
+    load_weights(model, path)
+    protocol = released.reference_protocol("lip_densenet121", 3)
+    top1 = released.evaluate_reference(model, protocol, str(image_folder), 0, 11)["correct1"]
+    for option, apart, code, words in (
+        ("--checkpoints", 0, 0, "agrees (counts: identical)"),
+        ("--weights", 26, 1, "OFF (counts: differs)"),  # the option's earlier name
+    ):
+        small({"correct": {"source": "readme", "top1": top1 + apart, "top5": 11}}, images=11, classes=3)
+        data = (image_folder,) if option == "--checkpoints" else (parquet, "--data-name", "huggingface")
+        got, out, _ = run(option, f"lip_densenet121={path}", "--workers", 0, "--data", *data)
+        assert (got, words in out) == (code, True), out
+    small()
+    code, _, err = run("--checkpoints", f"lip_densenet121={path}", "--data", image_folder)
+    assert code == 2
+    assert "the file holds lip_densenet121 of 3 classes" in err
+
+
+def test_refusals(run, small, tmp_path):
+    small()
+    (tmp_path / "report.md").write_text("mine")
+    code, _, err = run("--output", tmp_path)
+    assert (code, "exists" in err) == (2, True)
+    assert (tmp_path / "report.md").read_text() == "mine"
+    assert run("--output", tmp_path, "--force")[0] == 0
+    assert (tmp_path / "report.md").read_text().startswith("# The paper")
+    assert "belong together" in run("--checkpoints", "lip_densenet121=x")[2]
+    assert "must be NAME=FILE" in run("--checkpoints", "resnet5=x", "--data", tmp_path)[2]
+    assert "no such file" in run("--checkpoints", f"lip_densenet121={tmp_path}/none", "--data", tmp_path)[2]
+    other = trained_row(tmp_path / "row.json", 70.0, model="resnet18")
+    assert "resnet18 (init=reference) is no row of paper.yaml" in run("--rows", other)[2]
+    other = trained_row(tmp_path / "row.json", 70.0, downsampling={"main": "blur"})
+    assert "lip_densenet121 (init=reference, main=blur) is no row" in run("--rows", other)[2]
+    for text, words in (("rows: [", "not the paper's figures"), ("images: 3", "not the paper's figures")):
+        reproduce_paper.FIGURES.write_text(text)
+        assert words in run()[2]

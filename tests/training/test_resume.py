@@ -1,0 +1,377 @@
+"""Runs in this process that are stopped, killed or refused a write at a chosen moment, and what the next start does."""
+
+import errno
+import fcntl
+import json
+import operator
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+import run_contents
+import torch
+from helpers import small_config
+
+import lip_commands
+from lip_resnet import checkpoint, cli, distributed, errors
+from lip_resnet.commands import train
+from lip_resnet.config import InputError
+from lip_resnet.training import run, run_folder, runlog
+from lip_resnet.training.checkpoints import Checkpoints
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """``start(*arguments)`` runs train.py in this process on a recipe of 8 steps; it writes to ``start.folder``."""
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(small_config(data__batch_size=480).dump())
+
+    def run_it(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "--output", str(folder), *arguments])
+        try:
+            train.main(lip_commands.train_parser(cli.ArgumentParser).parse_intermixed_args())
+        finally:
+            while run_folder._locks:
+                run_folder._locks.pop().close()  # which the end of the process does
+
+    run_it.folder = folder
+    return run_it
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Every checkpoint is written, or not, before training goes on."""
+    save = Checkpoints.save
+
+    def save_and_wait(self: Checkpoints, payload: dict, best: bool) -> None:
+        save(self, payload, best)
+        self._thread.join()
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+@pytest.mark.parametrize("where", ["build_state", "checkpoint.Checkpoints.newest_whole", "runlog.RunLog"])
+def test_a_signal_before_the_first_step(start, monkeypatch, where, swallowed):
+    """Before the run folder is open and after: nothing is trained, `requeue` is there, and the same command goes on."""
+    path, _, name = where.rpartition(".")
+    owner = operator.attrgetter(path)(train) if path else train
+    original = getattr(owner, name)
+
+    def signalled(*arguments: object) -> object:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except errors.Stopped:  # as a library may, which tries something and goes on without it
+            if not swallowed:
+                raise
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, signalled)
+    with pytest.raises(errors.Stopped, match="SIGTERM before the first step"):
+        start("--resume", "auto")
+    assert (start.folder / "requeue").exists()
+    assert run_contents.logged_step(start.folder) == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(owner, name, original)
+    start("--resume", "auto")
+    assert not (start.folder / "requeue").exists()
+    assert run_contents.take_inventory(start.folder).steps["last.pt"] == 8
+
+
+def test_requeue_is_not_left_in_a_folder_of_others(start, monkeypatch):
+    """Stopped early by a signal, with an --output that is no run, or that another process writes."""
+    monkeypatch.setattr(train, "build_state", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    start.folder.mkdir()
+    (start.folder / "thesis.tex").touch()
+    with pytest.raises(errors.Stopped):
+        start()
+    (start.folder / "thesis.tex").rename(start.folder / "config.yaml")
+    with open(start.folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(errors.Stopped):
+            start()
+    assert sorted(path.name for path in start.folder.iterdir()) == [".lock", "config.yaml"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_checkpoint_that_cannot_be_written(start, patient, monkeypatch, capsys, policy, number):
+    """Disk full, quota, read-only: told at the next step; the older checkpoint stays, and the run stops or goes on."""
+    fsync, refused = os.fsync, []
+    last = start.folder / "checkpoints" / "last.pt"
+
+    def refuse(file: int) -> None:
+        writes = threading.current_thread() is not threading.main_thread() and stat.S_ISREG(os.fstat(file).st_mode)
+        if writes and not refused and last.exists():
+            refused.append(file)
+            raise OSError(number, os.strerror(number))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    told = f"step-00000004.pt: cannot write: {os.strerror(number)}"
+    overrides = [f"train.on_write_error={policy}", "train.checkpoint_steps=3", "train.log_every=1"]
+    if policy == "stop":
+        with pytest.raises(InputError, match=told):
+            start(*overrides)
+        now = run_contents.take_inventory(start.folder)
+        assert (now.newest, now.logged, now.damaged) == (3, 5, [])
+    else:
+        start(*overrides)
+        assert capsys.readouterr().err.count(f"{told}; the run goes on") == 1
+        assert run_contents.take_inventory(start.folder).steps["last.pt"] == 8
+    assert run_contents.count_temporary_files(start.folder) == 0
+
+
+class Late:
+    """``distributed.Agreement`` as several processes have it: every answer comes a call late."""
+
+    def __init__(self) -> None:
+        self.pending = 0
+
+    def __call__(self, number: int) -> int:
+        answer, self.pending = self.pending, number
+        return answer
+
+    def close(self) -> int:
+        return self(0)
+
+
+@pytest.mark.parametrize("agreement", [distributed.Agreement, Late])
+def test_a_signal_at_an_epoch_s_end_does_not_wait_for_the_evaluation(start, patient, monkeypatch, agreement):
+    """It saves and leaves; the evaluation is made up for. One that comes meanwhile takes no further step."""
+    monkeypatch.setattr(distributed, "Agreement", agreement)
+    validate, saved = run.Run.validate, []
+    log = runlog.RunLog.log
+
+    def signalled(self: runlog.RunLog, step: int, *arguments: object) -> None:
+        log(self, step, *arguments)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runlog.RunLog, "log", signalled)
+        with pytest.raises(errors.Stopped, match="SIGTERM at step 4"):
+            start()
+    assert run_contents.take_inventory(start.folder).newest == 4
+    assert run_contents.logged_step(start.folder, "val/loss") == 0
+
+    def interrupted(self: run.Run) -> dict[str, float]:
+        saved.append(run_contents.take_inventory(start.folder).newest)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "validate", interrupted)
+        with pytest.raises(errors.Stopped, match="SIGTERM at step 4"):
+            start("--resume", "auto")
+    start("--resume", "auto")
+    lines = run_contents.read_metrics(start.folder)[0]
+    assert [(line["step"], "val/loss" in line) for line in lines] == [
+        (4, False),
+        (4, True),
+        (5, False),
+        (8, False),
+        (8, True),
+    ]
+    assert saved == [4]
+
+
+def test_an_evaluation_that_was_killed_is_made_up_for(start, patient, monkeypatch):
+    """Killed while it evaluates, after a step at which a checkpoint is due: no step is lost, its numbers come later."""
+
+    def killed(*_: object) -> None:
+        raise KeyError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", killed)
+        with pytest.raises(KeyError):
+            start("train.checkpoint_steps=2")
+    assert run_contents.take_inventory(start.folder).newest == 4
+    start("--resume", "auto")
+    lines = run_contents.read_metrics(start.folder)[0]
+    assert [line["step"] for line in lines if "val/loss" in line] == [4, 8]
+    assert run_contents.take_inventory(start.folder).steps["last.pt"] == 8
+
+
+def test_killed_between_an_evaluation_and_its_checkpoint(start, patient, monkeypatch):
+    """The line is in metrics.jsonl already; the evaluation is done again, and the line is there once."""
+
+    def killed(self: run.Run, best: bool = False) -> None:
+        if self.state.evaluated:
+            raise KeyError("killed")
+        save(self, best)
+
+    save = run.Run.save
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "save", killed)
+        with pytest.raises(KeyError):
+            start("train.checkpoint_steps=4")
+    assert run_contents.take_inventory(start.folder).newest == 4
+    start("--resume", "auto")
+    lines = run_contents.read_metrics(start.folder)[0]
+    assert [line["step"] for line in lines if "val/loss" in line] == [4, 8]
+    assert run_contents.take_inventory(start.folder).steps["best.pt"] in (4, 8)
+
+
+def test_a_start_that_was_killed_while_it_wrote_its_first_file(start):
+    (start.folder / "checkpoints").mkdir(parents=True)
+    (start.folder / ".config.yaml.77.tmp").write_text("mod")
+    start()
+    assert run_contents.count_temporary_files(start.folder) == 0
+
+
+def test_going_back_is_refused_in_the_same_folder(start):
+    """Else last.pt would be of the steps that were given up until the first save, and the numbers already cut."""
+    start("train.checkpoint_steps=3", "train.keep=9")
+    source = start.folder / "checkpoints" / "step-00000003.pt"
+    with pytest.raises(InputError, match=r"has gone on to .*last.pt; continue with --resume auto, or go back"):
+        start("--resume", str(source))
+    assert run_contents.logged_step(start.folder) == 8
+    for path in (start.folder / "checkpoints").glob("[ls]*.pt"):
+        if path != source:
+            path.write_bytes(b"damaged")
+    start("--resume", str(source))
+    assert run_contents.take_inventory(start.folder).newest == 8
+
+
+def test_a_damaged_checkpoint_pushes_out_no_whole_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    (tmp_path / "step-00000100.pt").write_bytes(b"damaged")
+    os.utime(tmp_path / "step-00000100.pt", (1, 1))
+    for step in (90, 95):
+        checkpoints.save({"step": step}, best=False)
+        checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000090.pt", "step-00000095.pt"]
+
+
+def test_other_data_are_refused(start, monkeypatch):
+    """A node with an incomplete copy: every epoch would be another order, and the schedule another length."""
+    start("train.max_steps=2")
+    described = train.describe_source
+    monkeypatch.setattr(train, "describe_source", lambda source: {**described(source), "images": 12})
+    with pytest.raises(InputError, match="was trained with other data: images of train: 1442, here 12"):
+        start("--resume", "auto")
+    monkeypatch.setattr(train, "describe_source", described)
+    start("--resume", "auto")
+    assert run_contents.take_inventory(start.folder).newest == 8
+
+
+def test_skipped_images_are_counted_across_starts(start, image_folder, tmp_path):
+    """One of the pictures does not decode: each of two epochs meets it once, whatever stops in between."""
+    root = tmp_path / "images"
+    shutil.copytree(image_folder, root)
+    (root / "train" / "ant" / "ant_0.JPEG").write_bytes(b"no picture")
+    data = ["data.name=folder", f"data.root={root}", "data.batch_size=23", "data.on_error=skip", "model.num_classes=3"]
+    start(*data, "train.max_steps=1", "train.log_every=1")
+    start(*data, "--resume", "auto", "train.max_steps=2", "train.log_every=1")
+    lines = [line for line in run_contents.read_metrics(start.folder)[0] if "train/skipped" in line]
+    assert [(line["step"], line["train/skipped"]) for line in lines] == [(1, 1), (2, 2)]
+
+
+def test_env_json_keeps_a_few_earlier_starts(start, monkeypatch):
+    monkeypatch.setattr(runlog, "EARLIER", 2)
+    for steps in range(1, 6):
+        start("--resume", "auto", f"train.max_steps={steps}")
+    environment = json.loads((start.folder / "env.json").read_text())
+    assert ["train.max_steps" in word for word in environment["command"]][-1]
+    assert [earlier["command"][-1] for earlier in environment["earlier"]] == ["train.max_steps=3", "train.max_steps=4"]
+    assert all("earlier" not in earlier for earlier in environment["earlier"])
+
+
+def test_the_commit_is_that_of_the_package(tmp_path):
+    """Not of a repository in whose folder an environment lies, with the package installed in it."""
+    installed, own = tmp_path / "venv" / "runlog.py", tmp_path / "source" / "runlog.py"
+    for path in (installed, own):
+        path.parent.mkdir()
+        path.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "source"], ["commit", "-qm", "it"]):
+        subprocess.run([*git, *command], check=True)
+    assert runlog._describe_commit(installed) == {"git_commit": None, "git_dirty": False}
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert runlog._describe_commit(own) == {"git_commit": commit, "git_dirty": False}
+    own.write_text("changed")
+    assert runlog._describe_commit(own)["git_dirty"] is True
+
+
+def test_a_run_continued_from_another_folder_has_a_checkpoint_at_once(start, patient, monkeypatch):
+    """Else, killed before its first own one, `--resume auto` would begin at step 0 and say nothing."""
+    other = start.folder.with_name("other")
+    start("train.checkpoint_steps=3", "train.keep=9")
+    source = start.folder / "checkpoints" / "step-00000003.pt"
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train_one_epoch", killed)
+        with pytest.raises(KeyError):
+            start("--output", str(other), "--resume", str(source))
+    assert run_contents.take_inventory(other).newest == 3
+    start("--output", str(other), "--resume", "auto")
+    ends = [run_contents.read_whole(folder / "checkpoints" / "last.pt") for folder in (start.folder, other)]
+    assert run_contents.hash_value(ends[0]["model"]) == run_contents.hash_value(ends[1]["model"])
+
+
+def test_another_evaluation_chooses_best_afresh(start, patient):
+    """A figure at 32 pixels says nothing about one at 24."""
+    start("train.max_steps=4")
+    before = checkpoint.load(start.folder / "checkpoints" / "best.pt")
+    assert before["best"] > 0
+    torch.save({**before, "best": 99.0}, start.folder / "checkpoints" / "last.pt")
+    start("--resume", "auto", "data.eval_size=24", "data.eval_resize=24")
+    after = checkpoint.load(start.folder / "checkpoints" / "best.pt")
+    assert after["step"] == 8
+    assert after["best"] < 99
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float32"])
+def test_tf32_is_switched_on_and_off(start, monkeypatch, precision):
+    """For products and for convolutions, whatever it was before."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    monkeypatch.setattr(train, "build_sources", lambda *_: operator.truediv(1, 0))
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision != "tf32"
+        with pytest.raises(ZeroDivisionError):
+            start(f"train.precision={precision}")
+        assert [switch.allow_tf32 for switch in switches] == [precision == "tf32"] * 2
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
+
+
+def test_checkpoint_steps_are_those_steps(start, patient, monkeypatch):
+    """Every process knows how many steps are done: nothing is to be agreed upon, and nothing comes a step late."""
+    monkeypatch.setattr(distributed, "Agreement", Late)
+    start("train.checkpoint_steps=3", "train.keep=9")
+    names = sorted(path.name for path in (start.folder / "checkpoints").glob("step-*"))
+    assert names == [f"step-{step:08d}.pt" for step in (3, 4, 6, 8)]
+
+
+def test_fine_tuning_records_its_start_and_resumes_without_the_file(start, patient):
+    """Three runs in a row: each knows how the weights that it began from were trained, and where theirs began."""
+    folders = [start.folder.with_name(name) for name in ("first", "second", "third")]
+    start("--output", str(folders[0]), "train.max_steps=2")
+    overrides = ["model.new_head=true", "optim.lr=0.01", "train.max_steps=2"]
+    start("--output", str(folders[1]), f"model.weights={folders[0]}", *overrides)
+    start("--output", str(folders[2]), f"model.weights={folders[1]}", *overrides)
+    shutil.rmtree(folders[0])
+    shutil.rmtree(folders[1])
+    resume = ["--resume", "auto", "train.max_steps=4"]
+    start("--output", str(folders[2]), f"model.weights={folders[1]}", *overrides, *resume)
+    last = checkpoint.load(folders[2] / "checkpoints" / "last.pt")
+    assert last["step"] == 4
+    second = last["initial_weights"]["training"]
+    assert (second["optim.lr"], second["step"], second["model.new_head"]) == (0.01, 2, True)
+    assert (second["model.weights"]["optim.lr"], second["model.weights"]["model.weights"]) == (0.05, None)
+    environment = json.loads((folders[2] / "env.json").read_text())
+    assert environment["initial_weights"] == environment["earlier"][0]["initial_weights"] == last["initial_weights"]
+    with pytest.raises(InputError, match="no such file"):
+        start("--output", str(folders[0]), f"model.weights={folders[1]}", *overrides)

@@ -1,0 +1,386 @@
+"""The launch files: every command line in them is one that torchrun and train.py take; Slurm's script comes back."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, small_config
+from torch.distributed.run import get_args_parser
+
+from lip_resnet.config import InputError
+from lip_resnet.recipe import load_config
+
+LAUNCH = ROOT / "scripts" / "launch"
+SLURM, TWO_NODES, PYTORCHJOB = (LAUNCH / name for name in ("slurm.sbatch", "two_nodes.sh", "pytorchjob.yaml"))
+RECIPE = "configs/imagenet/lip_resnet50_step90.yaml"
+
+# What the launch files call, replaced: it writes down how it was called.
+FAKES = {
+    "torchrun": 'printf "%s\\n" "$@" > "$RECORD/torchrun"; env > "$RECORD/env"',
+    # srun: its own options end where the command begins. It passes USR1 on; a TERM it answers by killing its tasks.
+    "srun": 'printf "%s\\n" "$@" > "$RECORD/srun"; while [ "${1#-}" != "$1" ]; do shift; done; "$@" & task=$!; '
+    'trap "kill -USR1 $task" USR1; trap "kill -KILL $task" TERM; '
+    "while kill -0 $task 2>/dev/null; do wait $task; done; wait $task",
+    "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> "$RECORD/scontrol"; fi',
+    "apptainer": 'printf "%s\\n" "$@" > "$RECORD/apptainer"; shift 3; exec "$@"',
+}
+# A run in the place of torchrun: trains until it is asked to stop, saves for a moment, asks to come back.
+RUN = """
+trap 'sleep 0.3; touch "$FOLDER/requeue"; exit 1' USR1 TERM
+echo started > "$RECORD/started"
+for _ in $(seq 1000); do sleep 0.01; done
+exit 3
+"""
+
+
+def executable(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """A machine with Slurm's, torchrun's and Apptainer's names on PATH; returns the folder of their records."""
+    tools, record, venv = tmp_path / "tools", tmp_path / "record", tmp_path / "venv"
+    for folder in (tools, record, venv / "bin"):
+        folder.mkdir(parents=True)
+    for name, body in FAKES.items():
+        executable(tools / name, body)
+    (venv / "bin" / "activate").write_text("")
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+    job["SLURM_CPUS_PER_TASK"] = "96"
+    for name, value in {**job, "SLURM_GPUS_ON_NODE": "8", "RECORD": str(record), "VENV": str(venv)}.items():
+        monkeypatch.setenv(name, value)
+    return record
+
+
+def call(*command: object) -> subprocess.CompletedProcess:
+    return subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+
+
+def check_command(arguments: list[str]) -> tuple[object, dict[str, str]]:
+    """torchrun's own parser and our recipe loader accept it; returns torchrun's options, train.py's as a dict."""
+    options = get_args_parser().parse_args(arguments)
+    assert options.training_script == "train.py"
+    given = options.training_script_args
+    flags = {given[i]: given[i + 1] for i in range(len(given)) if given[i].startswith("--")}
+    overrides = [word for word in given if not word.startswith("--") and word not in flags.values()]
+    load_config(ROOT / flags["--config"], overrides)
+    assert flags["--resume"] == "auto"
+    assert set(flags) <= {"--config", "--resume", "--output"}
+    assert set(options.signals_to_handle.split(",")) == {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"}
+    return options, flags
+
+
+def words(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("path", [SLURM, TWO_NODES], ids=lambda path: path.name)
+def test_shell_syntax(path):
+    assert call("bash", "-n", path).returncode == 0
+    assert call("bash", path).returncode == 2  # no recipe: how to use it
+    assert "usage:" in call("bash", path).stderr
+
+
+def directives(text: str) -> dict[str, str]:
+    found = re.findall(r"^#SBATCH (.*)$", text, re.MULTILINE)
+    assert all(re.fullmatch(r"--[a-z-]+(=\S+)?", line) for line in found), found
+    names = [line.partition("=")[0] for line in found]
+    assert len(names) == len(set(names))
+    # sbatch stops reading at the first command.
+    assert text.rindex("#SBATCH") < re.search(r"^[^#\n]", text, re.MULTILINE).start()
+    return {line.partition("=")[0]: line.partition("=")[2] for line in found}
+
+
+def test_sbatch_directives():
+    text = SLURM.read_text()
+    found = directives(text)
+    known = {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--mem", "--time"}
+    known |= {"--signal", "--requeue", "--open-mode", "--output"}
+    assert set(found) == known
+    assert found["--ntasks-per-node"] == "1"  # one torchrun a node
+    assert found["--requeue"] == ""
+    assert found["--open-mode"] == "append"  # a requeued job's log goes on
+    lead = re.fullmatch(r"B:USR1@(\d+)", found["--signal"])
+    patience = re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text)
+    assert 0 < int(patience[1]) < int(lead[1])
+
+
+def test_slurm_command(stage):
+    result = call("bash", SLURM, RECIPE, "--output", "runs/x", "data.root=/data", "data.workers=11")
+    assert result.returncode == 0, result.stderr
+    options, flags = check_command(words(stage / "torchrun"))
+    assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("2", "8", 3)
+    assert (options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id) == ("c10d", "node7:23456", "123456")
+    assert flags == {"--config": RECIPE, "--resume": "auto", "--output": "runs/x"}
+    assert words(stage / "srun")[0] == "--kill-on-bad-exit=1"
+    assert {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240", "SRUN_CPUS_PER_TASK=96"} <= set(words(stage / "env"))
+    assert not (stage / "scontrol").exists()
+
+
+def test_a_wrong_word_in_a_command_is_seen(stage):
+    call("bash", SLURM, RECIPE, "data.rot=/data")
+    with pytest.raises(InputError, match=r"data\.root"):
+        check_command(words(stage / "torchrun"))
+    with pytest.raises(SystemExit):
+        check_command(["--nodes=2", "train.py", "--config", RECIPE])
+
+
+def test_slurm_in_a_container(stage, monkeypatch):
+    monkeypatch.setenv("CONTAINER", "/images/lip resnet.sif")
+    monkeypatch.setenv("VENV", "/nonexistent")
+    assert call("bash", SLURM, RECIPE, "data.root=/data").returncode == 0
+    assert words(stage / "apptainer")[:4] == ["exec", "--nv", "/images/lip resnet.sif", "torchrun"]
+    check_command(words(stage / "torchrun"))
+    monkeypatch.delenv("CONTAINER")
+    assert call("bash", SLURM, RECIPE, "data.root=/data").returncode == 2  # no such venv
+
+
+def test_two_nodes_command(stage, monkeypatch):
+    assert call("bash", TWO_NODES, RECIPE).returncode == 2  # without NODE0
+    monkeypatch.setenv("NODE0", "10.0.0.1")
+    assert call("bash", TWO_NODES, RECIPE, "data.root=/a path", "--output", "/b c").returncode == 0
+    options, flags = check_command(words(stage / "torchrun"))
+    assert (options.nnodes, options.nproc_per_node, options.rdzv_endpoint) == ("2", "gpu", "10.0.0.1:29500")
+    assert options.rdzv_id == "lip_resnet50_step90"
+    assert flags["--output"] == "/b c"
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240" in words(stage / "env")
+
+
+# ---- Slurm's way with a job: signal, save, back into the queue ----
+
+
+def start_job(stage: Path, *arguments: object) -> subprocess.Popen:
+    """The batch script as Slurm starts it; signals go to this shell alone."""
+    command = ["bash", SLURM, *arguments]
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition, job: subprocess.Popen) -> None:
+    while not condition():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)], ids=["time limit", "cancelled"]
+)
+def test_slurm_requeues_what_was_saved(stage, tmp_path, monkeypatch, number, requeued):
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    monkeypatch.setenv("FOLDER", str(folder))
+    executable(tmp_path / "tools" / "torchrun", RUN)
+    job = start_job(stage, RECIPE, "data.root=/data", f"--output={folder}")
+    wait_for((stage / "started").exists, job)
+    job.send_signal(number)
+    printed, _ = job.communicate(timeout=60)
+    assert job.returncode == 1, printed
+    assert (folder / "requeue").exists()  # it waited for the save
+    assert (stage / "scontrol").exists() == requeued
+    if requeued:
+        assert words(stage / "scontrol") == ["requeue 123456"]
+
+
+def test_slurm_does_not_requeue_a_failure(stage, tmp_path):
+    executable(tmp_path / "tools" / "torchrun", "exit 5")
+    job = start_job(stage, RECIPE, "data.root=/data", "--output", tmp_path)
+    assert job.wait(timeout=60) == 5
+    assert not (stage / "scontrol").exists()
+
+
+def test_slurm_forgets_an_earlier_request(stage, tmp_path):
+    """Stopped and requeued, the job now fails before train.py has opened the run: it must not come back for ever."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "requeue").touch()
+    executable(tmp_path / "tools" / "torchrun", "exit 5")
+    assert start_job(stage, RECIPE, "data.root=/data", "--output", folder).wait(timeout=60) == 5
+    assert not (stage / "scontrol").exists()
+
+
+@pytest.mark.slow
+def test_slurm_run_ends_as_if_never_stopped(stage, tmp_path, monkeypatch):
+    """The real torchrun and train.py: signalled, saved, requeued, started again by "Slurm"; equal weights."""
+    (tmp_path / "tools" / "torchrun").unlink()
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    monkeypatch.setenv("PROCESSES", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    executable(
+        tmp_path / "tools" / "scontrol",
+        'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$RECORD/scontrol"; fi',
+    )
+    assert shutil.which("torchrun")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(small_config(train__epochs=3).dump())
+    states = []
+    for stopped in (False, True):
+        folder = tmp_path / f"stopped {stopped}"
+        job = start_job(stage, recipe, "--output", folder)
+        if stopped:
+            metrics = folder / "metrics.jsonl"
+            wait_for(lambda metrics=metrics: metrics.exists() and metrics.stat().st_size, job)
+            job.send_signal(signal.SIGUSR1)
+        printed, _ = job.communicate(timeout=240)
+        assert (folder / "requeue").exists() == (stage / "scontrol").exists() == stopped, printed
+        assert job.returncode == (1 if stopped else 0), printed
+        if stopped:
+            assert "stopped: SIGUSR1 at step" in printed
+            job = start_job(stage, recipe, "--output", folder)  # what a requeue does
+            printed, _ = job.communicate(timeout=240)
+            assert job.returncode == 0, printed
+            assert words(stage / "scontrol") == ["requeue 123456"]
+            assert not (folder / "requeue").exists()
+        states.append(torch.load(folder / "checkpoints" / "last.pt", weights_only=True))
+    assert states[0]["step"] == states[1]["step"] == 69
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+
+
+@pytest.mark.slow
+def test_two_machines_for_real(tmp_path, monkeypatch):
+    """two_nodes.sh twice on this machine: the two find each other, save when both are signalled, and go on."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("NODE0", "127.0.0.1"), ("PORT", port), ("PROCESSES", 1), ("OMP_NUM_THREADS", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    recipe, folder = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(small_config(train__epochs=3).dump())
+    metrics = folder / "metrics.jsonl"
+    for stopped in (True, False):
+        nodes = [
+            subprocess.Popen(
+                ["bash", TWO_NODES, recipe, "--output", folder],
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        if stopped:
+            wait_for(lambda: metrics.exists() and metrics.stat().st_size, nodes[0])
+            for node in nodes:
+                node.send_signal(signal.SIGUSR1)
+        printed = [node.communicate(timeout=240)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == ([1, 1] if stopped else [0, 0]), printed
+        assert (folder / "requeue").exists() == stopped
+        state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+        assert state["processes"] == [2]
+    assert state["step"] == 69
+
+
+# ---- Kubernetes ----
+
+# A key's value: a type, the allowed values, or a mapping. Keys that end in ! are required.
+# Source: kubeflow/training-operator, pkg/apis/kubeflow.org/v1, and the Kubernetes pod API.
+VOLUME = {"name!": str, "emptyDir": {"medium": {"Memory"}, "sizeLimit": str}}
+VOLUME["persistentVolumeClaim"] = {"claimName!": str, "readOnly": bool}
+AMOUNTS = {"cpu": str, "memory": str, "nvidia.com/gpu": int}
+CONTAINER = {
+    "name!": {"pytorch"},
+    "image!": str,
+    "workingDir": str,
+    "command!": [str],
+    "env": [{"name!": str, "value!": str}],
+    "ports!": [{"name!": {"pytorchjob-port"}, "containerPort!": int}],
+    "resources!": {"requests": AMOUNTS, "limits!": AMOUNTS},
+    "volumeMounts": [{"name!": str, "mountPath!": str, "readOnly": bool}],
+}
+POD = {"terminationGracePeriodSeconds!": int, "containers!": [CONTAINER], "volumes": [VOLUME]}
+POD["securityContext"] = {"runAsUser": int, "fsGroup": int}
+REPLICAS = {
+    "replicas!": int,
+    "restartPolicy!": {"Always", "OnFailure", "Never", "ExitCode"},
+    "template!": {"metadata": dict, "spec!": POD},
+}
+SCHEMA = {
+    "apiVersion!": {"kubeflow.org/v1"},
+    "kind!": {"PyTorchJob"},
+    "metadata!": {"name!": str, "namespace": str},
+    "spec!": {
+        "runPolicy": {
+            **{"cleanPodPolicy": {"All", "Running", "None"}, "ttlSecondsAfterFinished": int},
+            **{"activeDeadlineSeconds": int, "backoffLimit": int},
+        },
+        "elasticPolicy": {
+            **{"minReplicas": int, "maxReplicas": int, "maxRestarts": int, "rdzvId": str, "rdzvHost": str},
+            **{"rdzvBackend": {"c10d", "etcd", "etcd-v2"}, "rdzvPort": int},
+        },
+        "pytorchReplicaSpecs!": {"Worker!": REPLICAS, "Master": REPLICAS},
+    },
+}
+
+
+def mismatches(tree: object, schema: object, where: str = "") -> list[str]:
+    """Where a YAML tree departs from a schema."""
+    if isinstance(schema, dict):
+        if not isinstance(tree, dict):
+            return [f"{where}: not a mapping"]
+        keys = {key.rstrip("!"): key for key in schema}
+        found = [f"{where}.{key}: missing" for key, full in keys.items() if full.endswith("!") and key not in tree]
+        for key, value in tree.items():
+            inner = mismatches(value, schema[keys[key]], f"{where}.{key}") if key in keys else [f"{where}.{key}: what?"]
+            found += inner
+        return found
+    if isinstance(schema, list):
+        if not isinstance(tree, list):
+            return [f"{where}: not a list"]
+        return [line for i, item in enumerate(tree) for line in mismatches(item, schema[0], f"{where}[{i}]")]
+    fits = tree in schema if isinstance(schema, set) else type(tree) is schema
+    return [] if fits else [f"{where}: {tree!r}"]
+
+
+def test_pytorchjob_fits_its_schema():
+    text = PYTORCHJOB.read_text()
+    assert mismatches(yaml.safe_load(text), SCHEMA) == []
+    for right, wrong in (
+        ("restartPolicy: OnFailure", "restartPolicy: onFailure"),
+        ("rdzvBackend: c10d", "rdzvBackend: tcp"),
+        ("containerPort:", "containerport:"),
+        ('value: "240"', "value: 240"),
+        ("replicas: 2\n      restartPolicy", "replicas: two\n      restartPolicy"),
+    ):
+        assert right in text
+        assert mismatches(yaml.safe_load(text.replace(right, wrong)), SCHEMA), wrong
+
+
+def test_pytorchjob_hangs_together():
+    job = yaml.safe_load(PYTORCHJOB.read_text())["spec"]
+    worker, policy = job["pytorchReplicaSpecs"]["Worker"], job["elasticPolicy"]
+    pod = worker["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"][0] == "torchrun"
+    options, flags = check_command(container["command"][1:])
+    assert policy["minReplicas"] == policy["maxReplicas"] == worker["replicas"]
+    gpus = int(options.nproc_per_node)
+    amounts = container["resources"]
+    assert amounts["requests"]["nvidia.com/gpu"] == amounts["limits"]["nvidia.com/gpu"] == gpus
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+    assert mounts["shm"]["mountPath"] == "/dev/shm"
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert f"WORKDIR {container['workingDir']}\n" in image
+    assert f"useradd --uid {pod['securityContext']['runAsUser']} " in image
+    assert "ENTRYPOINT" not in image
+    config = load_config(ROOT / flags["--config"], options.training_script_args[-2:])
+    assert config.data.root.startswith(mounts["data"]["mountPath"])
+    assert flags["--output"].startswith(mounts["runs"]["mountPath"])
+    assert not mounts["runs"].get("readOnly")
+    assert gpus * config.data.workers + gpus <= int(amounts["requests"]["cpu"])
