@@ -19,7 +19,7 @@ from lip_resnet import cli
 from lip_resnet import config as recipe_config
 from lip_resnet.config import Config, InputError
 from lip_resnet.evaluation.paper import check_sizes, load_paper, render_table
-from lip_resnet.evaluation.results import render
+from lip_resnet.evaluation.tables import render
 from lip_resnet.files import write_atomically
 from lip_resnet.layers.pooling import DOWNSAMPLING
 
@@ -30,12 +30,12 @@ FIGURE = ROOT / "docs" / "figures" / "operator.svg"
 def layers() -> str:
     """The downsampling layers that a recipe can choose, a line each."""
     rows = [[f"`{name}`", layer.summary, layer.source] for name, layer in DOWNSAMPLING.items()]
-    return render(["layer", "what it does", "source"], rows, [], "md")
+    return render(["layer", "what it does", "source"], rows)
 
 
 def paper() -> str:
     """The paper's networks, counted by this code, and the published figures."""
-    figures = load_paper(ROOT / "scripts" / "paper.yaml")
+    figures = load_paper()
     return render_table(figures, {row.name: check_sizes(row) for row in figures.rows}, [])
 
 
@@ -43,20 +43,20 @@ def networks() -> str:
     """The paper's networks with their counts and published accuracies."""
     header = ["network", "`model.name`", "parameters (M)", "MACs (G)", "published top-1 / top-5 (%)"]
     lines = []
-    for row in load_paper(ROOT / "scripts" / "paper.yaml").rows:
+    for row in load_paper().rows:
         if row.published is None or row.published.top5 is None:
             continue
         published = f"{row.published.top1:.2f} / {row.published.top5:.2f}"
         counts = f"{row.params.value / 1e6:.2f}", f"{row.macs.value:.2f}"
         lines.append([row.label, f"`{row.model}`", *counts, published])
-    return render(header, lines, [], "md")
+    return render(header, lines)
 
 
 def bad_images() -> str:
     """The outcome for each kind of broken or unusual image."""
     text = (ROOT / "results" / "bad_images.jsonl").read_text(encoding="utf-8")
     rows = [list(json.loads(line).values()) for line in text.splitlines()]
-    return render(["a file named .JPEG that is", "training, `exact`", "training, `fast`", "validation"], rows, [], "md")
+    return render(["a file named .JPEG that is", "training, `exact`", "training, `fast`", "validation"], rows)
 
 
 def recipe_keys() -> str:

@@ -27,7 +27,7 @@ def main() -> None:
     if options.wide:
         header, lines, notes = results.build_wide(rows)
     else:
-        paper = load_paper(Path(__file__).with_name("paper.yaml")).accuracies()
+        paper = load_paper().accuracies()
         header, lines, notes = results.build_table(rows, paper)
     text = render(header, lines, notes, options.format)
     print(text, end="")

@@ -1,6 +1,6 @@
 """The paper, row by row:  python scripts/reproduce_paper.py [--checkpoints NAME=FILE ... --data DIR] [--rows ROW ...]
 
-Builds every network of scripts/paper.yaml, counts its parameters and multiply-adds, and compares them with the
+Builds every network of lip_resnet/evaluation/paper.yaml, counts its parameters and multiply-adds, and compares them with the
 published figures; accuracies too, of weight files (evaluated here) and of rows that eval.py wrote. Where there is
 neither, the report gives the command that trains the network. Exit code 1 when anything is off.
 """
@@ -21,6 +21,7 @@ from lip_resnet.evaluation import released, results
 from lip_resnet.evaluation.location import KINDS
 from lip_resnet.evaluation.paper import (
     COUNT_TOLERANCE,
+    PAPER_FILE,
     RETRAINED_TOLERANCE,
     Check,
     Paper,
@@ -38,7 +39,7 @@ from lip_resnet.models.identify import check_finite, identify
 from lip_resnet.models.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
-FIGURES = Path(__file__).with_name("paper.yaml")
+FIGURES = PAPER_FILE
 
 
 def main() -> None:

@@ -24,13 +24,13 @@ from lip_resnet.config import Config, InputError
 from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, released
 from lip_resnet.evaluation.location import KINDS
-from lip_resnet.evaluation.paper import compare_counts, load_paper
+from lip_resnet.evaluation.paper import PAPER_FILE, compare_counts, load_paper
 from lip_resnet.files import sha256
 from lip_resnet.models.identify import Network, check_finite, identify
 from lip_resnet.models.weights import put_weights
 from lip_resnet.recipe import parse_config
 
-FIGURES = Path(__file__).with_name("paper.yaml")
+FIGURES = PAPER_FILE
 
 
 def say(line: str) -> None:

@@ -12,6 +12,8 @@ from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, results
 from lip_resnet.evaluation.tables import render
 
+PAPER_FILE = Path(__file__).with_name("paper.yaml")
+
 COUNT_TOLERANCE = 25
 """Of 50,000: how far kernels, image decoders and resizers of other versions may move a count of the same weights."""
 RETRAINED_TOLERANCE = 0.3
@@ -114,7 +116,7 @@ class Paper(Section):
         }
 
 
-def load_paper(path: Path) -> Paper:
+def load_paper(path: Path = PAPER_FILE) -> Paper:
     """Read the data file of figures.
 
     Raises:

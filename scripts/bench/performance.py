@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.timing import Row
-from lip_resnet.evaluation.results import render
+from lip_resnet.evaluation.tables import render
 
 FOLDER = Path(__file__).parents[2] / "results"
 
@@ -44,7 +44,7 @@ def _show(value: Any) -> str:
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
-    return render(header, [[_show(value) for value in row] for row in rows], [], "md").rstrip()
+    return render(header, [[_show(value) for value in row] for row in rows]).rstrip()
 
 
 # ---- the documentation's tables ----

@@ -18,13 +18,13 @@ from torch import nn
 from lip_resnet import cli
 from lip_resnet.evaluation import released, results
 from lip_resnet.evaluation.cost import count_flops, count_macs
-from lip_resnet.evaluation.paper import Check, load_paper
+from lip_resnet.evaluation.paper import PAPER_FILE, Check, load_paper
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.models.identify import Network
 from lip_resnet.models.weights import load_weights
 from lip_resnet.recipe import load_config
 
-PAPER = load_paper(ROOT / "scripts/paper.yaml")
+PAPER = load_paper()
 ROWS = {row.name: row for row in PAPER.rows}
 
 
@@ -47,7 +47,7 @@ def small(monkeypatch, tmp_path):
     """The data file with the row of LIP-DenseNet-121 alone, and changes to it or to the whole."""
 
     def change(row: dict | None = None, **whole: object) -> None:
-        tree = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
+        tree = yaml.safe_load(PAPER_FILE.read_text())
         tree["rows"] = [{**one, **(row or {})} for one in tree["rows"] if one["name"] == "lip_densenet121"]
         path = tmp_path / "paper.yaml"
         path.write_text(yaml.safe_dump(tree | {"gains": []} | whole))
@@ -154,7 +154,7 @@ def test_a_wrong_figure_is_off(run, small):
 
 
 def test_a_gain_that_its_rows_do_not_give_is_off(run, monkeypatch, tmp_path):
-    tree = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
+    tree = yaml.safe_load(PAPER_FILE.read_text())
     tree["rows"] = [row for row in tree["rows"] if row["name"] in ("resnet50", "lip_resnet50")]
     tree["gains"] = [{"source": "readme", "row": "lip_resnet50", "baseline": "resnet50", "top1": 1.81, "top5": 0.81}]
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(tree))

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from lip_resnet import checkpoint, cli
 from lip_resnet.config import InputError
+from lip_resnet.evaluation.paper import PAPER_FILE
 from lip_resnet.models.identify import Network, identify
 from lip_resnet.models.weights import load_weights
 
@@ -183,7 +184,7 @@ def count_by_hand(path, folder) -> tuple[int, int]:
 
 def figures(path, top1: int, top5: int, total: int):
     """A data file that publishes other counts, for three classes."""
-    tree = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
+    tree = yaml.safe_load(PAPER_FILE.read_text())
     tree |= {"images": total, "classes": 3, "gains": []}
     tree["rows"] = [row for row in tree["rows"] if row["name"] == "lip_densenet121"]
     tree["rows"][0]["correct"] = {"source": "readme", "top1": top1, "top5": top5}
