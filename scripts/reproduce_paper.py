@@ -1,8 +1,8 @@
 """The paper, row by row:  python scripts/reproduce_paper.py [--checkpoints NAME=FILE ... --data DIR] [--rows ROW ...]
 
-Builds every network of lip_resnet/evaluation/paper.yaml, counts its parameters and multiply-adds, and compares them with the
-published figures; accuracies too, of weight files (evaluated here) and of rows that eval.py wrote. Where there is
-neither, the report gives the command that trains the network. Exit code 1 when anything is off.
+Builds every network of the paper's table (lip_resnet/evaluation/paper.yaml), counts its parameters and multiply-adds,
+and compares them with the published figures; accuracies too, of weight files (evaluated here) and of rows that eval.py
+wrote. Where there is neither, the report gives the command that trains the network. Exit code 1 when anything is off.
 """
 
 import argparse
