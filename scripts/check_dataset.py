@@ -19,7 +19,7 @@ from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.data.decode import BadImage, check_scan, decode_exact
 from lip_resnet.data.fingerprint import FILE, digest, names_of
-from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.base import Encoded
 from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.sources.shards import Shards
 from lip_resnet.evaluation import testsets

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lip_resnet.data import describe_source
-from lip_resnet.data.sources.named import Files
+from lip_resnet.data.sources.base import Files
 
 
 @pytest.mark.parametrize(
