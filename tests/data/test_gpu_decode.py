@@ -132,7 +132,7 @@ def test_what_is_handed_over(folder):
     transform = TrainTransform(settings(folder, decode="fast"))
     ours.sampler.epoch = 0
     for keys in ours.sampler:
-        parcel = ours.loader.dataset.__getitems__((None, keys)).parcel
+        parcel = ours.loader.dataset.__getitems__((None, keys)).images
         for (epoch, index, repeat), piece in zip(keys, parcel.pieces, strict=True):
             name = Path(ours.source.path(index)).stem
             held = parcel.data[piece.start : piece.end].numpy().tobytes()
@@ -222,13 +222,15 @@ def test_pil_decodes_what_the_gpu_refuses(folder, monkeypatch, capfd):
         assert torch.equal(images, wanted)
         assert torch.equal(labels, wanted_labels)
     assert ours.decoder.refused > len(FOR_THE_GPU)
-    assert capfd.readouterr().err.count("PIL decodes what the GPU's decoder refuses") == 1
+    assert capfd.readouterr().err.count("PIL decodes images that the GPU's decoder refuses") == 1
 
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs nvImageCodec: pip install .*nvimgcodec.*decode: fast"):
-        BatchDecoder(CPU, "bilinear")
+    for version, package in (("13.0", r"lip-resnet\[gpu_decode\]"), ("12.8", r"nvidia-nvimgcodec-cu12\[nvjpeg\]")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(InputError, match=f'needs nvImageCodec: pip install "{package}"; .*decode: fast'):
+            BatchDecoder(CPU, "bilinear")
 
 
 def test_without_a_gpu(folder, monkeypatch):

@@ -105,14 +105,14 @@ def test_archives_to_folders(monkeypatch, archives, tmp_path):
 def test_a_kill_is_survived(monkeypatch, archives, tmp_path):
     folder, expected = archives
     arguments = ("--archives", folder, "--output", tmp_path, "--any-archive")
-    write = prepare_imagenet.Writer._write
+    write = prepare_imagenet._write_image
 
-    def slow(self, path, data):
+    def slow(*arguments):
         time.sleep(0.1)
-        write(self, path, data)
+        write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_imagenet.Writer, "_write", slow)
+        patch.setattr(prepare_imagenet, "_write_image", slow)
         process = multiprocessing.get_context("fork").Process(target=run, args=(patch, prepare_imagenet, *arguments))
         process.start()
         deadline = time.monotonic() + 60
@@ -274,7 +274,7 @@ def test_the_effect_of_re_encoding(monkeypatch, tmp_path, capsys):
     assert f"| file | {before:.1f} KB | {after:.1f} KB | {after / before:.2f} |" in printed
     assert "| width x height | 301 x 300 | 280 x 279 | |" in printed
     assert f"differ by {np.mean(apart):.2f} of 255 on average, {np.max(apart):.2f} in the worst" in printed
-    assert len(re.findall(r"time, .*\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", printed)) == 3
+    assert len(re.findall(r"time, .*\d\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", printed)) == 3
     assert run(monkeypatch, prepare_imagenet, "--effect", tmp_path / "none") == 2
     assert "holds no images" in capsys.readouterr().err
 
