@@ -1,4 +1,4 @@
-"""Packages of the extras `data` and `gpu_decode`: imported where they are used, and missing in one line that names it."""
+"""Packages of the extras `data` and `gpu_decode`: imported where they are used; an error in one line if missing."""
 
 import ast
 import sys

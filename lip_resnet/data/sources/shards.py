@@ -149,7 +149,9 @@ class RemoteShards(_Indexed):
         except tarfile.HeaderError:
             matches = False
         if not matches:
-            raise InputError(f"{self.path(index)}: not at its place; the shard is not the one that was indexed")
+            raise InputError(
+                f"{self.path(index)}: its tar header is another; the shard is not the one that was indexed"
+            )
         if not size:
             raise BadImage(f"{self.path(index)}: cannot read this image: the shard says 0 bytes")
         return data[tarfile.BLOCKSIZE :]
