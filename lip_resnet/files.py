@@ -9,7 +9,7 @@ from typing import BinaryIO
 from lip_resnet.config import InputError
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place with one rename.
 
     File and folder are synced to the disk: whenever the power goes, ``path`` is the old file or the new one, whole.

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import read_file
 from lip_resnet.data.sources import build_sources
-from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.base import Encoded
 from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.transforms import eval_transform
 
