@@ -97,7 +97,7 @@ def test_operator_compiles_for_a_gpu(name, channels_last, capability):
         "CHANNELS_LAST": channels_last,
         "SUM": triton_lip.SUMS[torch.float32],
     }
-    constants |= {"OUTER": outer, "INNER": inner} | ({"PLACES": 4} if name == "backward_kernel" else {})
+    constants |= {"OUTER": outer, "INNER": inner} | ({"OFFSETS": 4} if name == "backward_kernel" else {})
     types = dict.fromkeys(("x", "logits", "y", "dy", "dx", "dl"), "*bf16") | {"r": "*fp32"}
     compile_ahead(getattr(triton_lip, name), constants, types, "i32", capability)
 
@@ -133,12 +133,11 @@ def test_instance_norm_in_the_interpreter():
             dy = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
             truths = y, *torch.autograd.grad(y, inputs, dy.double().contiguous())
             out, dz = torch.empty_like(z), torch.empty_like(z)
-            statistics = [norm._like_statistics(z) for _ in range(4)]
+            mean, rstd, sum_g, sum_gz = (norm._empty_statistics(z) for _ in range(4))
             code = norm.ACTIVATIONS[activation]
-            triton_norm.instance_norm([z, weight, bias, None, out, *statistics[:2], None, None], code, 1e-5, 12.0)
-            triton_norm.instance_norm([z, weight, bias, dy, dz, *statistics], code, 0.0, 12.0)
-            found = out, dz, statistics[3].sum(0), statistics[2].sum(0)
-            for value, truth in zip(found, truths, strict=True):
+            triton_norm.norm_forward(z, weight, bias, out, mean, rstd, code, 1e-5, 12.0)
+            triton_norm.norm_backward(dy, z, weight, bias, mean, rstd, dz, sum_g, sum_gz, code, 12.0)
+            for value, truth in zip((out, dz, sum_gz.sum(0), sum_g.sum(0)), truths, strict=True):
                 assert relative_error(value, truth) < tolerance, (layout, activation, dtype, shape)
     """
     done = run_python(code, TRITON_INTERPRET="1")
