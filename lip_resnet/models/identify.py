@@ -59,7 +59,7 @@ class Network(NamedTuple):
 
 
 def crop_pct(size: int, resize: int) -> float:
-    """timm's ``crop_pct`` for a crop of ``size`` after a resize to ``resize`` pixels: floor(size / crop_pct) = resize."""
+    """timm's ``crop_pct`` for a crop of ``size`` after a resize to ``resize`` pixels: floor(size / it) = resize."""
     fraction = size / resize
     return fraction if math.floor(size / fraction) == resize else math.nextafter(fraction, 0)
 
