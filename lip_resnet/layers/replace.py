@@ -44,7 +44,7 @@ class Replacements:
     """What ``replace_downsampling`` did, by module name."""
 
     swapped: dict[str, str] = field(default_factory=dict)
-    """Name -> its site, the old layer and the new layer."""
+    """Name -> its site, the old layer -> the new layer."""
     kept: dict[str, str] = field(default_factory=dict)
     """Name -> the reason why it was not replaced."""
 
@@ -54,9 +54,9 @@ class Replacements:
         return self.kept
 
     def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} swapped, {len(self.kept)} left alone"]
+        lines = [f"{len(self.swapped)} replaced, {len(self.kept)} kept"]
         lines += [f"  {name}: {change}" for name, change in self.swapped.items()]
-        lines += [f"  {name}: left alone, {reason}" for name, reason in self.kept.items()]
+        lines += [f"  {name}: kept, {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
 

@@ -91,7 +91,7 @@ def test_a_layer_for_every_site_of_resnet50():
     }
     assert isinstance(model.layer2[0].conv2.pool, LIP2d)
     assert isinstance(model.layer2[0].downsample[0].pool, nn.AvgPool2d)
-    assert str(report).startswith("7 swapped, 1 left alone\n  maxpool: stem, ")
+    assert str(report).startswith("7 replaced, 1 kept\n  maxpool: stem, ")
 
 
 @pytest.mark.parametrize("layer", DOWNSAMPLING)

@@ -123,7 +123,7 @@ def small() -> nn.Module:
     ],
 )
 def test_other_depths(name, baseline, channels):
-    """Parameters: timm's network plus, by hand, the stem's logits, trunks, heads, and 1x1 instead of 3x3 convolutions."""
+    """timm's network plus, by hand, the stem's logits, trunks, heads, and 1x1 instead of 3x3 convolutions."""
     with torch.device("meta"):
         model, without_lip = timm.create_model(name), timm.create_model(baseline)
         features = timm.create_model(name, features_only=True)
