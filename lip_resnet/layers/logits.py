@@ -26,7 +26,7 @@ class InstanceNorm2d(nn.InstanceNorm2d):
     """(B, C, H, W) -> (B, C, H, W): every channel of every image to mean 0 and variance 1, then an affine map.
 
     ``nn.InstanceNorm2d`` (affine, no running statistics, eps 1e-5) that keeps channels-last, where PyTorch's makes a
-    contiguous copy. ``forward(x, activation)`` also applies a ReLU or Gate, in the same pass over memory.
+    contiguous copy. ``forward(x, activation)`` also applies an activation: ReLU or Gate in the same pass over memory.
 
     Raises:
         ValueError: the feature map has one position: its variance is zero, and the norm would return its bias.
@@ -47,9 +47,12 @@ class InstanceNorm2d(nn.InstanceNorm2d):
         if x.dtype == torch.float64 and x.shape[0] > 1:
             x = super().forward(x)
             return x if activation is None else activation(x)
-        kinds: dict[type, str] = {nn.ReLU: "relu", Gate: "gate", nn.Identity: "none", type(None): "none"}
-        coefficient = activation.coefficient if isinstance(activation, Gate) else 1.0
-        return norm_act(x, self.weight, self.bias, self.eps, kinds[type(activation)], coefficient)
+        if isinstance(activation, Gate):
+            return norm_act(x, self.weight, self.bias, self.eps, "gate", activation.coefficient)
+        if isinstance(activation, nn.ReLU):
+            return norm_act(x, self.weight, self.bias, self.eps, "relu")
+        x = norm_act(x, self.weight, self.bias, self.eps, "none")
+        return x if activation is None else activation(x)
 
 
 class Gate(nn.Module):

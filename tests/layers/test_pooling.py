@@ -171,6 +171,8 @@ def test_instance_norm_by_its_formula():
     close(norm.double()(x.double()), want.double(), 1e-6)
     last = x.contiguous(memory_format=torch.channels_last)
     assert norm.float()(last).is_contiguous(memory_format=torch.channels_last)
+    for activation in (torch.nn.ReLU(), Gate(5.0), torch.nn.SiLU(), torch.nn.Identity()):
+        close(norm(x, activation), activation(want), 1e-6)
 
 
 def test_gate_bounds_the_logits():

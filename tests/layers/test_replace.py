@@ -101,6 +101,15 @@ def test_every_layer_in_resnet18(layer):
     assert model(torch.randn(1, 3, 97, 64)).shape == (1, 1000)
 
 
+def test_convolution_with_a_rectangular_kernel():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, (3, 1), 2, padding=(1, 0)))
+    x = torch.randn(1, 3, 32, 30)
+    want = model(x)
+    report = replace_downsampling(model, "strided", input_size=(3, 32, 32))
+    assert report.swapped == {"1": "main, Conv2d (3, 1)/2 -> strided"}
+    torch.testing.assert_close(model(x), want)
+
+
 def test_dtype_device_and_mode_are_the_models():
     model = network("timm:resnet18").bfloat16().eval()
     replace_downsampling(model)
