@@ -236,7 +236,7 @@ _LEE = "Lee, Gallagher, Tu, AISTATS 2016"
 DOWNSAMPLING: dict[str, Layer] = {
     "lip": Layer(
         lambda c, w, o, **factory_kwargs: DOWNSAMPLING[f"lip_{o.module}"].build(c, w, o, **factory_kwargs),
-        "learnt importance, with the published logit module of the site (or the one that is set)",
+        "learnt importance, with the site's published logit module (or the one asked for)",
         _LIP,
     ),
     "lip_projection": Layer(_projection, "learnt importance, logits from a 1x1 convolution", _LIP),

@@ -2,7 +2,7 @@
 
 ``registry`` builds a network from its name (``build_model``: the network of a recipe), ``weights`` loads a checkpoint
 of any origin into a network (``load_weights``), ``identify`` tells which network a checkpoint is of. Built on
-``layers``; knows no data and no training.
+``layers``; independent of data and training.
 """
 
 from lip_resnet.models import densenet, resnet  # noqa: F401 (registers the networks with timm)

@@ -118,7 +118,9 @@ class LIPResNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Paper initialisation: convolutions Kaiming normal (fan out), norms 1 and 0, then the special zeros."""
+        """Initialise as the reference does: convolutions Kaiming normal (fan out), classifier N(0, 0.01) with zero bias,
+        and zero weights in the last BN of every block and in the last convolution of every logit module.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
