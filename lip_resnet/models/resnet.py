@@ -118,8 +118,9 @@ class LIPResNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise as the reference does: convolutions Kaiming normal (fan out), classifier N(0, 0.01) with zero bias,
-        and zero weights in the last BN of every block and in the last convolution of every logit module.
+        """Initialise as the reference does: convolutions Kaiming normal (fan out), classifier N(0, 0.01), bias 0.
+
+        The last BN of every block and the last convolution of every logit module have zero weights.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
