@@ -1,9 +1,9 @@
 """LIP-DenseNet against the recorded outputs of the reference, and its keywords."""
 
-import golden
 import pytest
 import timm
 import torch
+from helpers import golden
 from torch import nn
 
 from lip_resnet.layers.pooling import LIP2d

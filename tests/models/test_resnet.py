@@ -1,10 +1,10 @@
 """LIP-ResNet against the recorded outputs of the reference."""
 
-import golden
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import golden
 from torch import nn
 
 from lip_resnet.layers import pooling
