@@ -1,11 +1,14 @@
-"""Private names of other libraries that the package uses, each with the versions in which it was seen.
+"""Private names of other libraries that the package uses, each with the versions that were seen to have it.
 
-Nothing else in the package imports a private name of another library.
+No other module of the package uses a private name of another library.
 """
 
 import sys
+<<<<<<< HEAD
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
+=======
+>>>>>>> w2-core
 from types import FrameType
 from typing import Any
 
@@ -51,8 +54,8 @@ def move_towards_(targets: list[Tensor], ends: list[Tensor], weight: float | Ten
     torch._foreach_add_(targets, change)
 
 
-def feature_indices(num_features: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    """The features that ``indices`` selects (an int: the last n), and the largest of them; timm 1.0.20 to 1.0.31."""
+def feature_indices(num_features: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """The indices that ``indices`` selects (an int: the last n), and the largest of them; timm 1.0.20 to 1.0.31."""
     from timm.models._features import feature_take_indices
 
     return feature_take_indices(num_features, indices)
@@ -66,7 +69,7 @@ def is_tensorboard_thread(thread: Any) -> bool:
 
 
 def torchvision_files(dataset: Any) -> list[tuple[Any, int]] | None:
-    """(path, label) of the sets whose ``__getitem__`` decodes; None for others; torchvision 0.26 to 0.29."""
+    """(path, label) of every image of GTSRB and OxfordIIITPet; None for other data sets; torchvision 0.26 to 0.29."""
     from torchvision import datasets
 
     if isinstance(dataset, datasets.GTSRB):

@@ -1,7 +1,7 @@
 """Layers: LIP's logit modules, the table of downsampling layers, and their placement in any convolutional network.
 
-``make_layer`` builds a layer by its name in ``DOWNSAMPLING``; ``replace_downsampling`` puts layers into a network.
-Built on ``ops`` and timm's layers; knows no whole network and no training.
+``make_layer`` builds a layer by its name in ``DOWNSAMPLING``; ``replace_downsampling`` replaces a network's layers.
+Built on ``ops`` and timm's layers; independent of networks and training.
 """
 
 from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions, logit_parameters, make_layer

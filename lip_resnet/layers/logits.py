@@ -1,14 +1,14 @@
-"""Logit modules: small fully convolutional nets G whose output is the logarithm of LIP's importance.
+"""Logit modules: small fully convolutional networks G whose output is the logarithm of LIP's importance.
 
-Each maps features (B, C, H, W) to logits (B, C', H, W) at the same resolution, C' being the channels that are pooled;
-the convolution that makes the logits is called ``conv``.
+Each maps features (B, C, H, W) to logits (B, C', H, W) at the same resolution, C' being the number of channels that are
+pooled. The last convolution of each is called ``conv``.
 
     projection   conv 1x1
-    simplified   conv 3x3 -> norm -> gate                                    (published: the stem's)
+    simplified   conv 3x3 -> norm -> gate                                    (published: in the stem)
     bottleneck   trunk: conv 1x1 to the width -> norm -> ReLU -> conv 3x3 -> norm -> ReLU
                  head:  conv 1x1 to C' -> norm -> gate                       (published: width 128)
 
-In a stride-2 block of LIP-ResNet one trunk is shared by two heads, hence separate classes for trunk and head.
+In a stride-2 block of LIP-ResNet two heads share one trunk, so trunk and head are also classes of their own.
 Source: paper section 4; reference ``imagenet/lip_resnet.py``.
 """
 
@@ -26,10 +26,10 @@ class InstanceNorm2d(nn.InstanceNorm2d):
     """(B, C, H, W) -> (B, C, H, W): every channel of every image to mean 0 and variance 1, then an affine map.
 
     ``nn.InstanceNorm2d`` (affine, no running statistics, eps 1e-5) that keeps channels-last, where PyTorch's makes a
-    contiguous copy. ``forward(x, activation)`` also applies a following ReLU or Gate, in the same pass over memory.
+    contiguous copy. ``forward(x, activation)`` also applies an activation: ReLU or Gate in the same pass over memory.
 
     Raises:
-        ValueError: the map has one position; its variance is zero and the norm would return its bias.
+        ValueError: the feature map has one position: its variance is zero, and the norm would return its bias.
     """
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
@@ -41,18 +41,22 @@ class InstanceNorm2d(nn.InstanceNorm2d):
                 f"instance norm of a {x.shape[-2]}x{x.shape[-1]} feature map; it needs at least 2 positions: "
                 "the image is too small for the network"
             )
-        # In float64 PyTorch's own norm, which rounds as the reference does, so that training trajectories can be
-        # compared. Not for a batch of one, where its gradient is wrong if the incoming gradient is channels-last
+        # In float64 PyTorch's own norm, which rounds as the reference code does, so that training trajectories can be
+        # compared. Not for a batch of one: there its gradient is wrong if the incoming gradient is channels-last
         # (torch 2.14, CPU: it reads the memory in the wrong order).
         if x.dtype == torch.float64 and x.shape[0] > 1:
             x = super().forward(x)
             return x if activation is None else activation(x)
-        kind = {nn.ReLU: "relu", Gate: "gate"}.get(type(activation), "none")
-        return norm_act(x, self.weight, self.bias, self.eps, kind, getattr(activation, "coefficient", 1.0))
+        if isinstance(activation, Gate):
+            return norm_act(x, self.weight, self.bias, self.eps, "gate", activation.coefficient)
+        if isinstance(activation, nn.ReLU):
+            return norm_act(x, self.weight, self.bias, self.eps, "relu")
+        x = norm_act(x, self.weight, self.bias, self.eps, "none")
+        return x if activation is None else activation(x)
 
 
 class Gate(nn.Module):
-    """z -> coefficient * sigmoid(z): bounds the logits to (0, coefficient), elementwise."""
+    """z -> coefficient * sigmoid(z), elementwise: bounds the logits to (0, coefficient)."""
 
     def __init__(self, coefficient: float = GATE) -> None:
         super().__init__()
@@ -92,7 +96,7 @@ class SimplifiedLogits(nn.Module):
 
 
 class BottleneckTrunk(nn.Module):
-    """x (B, C, H, W) -> (B, width, H, W): the part of the bottleneck logit module that sites can share."""
+    """x (B, C, H, W) -> (B, width, H, W): the part of the bottleneck logit module that several heads can share."""
 
     def __init__(self, channels: int, width: int = 128, device=None, dtype=None) -> None:
         factory_kwargs = {"device": device, "dtype": dtype}
@@ -124,7 +128,7 @@ class BottleneckHead(nn.Module):
 
 
 class BottleneckLogits(BottleneckTrunk):
-    """Logits (B, C, H, W) from x (B, C, H, W): the whole bottleneck logit module, trunk and head."""
+    """Logits (B, C, H, W) from x (B, C, H, W): the complete bottleneck logit module, trunk and head."""
 
     def __init__(self, channels: int, width: int = 128, gate: float | None = GATE, device=None, dtype=None) -> None:
         factory_kwargs = {"device": device, "dtype": dtype}

@@ -1,4 +1,4 @@
-"""Downsampling layers: LIP, and everything it is compared with, behind one interface.
+"""Downsampling layers: LIP, and those it is compared with, behind one interface.
 
 Every layer maps features (B, C, H, W) to (B, C, h, w), h = floor((H + 2 * padding - kernel_size) / stride) + 1, and is
 built by ``make_layer(name, channels, kernel_size, stride, padding)``; ``DOWNSAMPLING`` is the table of names. Most
@@ -25,8 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from lip_resnet.layers.logits import GATE, BottleneckHead, BottleneckLogits, ProjectionLogits, SimplifiedLogits
 from lip_resnet.ops.lip import lip2d
 
-# torch.fx cannot trace the operator's shape checks, so the operator, and the modules registered below, stay single
-# nodes of a traced graph.
+# torch.fx cannot trace shape checks, so the operator and the modules registered below are leaves of a traced graph.
 register_notrace_function(lip2d)
 
 
@@ -34,8 +33,8 @@ class LIP2d(nn.Module):
     """x (B, C, H, W) -> (B, C, h, w): ``lip2d(x, G(x))`` with a learnt logit module G.
 
     Args:
-        logits: the logit module G. The convolution that makes the logits must be called ``conv``; it starts at zero,
-            so that LIP starts as average pooling.
+        logits: the logit module G. Its last convolution must be called ``conv``; it is initialised to zero, so that
+            LIP starts as average pooling.
         kernel_size, stride, padding: of the window, in positions; the default padding is (kernel_size - 1) // 2.
     """
 
@@ -46,12 +45,15 @@ class LIP2d(nn.Module):
         self.stride = stride
         self.padding = (kernel_size - 1) // 2 if padding is None else padding
         self.recompute = False
-        """Recompute the logits in the backward pass instead of keeping them: less memory, a second forward of G."""
+        """Recompute the logits in the backward pass instead of saving them: less memory, a second forward of G."""
         self.zero_logits()
 
     def forward(self, x: Tensor, trunk: Tensor | None = None) -> Tensor:
         """Pool ``x``; a ``BottleneckHead`` computes the logits from ``trunk`` (B, width, H, W), others from ``x``."""
-        source = trunk if isinstance(self.logits, BottleneckHead) else x
+        source = x
+        if isinstance(self.logits, BottleneckHead):
+            assert trunk is not None, "a BottleneckHead needs the trunk's features"
+            source = trunk
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._pool, x, source, use_reentrant=False)
         return self._pool(x, source)
@@ -60,24 +62,23 @@ class LIP2d(nn.Module):
         return lip2d(x, self.logits(source), self.kernel_size, self.stride, self.padding)
 
     def zero_logits(self) -> None:
-        """Zero the convolution that makes the logits: the logits become constant, so LIP becomes average pooling."""
-        nn.init.zeros_(self.logits.conv.weight)
-        if self.logits.conv.bias is not None:
-            nn.init.zeros_(self.logits.conv.bias)
+        """Zero the logit module's last convolution: the logits become constant, so LIP becomes average pooling."""
+        for parameter in self.logits.get_submodule("conv").parameters():
+            nn.init.zeros_(parameter)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
 
 
 def logit_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of the convolutions that make a network's logits; empty for a network without LIP.
+    """Parameters of the last convolution of every logit module; empty for a network without LIP.
 
     They start at zero, so the instance norm after them has zero variance and multiplies their gradient by
     1 / sqrt(eps) = 316 at step 0. Gradient norms are therefore logged with and without them.
     """
     for module in model.modules():
         if isinstance(module, LIP2d):
-            yield from module.logits.conv.parameters()
+            yield from module.logits.get_submodule("conv").parameters()
 
 
 class Window(NamedTuple):
@@ -88,7 +89,7 @@ class Window(NamedTuple):
     padding: int
 
     def out(self, size: int) -> int:
-        """Length of the output along a side of ``size``."""
+        """Output size of an input of ``size`` positions."""
         return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
 
 
@@ -134,8 +135,8 @@ class DetailPreserving(nn.Module):
     """Importance alpha + (d^2 + eps^2)^(lambda / 2), d = x - mean of x in 3x3, eps = 1e-3.
 
     alpha and lambda are positive, learnt per channel and start at 1. This is the symmetric "lite" form (mean by a box
-    filter), with the mean taken around the input position q instead of the output position p, so that it is a local
-    weighted mean. Source: Saeedan et al., "Detail-Preserving Pooling in Deep Networks", CVPR 2018.
+    filter), with the mean around the input position q instead of the output position p: so the layer is a weighted
+    mean of its window. Source: Saeedan et al., "Detail-Preserving Pooling in Deep Networks", CVPR 2018.
     """
 
     def __init__(self, channels: int, window: Window, device=None, dtype=None) -> None:
@@ -169,7 +170,7 @@ class MaxAverage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         largest = F.max_pool2d(x, *self.window)
         mean = F.avg_pool2d(x, *self.window, count_include_pad=False)
-        mix = self.mix
+        mix: Tensor = self.mix
         if self.mask is not None:
             mix = F.conv2d(x.flatten(0, 1).unsqueeze(1), self.mask, self.mix, *self.window[1:]).reshape(mean.shape)
         return mean + torch.sigmoid(mix) * (largest - mean)
@@ -186,7 +187,7 @@ class Blur(BlurPool2d):
 
 @dataclass(frozen=True)
 class LogitOptions:
-    """Options of LIP's logit modules; other layers ignore them.
+    """Options of LIP's logit modules; the other layers ignore them.
 
     Raises:
         ValueError: unknown module, width below 1, coefficient not positive and finite.
@@ -242,7 +243,7 @@ DOWNSAMPLING: dict[str, Layer] = {
     "lip_simplified": Layer(_simplified, "learnt importance, logits from a 3x3 convolution, norm and gate", _LIP),
     "lip_bottleneck": Layer(_bottleneck, "learnt importance, logits from a bottleneck of three convolutions", _LIP),
     "average": Layer(
-        lambda c, w, o, **factory_kwargs: nn.AvgPool2d(*w, count_include_pad=False),
+        lambda c, w, o, **factory_kwargs: nn.AvgPool2d(w.kernel_size, w.stride, w.padding, count_include_pad=False),
         "importance 1: the window's mean",
         "classical",
     ),
@@ -287,7 +288,7 @@ def check_layer(name: str, site: str = "layer") -> str:
     """Return ``name`` if it is a key of ``DOWNSAMPLING``.
 
     Raises:
-        ValueError: it is not; the message names the nearest and all keys.
+        ValueError: it is not; the message names the nearest key and all keys.
     """
     if name not in DOWNSAMPLING:
         near = difflib.get_close_matches(str(name), DOWNSAMPLING, n=1)
@@ -309,7 +310,7 @@ def make_layer(
 
     Args:
         name: a key of ``DOWNSAMPLING``.
-        channels: of the features.
+        channels: number of channels of the features.
         kernel_size, stride, padding: of the window, in positions; the default padding is (kernel_size - 1) // 2.
         options: of LIP's logit module.
         factory_kwargs: ``device`` and ``dtype`` of the parameters.
@@ -322,7 +323,7 @@ def make_layer(
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{name}: channels, kernel_size, stride and padding are integers, not {value!r}")
     window = Window(kernel_size, stride, (kernel_size - 1) // 2 if padding is None else padding)
-    # strided and strided_average read fixed positions, which must lie in the map; other windows may overlap the border.
+    # strided and strided_average read fixed positions, which must lie inside the feature map.
     fixed = name in {"strided", "strided_average"}
     smallest, most_padding = 2 if name == "blur" else 1, (kernel_size - fixed) // 2
     if kernel_size < smallest or stride < 1 or not 0 <= window.padding <= most_padding:

@@ -2,14 +2,14 @@
 
 A pooling layer is replaced by a layer with the same window. A strided convolution becomes the same convolution at
 stride 1, with its weights and keys, followed by a layer; with ``strided`` the network computes what it did before. Only
-modules are replaced: functional pooling in a ``forward`` method is not seen.
+modules are replaced, not functional pooling in a ``forward`` method.
 """
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from timm.layers import BlurPool2d
@@ -18,25 +18,19 @@ from torch import Tensor, nn
 from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
 
 SITES = ("image", "stem", "main", "shortcut", "transition")
-"""image: the convolution that reads the image; stem: pooling in the stem; shortcut: beside a block's main path;
-transition: between stages; main: everything else."""
+"""image: the convolution that reads the image; stem: pooling in the stem; shortcut: on a block's shortcut;
+transition: between stages; main: all other layers."""
+
+StridedLayer = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | BlurPool2d | LIP2d
 
 
 class DownsampledConv2d(nn.Conv2d):
     """``conv`` at stride 1 with its own weights, then ``pool``: (B, C, H, W) -> (B, C', h, w), keys unchanged."""
 
     def __init__(self, conv: nn.Conv2d, pool: nn.Module) -> None:
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            device="meta",
-        )
+        same = ("in_channels", "out_channels", "kernel_size", "padding", "dilation", "groups", "padding_mode")
+        keywords: dict[str, Any] = {name: getattr(conv, name) for name in same}
+        super().__init__(**keywords, bias=conv.bias is not None, device="meta")
         self.weight = conv.weight
         self.bias = conv.bias
         self.pool = pool
@@ -50,7 +44,7 @@ class Replacements:
     """What ``replace_downsampling`` did, by module name."""
 
     swapped: dict[str, str] = field(default_factory=dict)
-    """Name -> its site, the old layer and the new layer."""
+    """Name -> its site, the old layer -> the new layer."""
     kept: dict[str, str] = field(default_factory=dict)
     """Name -> the reason why it was not replaced."""
 
@@ -60,9 +54,9 @@ class Replacements:
         return self.kept
 
     def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} swapped, {len(self.kept)} left alone"]
+        lines = [f"{len(self.swapped)} replaced, {len(self.kept)} kept"]
         lines += [f"  {name}: {change}" for name, change in self.swapped.items()]
-        lines += [f"  {name}: left alone, {reason}" for name, reason in self.kept.items()]
+        lines += [f"  {name}: kept, {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
 
@@ -80,8 +74,8 @@ def replace_downsampling(
         layers: a key of ``DOWNSAMPLING`` for every site but ``image``, or a mapping of ``SITES`` to keys; sites that
             are not in it keep their layers. New LIP layers start as average pooling; ``lip`` has simplified logits in
             the stem and ``options.module`` elsewhere.
-        input_size: (channels, height, width) of an image that the model accepts; a forward pass on the meta device
-            finds each layer's channels with it. Default: timm's configuration of the model, or (3, 224, 224).
+        input_size: (channels, height, width) of an image that the model accepts, for a forward pass on the meta device
+            that determines every layer's channels. Default: timm's configuration of the model, or (3, 224, 224).
         options: of the logit modules.
 
     Returns:
@@ -100,13 +94,13 @@ def replace_downsampling(
         input_size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
 
     channels = _traced_channels(model, input_size)
-    names = [name for name, module in model.named_modules() if _is_strided(module)]
-    report, new = Replacements(), {}
-    for name in names:
-        old = model.get_submodule(name)
-        first = name == next(iter(channels), None) and getattr(old, "in_channels", None) == input_size[0]
-        site = _site(name, names, first)
-        reason = _reason_to_stay(old, name in channels)
+    strided = {name: module for name, module in model.named_modules() if _is_strided(module)}
+    report = Replacements()
+    new: dict[str, nn.Module] = {}
+    for name, old in strided.items():
+        reads_image = name == next(iter(channels), None) and getattr(old, "in_channels", None) == input_size[0]
+        site = "image" if reads_image else _site(name, list(strided))
+        reason = _reason_to_keep(old, name in channels)
         if reason is None and site not in chosen:
             reason = f"no layer was chosen for the site {site!r}"
         if reason is not None:
@@ -120,48 +114,49 @@ def replace_downsampling(
             continue
         report.swapped[name] = f"{site}, {_describe(old)} -> {layer}"
     for name, module in new.items():
-        _set(model, model.get_submodule(name), module)
+        _set(model, strided[name], module)
     return report
 
 
-def _replacement(old: nn.Module, layer: str, channels: int, options: LogitOptions, like: Tensor) -> nn.Module:
-    """The module that replaces ``old``, with the model's device and dtype (those of ``like``) and ``old``'s mode."""
+def _replacement(old: StridedLayer, layer: str, channels: int, options: LogitOptions, like: Tensor) -> nn.Module:
+    """The module that replaces ``old``: device and dtype of ``like``, a parameter of the model; ``old``'s mode."""
     factory_kwargs: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     if isinstance(old, nn.Conv2d):
         # The smallest centred window that covers every position: 3 for stride 2.
         stride = old.stride[0]
         pool = make_layer(layer, old.out_channels, 2 * stride - 1, stride, stride - 1, options, **factory_kwargs)
         return DownsampledConv2d(old, pool).train(old.training)
-    return make_layer(layer, channels, *_window(old), options, **factory_kwargs).train(old.training)
+    window = _window(old)
+    assert window is not None, "_reason_to_keep excludes windows that are not square"
+    return make_layer(layer, channels, *window, options, **factory_kwargs).train(old.training)
 
 
 def _traced_channels(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     """Output channels of every strided layer, in the order of the forward pass, from a copy on the meta device."""
     trial = copy.deepcopy(model).to("meta").eval()
     channels: dict[str, int] = {}
-    names = {module: name for name, module in trial.named_modules() if _is_strided(module)}
+    names: dict[nn.Module, str] = {module: name for name, module in trial.named_modules() if _is_strided(module)}
 
-    def note(module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> None:
+    def record(module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> None:
         channels.setdefault(names[module], out.shape[1])
 
     for module in names:
-        module.register_forward_hook(note)
+        module.register_forward_hook(record)
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
         trial(torch.empty(2, *input_size, device="meta", dtype=dtype))
     return channels
 
 
-def _is_strided(module: nn.Module) -> bool:
+def _is_strided(module: nn.Module) -> TypeGuard[StridedLayer]:
     """Whether a module is a pooling layer or convolution with a stride above 1."""
-    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d, LIP2d)
-    if not isinstance(module, kinds) or isinstance(module, DownsampledConv2d):
+    if not isinstance(module, StridedLayer) or isinstance(module, DownsampledConv2d):
         return False
-    steps = module.stride if isinstance(module.stride, tuple) else (module.stride,)
-    return max(steps) > 1
+    strides = module.stride if isinstance(module.stride, tuple) else (module.stride,)
+    return max(strides) > 1
 
 
-def _reason_to_stay(module: nn.Module, was_called: bool) -> str | None:
+def _reason_to_keep(module: StridedLayer, was_called: bool) -> str | None:
     """Why a strided layer cannot be replaced; None if it can."""
     if isinstance(module, LIP2d):
         return "it is LIP already"
@@ -173,7 +168,7 @@ def _reason_to_stay(module: nn.Module, was_called: bool) -> str | None:
         return f"its stride {module.stride} is not square"
     if isinstance(module, nn.Conv2d):
         return "its padding grows with its stride" if isinstance(module.padding, str) else None
-    if None in _window(module):
+    if _window(module) is None:
         return "its window is not square"
     if getattr(module, "ceil_mode", False):
         return "it rounds the output size up (ceil_mode)"
@@ -182,10 +177,8 @@ def _reason_to_stay(module: nn.Module, was_called: bool) -> str | None:
     return None
 
 
-def _site(name: str, names: list[str], first: bool) -> str:
-    """The site of a layer, inferred from its name and its neighbours' names."""
-    if first:
-        return "image"
+def _site(name: str, names: list[str]) -> str:
+    """The site of a layer, inferred from its name and the names of the other strided layers."""
     parts = name.split(".")
     if any(re.fullmatch(r"(stem.*|maxpool|pool0|conv_?stem)", part) for part in parts):
         return "stem"
@@ -199,20 +192,28 @@ def _site(name: str, names: list[str], first: bool) -> str:
     return "main"
 
 
-def _square(value: int | tuple[int, ...] | list[int]) -> int | None:
+def _square(value: int | Sequence[Any]) -> int | None:
+    """The one value of a window's size, stride or padding; None where height and width differ."""
     if isinstance(value, int):
         return value
     return value[0] if len(set(value)) == 1 else None
 
 
-def _window(module: nn.Module) -> tuple[int | None, int | None, int | None]:
-    """Kernel size, stride and padding; None where height and width differ."""
-    size = module.filt_size if isinstance(module, BlurPool2d) else module.kernel_size
-    return _square(size), _square(module.stride), _square(module.padding)
+def _window(module: StridedLayer) -> tuple[int, int, int] | None:
+    """Kernel size, stride and padding of a pooling layer; None where height and width differ."""
+    kernel_size, stride, padding = map(_square, (_kernel_size(module), module.stride, module.padding))
+    if kernel_size is None or stride is None or padding is None:
+        return None
+    return kernel_size, stride, padding
 
 
-def _describe(module: nn.Module) -> str:
-    return f"{type(module).__name__} {_window(module)[0]}/{_window(module)[1]}"
+def _kernel_size(module: StridedLayer) -> int | tuple[int, ...]:
+    return module.filt_size if isinstance(module, BlurPool2d) else module.kernel_size
+
+
+def _describe(module: StridedLayer) -> str:
+    size = _kernel_size(module)
+    return f"{type(module).__name__} {_square(size) or size}/{_square(module.stride)}"
 
 
 def _set(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Networks: LIP-ResNet and LIP-DenseNet, registered with timm, and the loading of weights.
 
-``build_model`` makes the network of a recipe, LIP or any of timm's; ``load_weights`` reads a checkpoint, whoever wrote
-it. Built on ``layers``; knows no data and no training.
+``registry`` builds a network from its name (``build_model``: the network of a recipe), ``weights`` loads a checkpoint
+of any origin into a network (``load_weights``), ``identify`` tells which network a checkpoint is of. Built on
+``layers``; independent of data and training.
 """
 
 from lip_resnet.models import densenet, resnet  # noqa: F401 (registers the networks with timm)

@@ -1,4 +1,4 @@
-"""Residual blocks of LIP-ResNet, and the layers that stand in those of stride 2.
+"""Residual blocks of LIP-ResNet, and the downsampling layers of those with stride 2.
 
 Letters in the shapes: B images, C channels, H x W input positions, h x w output positions.
 """
@@ -28,15 +28,15 @@ class Downsample(nn.Sequential):
 
 
 def _pool(layer: nn.Module, x: Tensor, trunk: Tensor | None) -> Tensor:
-    """LIP may make its logits from the block's trunk; every other layer knows ``x`` alone."""
+    """Apply a downsampling layer; LIP layers also get the block's trunk features."""
     return layer(x, trunk) if isinstance(layer, LIP2d) else layer(x)
 
 
 class Bottleneck(nn.Module):
     """(B, in_channels, H, W) -> (B, 4 * channels, h, w): conv 1x1, conv 3x3, conv 1x1 and a shortcut.
 
-    With stride 2 the layer ``pool`` 3x3/2 -> conv 1x1 stands in place of the 3x3 convolution, and ``shortcut_pool`` in
-    front of the shortcut's convolution; ``trunk`` makes the features that LIPs of both turn into logits.
+    With stride 2, ``pool`` and a 1x1 convolution replace the 3x3 convolution, and ``shortcut_pool`` precedes the
+    shortcut's convolution; ``trunk`` computes the features from which the LIPs of both make their logits.
     """
 
     expansion = 4
@@ -88,8 +88,7 @@ class Bottleneck(nn.Module):
 class BasicBlock(nn.Module):
     """(B, in_channels, H, W) -> (B, channels, h, w): two 3x3 convolutions and a shortcut.
 
-    With stride 2 the first convolution runs at stride 1 and the layer ``pool`` takes its output; otherwise as
-    ``Bottleneck``.
+    With stride 2 the first convolution runs at stride 1 and ``pool`` follows it; the rest is as in ``Bottleneck``.
     """
 
     expansion = 1
@@ -140,11 +139,18 @@ def stride2_layers(
     options: LogitOptions,
     factory_kwargs: dict[str, Any],
 ) -> dict[str, nn.Module | None]:
-    """The layers of a stride-2 block, as its keywords; ``sites``: main and shortcut, each a name and its channels.
+    """The layers of a stride-2 block, as keyword arguments of the block.
 
-    ``lip`` with bottleneck logits is a head on a trunk that the sites share; any other layer stands on its own.
+    ``lip`` with bottleneck logits is a head on a trunk that both sites share; any other layer is independent.
+
+    Args:
+        sites: ``main`` and ``shortcut``, each with the name of its layer and the channels that are pooled.
+        in_channels: of the block, which the trunk reads.
+        kernel_size: of the windows.
+        options: of the logit modules.
+        factory_kwargs: ``device`` and ``dtype`` of the parameters.
     """
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for site, (name, channels) in sites.items():
         if check_layer(name, site) == "lip" and options.module == "bottleneck":
             layers[site] = LIP2d(BottleneckHead(options.width, channels, options.gate, **factory_kwargs), kernel_size)

@@ -1,8 +1,8 @@
-"""LIP-DenseNet: timm's DenseNet-BC (Huang et al. 2017) whose every pooling is LIP, registered with timm.
+"""LIP-DenseNet: timm's DenseNet-BC (Huang et al. 2017) with LIP as every pooling layer, registered with timm.
 
-The stem's max pooling becomes LIP 3x3/2 with simplified logits; in each transition LIP 2x2/2 without padding, with a
-complete bottleneck-128 logit module of its own, stands in place of the average pooling. The paper has the 121; 161, 169
-and 201 are the same code. Source: paper section 4; reference ``imagenet/lip_densenet.py``.
+LIP 3x3/2 with simplified logits replaces the stem's max pooling; LIP 2x2/2 without padding, each with a complete
+bottleneck-128 logit module, replaces the average pooling of the transitions. The paper has LIP-DenseNet-121; 161, 169
+and 201 are ours, from the same code. Source: paper section 4; reference ``imagenet/lip_densenet.py``.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lip_resnet.layers.logits import GATE
 from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
-from lip_resnet.models.key_map import CFG, rename_keys
+from lip_resnet.models.published import CFG, rename_keys
 
 
 class LIPDenseNet(DenseNet):
@@ -22,24 +22,24 @@ class LIPDenseNet(DenseNet):
     Args:
         growth_rate: channels that each dense layer adds.
         block_config: dense layers in each of the four blocks.
-        num_classes: of the classifier; 0 leaves it out.
+        num_classes: of the classifier; 0: no classifier.
         in_chans: channels of the images.
         global_pool: how (B, C, h, w) becomes (B, C) before the classifier: timm's names.
-        drop_rate: dropout in front of the classifier, in [0, 1).
+        drop_rate: dropout before the classifier, in [0, 1).
         proj_drop_rate: dropout after every dense layer, in [0, 1).
         drop_path_rate: only 0: a DenseNet has no residual branch that could be dropped.
-        stem, transition: the layer of ``DOWNSAMPLING`` at the stem's pooling and at the end of the transitions.
-            ``lip`` is simplified logits in the stem.
+        stem, transition: the layers of ``DOWNSAMPLING`` that pool in the stem and in the transitions. ``lip`` has
+            simplified logits in the stem.
         logit_module: what ``lip`` means in the transitions: bottleneck (published), simplified or projection.
         bottleneck_width: channels of the bottleneck logit modules (published: 128).
-        gate_coefficient: bound of the logits.
-        gate: False leaves the gate out.
+        gate_coefficient: upper bound of the logits.
+        gate: False omits the gate.
         kernel_size: of every window, padding (kernel_size - 1) // 2; 0 is as published: 3 in the stem, 2 elsewhere.
-        init: of the convolutions that make the logits. ``reference``: Kaiming normal, as all others (the reference has
-            a zero initialisation here too but never calls it); ``zero``: LIP starts as average pooling.
+        init: of the logit modules' last convolutions. ``reference``: Kaiming normal, as all others (the reference code
+            defines a zero initialisation but never calls it); ``zero``: LIP starts as average pooling.
 
     Raises:
-        ValueError: a keyword out of its range, or an unknown layer or logit module.
+        ValueError: a keyword is out of range, or a layer or logit module is unknown.
     """
 
     def __init__(
@@ -71,9 +71,10 @@ class LIPDenseNet(DenseNet):
         if init not in ("reference", "zero"):
             raise ValueError(f"init {init!r}; it must be reference or zero")
         options = LogitOptions(logit_module, bottleneck_width, gate_coefficient if gate else None)
-        # timm 1.0.20 takes neither; newer versions take both.
+        # timm 1.0.20 accepts neither; newer versions accept both.
         factory_kwargs = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
-        # Fan in for every convolution, PyTorch's default for the classifier, with bias 0: timm's as the reference's.
+        # timm initialises as the reference code does: convolutions Kaiming normal (fan in), the classifier PyTorch's
+        # default with zero bias.
         super().__init__(
             growth_rate,
             block_config,
@@ -90,8 +91,11 @@ class LIPDenseNet(DenseNet):
         check_layer(transition, "transition")
         for module in self.features:
             if isinstance(module, DenseTransition):
-                channels = module.conv.out_channels
-                module.pool = make_layer(transition, channels, kernel_size or 2, options=options, **factory_kwargs)
+                conv = module.conv
+                assert isinstance(conv, nn.Conv2d)
+                module.pool = make_layer(
+                    transition, conv.out_channels, kernel_size or 2, options=options, **factory_kwargs
+                )
         self._init_logits(init)
 
     def _init_logits(self, init: str) -> None:
@@ -104,24 +108,22 @@ class LIPDenseNet(DenseNet):
                     lip.zero_logits()
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that must not decay: none, the reference decays everything."""
+        """Names of parameters without weight decay: none, as in the reference code."""
         return set()
 
+    @staticmethod
+    def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Map released keys (the reference's attribute names) to ours; our own keys are unchanged."""
+        renames = (
+            (r"\.pool0\.logit\.conv1\.", ".pool0.logits.conv."),
+            (r"\.pool0\.logit\.bn1\.", ".pool0.logits.norm."),
+            (r"\.pool\.logit\.conv3\.", ".pool.logits.conv."),
+            (r"\.pool\.logit\.bn3\.", ".pool.logits.norm."),
+            (r"\.pool\.logit\.bn(\d)\.", r".pool.logits.norm\1."),
+            (r"\.pool\.logit\.", ".pool.logits."),
+        )
+        return rename_keys(state_dict, renames)
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Released keys (the reference's attribute names) -> ours; keys that are ours already stay as they are."""
-    renames = (
-        (r"\.pool0\.logit\.conv1\.", ".pool0.logits.conv."),
-        (r"\.pool0\.logit\.bn1\.", ".pool0.logits.norm."),
-        (r"\.pool\.logit\.conv3\.", ".pool.logits.conv."),
-        (r"\.pool\.logit\.bn3\.", ".pool.logits.norm."),
-        (r"\.pool\.logit\.bn(\d)\.", r".pool.logits.norm\1."),
-        (r"\.pool\.logit\.", ".pool.logits."),
-    )
-    return rename_keys(state_dict, renames)
-
-
-LIPDenseNet.checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -136,7 +138,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> LIPDenseNet:
         LIPDenseNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=LIPDenseNet.checkpoint_filter_fn,
         feature_cfg={"flatten_sequential": True},
         **kwargs,
     )

@@ -1,4 +1,4 @@
-"""Which of the paper's networks a file of weights holds, told from its keys and shapes, and that network built."""
+"""Which of the paper's networks a checkpoint is of, by its keys and shapes, and that network built."""
 
 import itertools
 import math
@@ -12,18 +12,18 @@ from lip_resnet.config import Config, InputError
 from lip_resnet.models import registry
 from lip_resnet.models.weights import extract_weights, put_weights
 
-NETWORKS = (
+NETWORKS: tuple[tuple[str, dict[str, Any]], ...] = (
     *(
         (name, {} if width == 128 else {"bottleneck_width": width})
         for name, width in itertools.product(("lip_resnet50", "lip_resnet101", "lip_densenet121"), (128, 64, 256))
     ),
     *((name, {}) for name in ("resnet50", "resnet101", "densenet121")),
 )
-"""What a file of weights can be: (model, keywords)."""
+"""The networks that ``identify`` knows: (model, keywords)."""
 
 
 class Network(NamedTuple):
-    """What a file of weights turned out to hold."""
+    """A network by its name in timm, keywords and number of classes."""
 
     model: str
     args: dict[str, Any]
@@ -34,15 +34,18 @@ class Network(NamedTuple):
         return self.model + (f" ({keywords})" if keywords else "")
 
     def build(self, trained: Config | None = None) -> nn.Module:
-        """The network, with timm's description of it set to how it is evaluated.
+        """The network, with its ``pretrained_cfg`` set to the evaluation protocol.
 
         Args:
-            trained: the recipe of a run of ours; None: the reference's protocol.
+            trained: the recipe of the run that trained it; None: the reference's protocol.
+
+        Raises:
+            InputError: see ``registry.create_model``.
         """
-        overlay = {}
-        if not self.model.startswith("lip_"):  # timm describes weights of its own, which these are not
-            nothing = ("tag", "url", "hf_hub_id", "origin_url", "license", "paper_ids", "test_input_size")
-            overlay = dict.fromkeys((*nothing, "test_crop_pct"))
+        overlay: dict[str, Any] = {}
+        if not self.model.startswith("lip_"):  # timm's entry describes timm's weights, not these
+            removed = ("tag", "url", "hf_hub_id", "origin_url", "license", "paper_ids", "test_input_size")
+            overlay = dict.fromkeys((*removed, "test_crop_pct"))
             overlay |= {"input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875}
             overlay |= {"interpolation": "bilinear", "crop_mode": "center"}
         if trained is not None:
@@ -56,47 +59,49 @@ class Network(NamedTuple):
 
 
 def crop_pct(size: int, resize: int) -> float:
-    """timm's fraction for a crop of ``size`` after a resize to ``resize``: floor(size / fraction) is ``resize``."""
+    """timm's ``crop_pct`` for a crop of ``size`` after a resize to ``resize`` pixels: floor(size / it) = resize."""
     fraction = size / resize
     return fraction if math.floor(size / fraction) == resize else math.nextafter(fraction, 0)
 
 
 def identify(payload: dict[str, Any], source: str, ema: bool = False) -> Network:
-    """Name the network of a checkpoint from its keys and shapes alone; exactly one of ``NETWORKS`` fits.
+    """The network of a checkpoint, by its keys and shapes; they fit exactly one of ``NETWORKS``.
 
     Args:
-        ema: look at the averaged weights.
+        payload: the checkpoint, see ``extract_weights``.
+        source: its name in errors.
+        ema: identify the averaged (EMA) weights.
 
     Raises:
-        InputError: none does; the message tells what is wrong with the nearest.
+        InputError: no network fits; the message says how the nearest one differs.
     """
     state = extract_weights(payload, source, ema)
     heads = [state[key] for key in ("fc.weight", "classifier.weight") if key in state and state[key].dim() == 2]
     num_classes = len(heads[0]) if heads else 1000
-    nearest, fewest = None, None
+    candidates = []
     for name, args in NETWORKS:
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=num_classes, **args)
         rename = getattr(model, "checkpoint_filter_fn", None)
         shapes = {(key, value.shape) for key, value in (rename(state, model) if rename else state).items()}
-        apart = len(shapes ^ {(key, value.shape) for key, value in model.state_dict().items()})
-        if not apart:
-            return Network(name, args, num_classes)
-        if fewest is None or apart < fewest:
-            nearest, fewest = (name, args, model), apart
-    name, args, model = nearest
+        differences = len(shapes ^ {(key, value.shape) for key, value in model.state_dict().items()})
+        network = Network(name, args, num_classes)
+        if not differences:
+            return network
+        candidates.append((differences, network, model))
+    _, network, model = min(candidates, key=lambda candidate: candidate[0])
     try:
         put_weights(model, payload, source, ema=ema)
     except InputError as error:
-        raise InputError(f"{error}; the nearest network is {Network(name, args, num_classes)}") from error
-    raise AssertionError("put_weights took what identify refused")
+        raise InputError(f"{error}; the nearest network is {network}") from error
+    raise AssertionError("put_weights accepted weights that identify did not")
 
 
 def check_finite(model: nn.Module, source: str) -> None:
-    """Every number of a network is one.
+    """Check that no parameter or buffer of a network holds NaN or infinity.
 
     Raises:
-        FloatingPointError: NaN or infinity, with the tensors that hold them.
+        FloatingPointError: one does; the message says how many and names the first.
     """
     bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
     if bad:

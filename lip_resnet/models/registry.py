@@ -1,4 +1,4 @@
-"""Names to networks: LIP networks and timm's baselines, built and initialised by the same rules."""
+"""Networks by name: LIP networks and timm's baselines, built and initialised by the same rules."""
 
 import copy
 import difflib
@@ -13,11 +13,12 @@ from lip_resnet.layers.replace import replace_downsampling
 
 
 def create_model(name: str, **keywords: Any) -> nn.Module:
-    """``timm.create_model`` whose refusals are one line, with near names.
+    """``timm.create_model`` with one-line errors.
 
     Raises:
-        InputError: unknown name; a keyword or value that the model does not take; a package that it needs is missing.
-        Exception: whatever the network raises without any keywords too: that is a defect, not the user's.
+        InputError: unknown name (with near names); a keyword or value that the model does not accept; a package that
+            the model needs is not installed.
+        Exception: the model's own error, if it also fails without keywords: a defect, not the user's mistake.
     """
     _check_name(name)
     try:
@@ -32,7 +33,7 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
 
 
 def pretrained_cfg(name: str) -> dict[str, Any]:
-    """timm's description of a model: its classes, classifier and evaluation. Nothing is built.
+    """timm's description of a model (classes, classifier, evaluation), without building it.
 
     Raises:
         InputError: unknown name, or unknown tag of pretrained weights.
@@ -51,18 +52,20 @@ def _check_name(name: str) -> None:
 
 
 def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
-    """The network of a recipe, initialised; the caller loads ``config.weights``.
+    """Build and initialise the network of a recipe; the caller loads ``config.weights``.
 
     Args:
         config: the recipe's ``model`` section.
         keywords: further keyword arguments of the model.
 
     Raises:
-        InputError: unknown model, keyword or layer, or weights that do not fit.
+        InputError: unknown model, keyword or layer, or a site at which the network has nothing to replace.
     """
     keywords["num_classes"] = config.num_classes
-    if taken := sorted(config.args.keys() & {*keywords, "pretrained", "features_only", "checkpoint_path"}):
-        raise InputError(f"model.args: {', '.join(taken)} cannot be set there; the recipe has keys of its own for it")
+    if reserved := sorted(config.args.keys() & {*keywords, "pretrained", "features_only", "checkpoint_path"}):
+        raise InputError(
+            f"model.args: {', '.join(reserved)} cannot be set there; the recipe has keys of its own for it"
+        )
     model = create_model(config.name, **keywords, **config.args)
     initialize(model)
     if config.downsampling:
@@ -78,29 +81,32 @@ def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
 
 @torch.no_grad()
 def initialize(model: nn.Module) -> None:
-    """Give every residual network, LIP or not, the reference's classifier N(0, 0.01), bias 0, and zero last BNs.
+    """Initialise every residual network, LIP or not, as the reference does: classifier N(0, 0.01) with zero bias, and
+    zero weights in the last BN of every block.
 
-    timm's ResNets bring their own classifier initialisation; a comparison must not depend on it.
+    timm's ResNets initialise their classifier in another way; a comparison must not depend on it.
     """
-    blocks = [module for module in model.modules() if hasattr(module, "zero_init_last")]
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "zero_init_last")]
     for block in blocks:
         block.zero_init_last()
-    head = model.get_classifier()
+    get_classifier: Any = model.get_classifier
+    head = get_classifier()
     if blocks and isinstance(head, nn.Linear):
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
 
 
 def check_size(model: nn.Module, size: int) -> None:
-    """Let a network see two images of ``size`` x ``size`` without computing anything.
+    """Check that a network accepts images of ``size`` x ``size`` pixels, by a forward pass on the meta device.
 
     Raises:
-        InputError: they are too small for it, or not of the one size that it takes.
-        Exception: whatever the network raises on images of its default size too: that is a defect, not the user's.
+        InputError: they are too small, or the network accepts only another size.
+        Exception: the network's own error, if images of its default size fail too: a defect, not the user's mistake.
     """
     trial = copy.deepcopy(model).to("meta").train()
     try:
         trial(torch.empty(2, 3, size, size, device="meta"))
     except (ValueError, RuntimeError, AssertionError) as error:
-        trial(torch.empty(2, *model.default_cfg["input_size"], device="meta"))
+        cfg: Any = model.default_cfg
+        trial(torch.empty(2, *cfg["input_size"], device="meta"))
         raise InputError(f"images of {size}x{size} do not fit this {type(model).__name__}: {error}") from error

@@ -1,18 +1,18 @@
-"""LIP-ResNet: ResNet (He et al. 2016) whose every downsampling is LIP, registered with timm.
+"""LIP-ResNet: ResNet (He et al. 2016) with LIP as every downsampling layer after the first convolution, registered with
+timm.
 
-"Full" LIP architecture of the paper, Bottleneck-128: the stem's max pooling becomes LIP with simplified logits; in the
-first block of stages 2 to 4 one logit trunk on the block's input serves two LIPs, one on the main path (with a 1x1
-convolution it replaces the 3x3 convolution of stride 2) and one in front of the shortcut's 1x1 convolution.
-All other blocks are the ordinary bottleneck. Source: paper section 4; reference ``imagenet/lip_resnet.py``.
+The paper's "Full" architecture, Bottleneck-128: LIP with simplified logits replaces the stem's max pooling; in the
+first block of stages 2 to 4, two LIPs share one logit trunk on the block's input. One is on the main path, where it and
+a 1x1 convolution replace the 3x3 convolution of stride 2; one precedes the shortcut's 1x1 convolution. All other
+blocks are ordinary bottlenecks. Source: paper section 4; reference ``imagenet/lip_resnet.py``.
 
-LIP-ResNet-18, 34 and 152 are ours, not the paper's. Any layer of ``DOWNSAMPLING`` can stand at each of the three
-sites.
+LIP-ResNet-18, 34 and 152 are ours, not the paper's. Each of the three sites takes any layer of ``DOWNSAMPLING``.
 """
 
 from typing import Any
 
 import torch
-from timm.layers import create_classifier
+from timm.layers import SelectAdaptivePool2d, create_classifier
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -25,7 +25,7 @@ from lip_resnet.compat import feature_indices
 from lip_resnet.layers.logits import GATE
 from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
 from lip_resnet.models.blocks import BasicBlock, Bottleneck, stride2_layers
-from lip_resnet.models.key_map import CFG, rename_keys
+from lip_resnet.models.published import CFG, rename_keys
 
 
 class LIPResNet(nn.Module):
@@ -33,23 +33,25 @@ class LIPResNet(nn.Module):
 
     Args:
         layers: blocks in each of the four stages.
-        num_classes: of the classifier; 0 leaves it out.
+        num_classes: of the classifier; 0: no classifier.
         in_chans: channels of the images.
         global_pool: how (B, C, h, w) becomes (B, C) before the classifier: timm's names.
-        drop_rate: dropout in front of the classifier, in [0, 1).
+        drop_rate: dropout before the classifier, in [0, 1).
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first, in [0, 1).
-        stem, main, shortcut: the layer of ``DOWNSAMPLING`` at the stem's pooling, and on the main path and the
+        stem, main, shortcut: the layers of ``DOWNSAMPLING`` that pool in the stem, and on the main path and the
             shortcut of the stride-2 blocks. ``lip`` has simplified logits in the stem, elsewhere a head on the trunk.
         logit_module: what ``lip`` means in the blocks: bottleneck (published), simplified or projection.
         bottleneck_width: channels of the logit trunks (published: 128; ablations: 64 and 256).
-        gate_coefficient: bound of the logits.
-        gate: False leaves the gate out.
+        gate_coefficient: upper bound of the logits.
+        gate: False omits the gate.
         kernel_size: of every layer's window (stride 2, padding (kernel_size - 1) // 2).
-        recompute_logits: make the logits again in the backward pass instead of keeping them.
+        recompute_logits: recompute the logits in the backward pass instead of saving them.
 
     Raises:
-        ValueError: a keyword out of its range, or an unknown layer or logit module.
+        ValueError: a keyword is out of range, or a layer or logit module is unknown.
     """
+
+    global_pool: SelectAdaptivePool2d
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class LIPResNet(nn.Module):
         self.pool = make_layer(
             "lip_simplified" if stem == "lip" else stem, 64, kernel_size, options=options, **factory_kwargs
         )
-        self.feature_info = [{"num_chs": 64, "reduction": 2, "module": "act1"}]
+        self.feature_info: list[dict[str, Any]] = [{"num_chs": 64, "reduction": 2, "module": "act1"}]
 
         rates = [drop_path_rate * index / (sum(layers) - 1) for index in range(sum(layers))]
         in_channels = 64
@@ -116,7 +118,10 @@ class LIPResNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Paper initialisation: convolutions Kaiming normal (fan out), norms 1 and 0, then the special zeros."""
+        """Initialise as the reference does: convolutions Kaiming normal (fan out), classifier N(0, 0.01), bias 0.
+
+        The last BN of every block and the last convolution of every logit module have zero weights.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -134,19 +139,19 @@ class LIPResNet(nn.Module):
         return {"stem": r"^conv1|bn1|pool", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that must not decay: none, the reference decays everything."""
+        """Names of parameters without weight decay: none, as in the reference code."""
         return set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block's activations in the backward pass instead of keeping them."""
+        """Recompute every block's activations in the backward pass instead of saving them."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The last layer."""
+        """The classifier: a linear layer, or an identity without classes."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier of ``num_classes`` (0: none) in place, on the model's device and in its dtype."""
+        """Replace the classifier by a new one of ``num_classes`` (0: none), on the model's device and in its dtype."""
         weight = self.conv1.weight
         self.num_classes = num_classes
         if global_pool is None:
@@ -159,7 +164,7 @@ class LIPResNet(nn.Module):
 
     def stages(self) -> list[nn.Sequential]:
         """The four stages, in order."""
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
+        return [getattr(self, f"layer{stage}") for stage in (1, 2, 3, 4)]
 
     def _stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -175,18 +180,24 @@ class LIPResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Images -> features of the stem (index 0) and the stages (1 to 4), as timm defines it.
+        """Images -> features of the stem (index 0) and the stages (1 to 4): timm's interface.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: which features; an int takes the last n, None all five.
-            norm: unused, there is no final norm.
-            stop_early: stop after the last feature asked for.
+            indices: the features to return; an int n: the last n; None: all five.
+            norm: unused: the network has no final norm.
+            stop_early: stop after the last selected feature.
             output_fmt: only "NCHW".
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list of features.
+
+        Returns:
+            The last feature map, (B, C, h, w), and the selected features; or only these.
+
+        Raises:
+            ValueError: another ``output_fmt``.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r}; only 'NCHW' is possible")
+            raise ValueError(f"output_fmt {output_fmt!r}; it must be 'NCHW'")
         take, last = feature_indices(5, indices)
         x = self.act1(self.bn1(self.conv1(x)))
         features = [x] if 0 in take else []
@@ -200,7 +211,7 @@ class LIPResNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last feature asked for, and the head; returns the indices kept."""
+        """Remove the stages after the last selected feature, and the head; returns the selected indices."""
         take, last = feature_indices(5, indices)
         for index in range(last + 1, 5):
             setattr(self, f"layer{index}", nn.Sequential())
@@ -228,30 +239,29 @@ class LIPResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    @staticmethod
+    def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Map released keys (the reference's attribute names) to ours; our own keys are unchanged."""
+        renames = (
+            (r"^maxpool\.logit\.bn\.", "pool.logits.norm."),
+            (r"^maxpool\.logit\.", "pool.logits."),
+            (r"\.bottleneck_shared\.logit\.bn(\d)\.", r".trunk.norm\1."),
+            (r"\.bottleneck_shared\.logit\.", ".trunk."),
+            (r"\.conv2\.0\.postprocessing\.bn\.", ".pool.logits.norm."),
+            (r"\.conv2\.0\.postprocessing\.", ".pool.logits."),
+            (r"\.conv2\.1\.", ".conv2."),
+            (r"\.downsample\.lip\.postprocessing\.bn\.", ".downsample.pool.logits.norm."),
+            (r"\.downsample\.lip\.postprocessing\.", ".downsample.pool.logits."),
+        )
+        return rename_keys(state_dict, renames)
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Released keys (the reference's attribute names) -> ours; keys that are ours already stay as they are."""
-    renames = (
-        (r"^maxpool\.logit\.bn\.", "pool.logits.norm."),
-        (r"^maxpool\.logit\.", "pool.logits."),
-        (r"\.bottleneck_shared\.logit\.bn(\d)\.", r".trunk.norm\1."),
-        (r"\.bottleneck_shared\.logit\.", ".trunk."),
-        (r"\.conv2\.0\.postprocessing\.bn\.", ".pool.logits.norm."),
-        (r"\.conv2\.0\.postprocessing\.", ".pool.logits."),
-        (r"\.conv2\.1\.", ".conv2."),
-        (r"\.downsample\.lip\.postprocessing\.bn\.", ".downsample.pool.logits.norm."),
-        (r"\.downsample\.lip\.postprocessing\.", ".downsample.pool.logits."),
-    )
-    return rename_keys(state_dict, renames)
-
-
-LIPResNet.checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
 
 default_cfgs = generate_default_cfgs({f"lip_resnet{depth}": CFG for depth in (18, 34, 50, 101, 152)})
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> LIPResNet:
-    return build_model_with_cfg(LIPResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    key_map = LIPResNet.checkpoint_filter_fn
+    return build_model_with_cfg(LIPResNet, variant, pretrained, pretrained_filter_fn=key_map, **kwargs)
 
 
 @register_model

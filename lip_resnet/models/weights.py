@@ -1,6 +1,7 @@
-"""The weights in a checkpoint, whoever wrote it, and into a model: all of them or none."""
+"""Weights out of a checkpoint of any origin, and into a model: all of them or none."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from lip_resnet.config import InputError
 
 
 def extract_weights(payload: dict[str, Any], source: str, ema: bool = False) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: our own (``model``, ``ema``), the reference's or timm's (``state_dict``,
-    ``state_dict_ema``), or a bare one; without the names that DDP, FSDP and torch.compile add.
+    """The state dict inside a checkpoint, without the prefixes that DDP, FSDP and torch.compile add to its keys.
+
+    Args:
+        payload: our checkpoint (keys ``model``, ``ema``), the reference's or timm's (``state_dict``,
+            ``state_dict_ema``), or a state dict.
+        source: the checkpoint's name in errors.
+        ema: return the averaged (EMA) weights.
 
     Raises:
-        InputError: there is none, or no averaged one where ``ema`` asks for it.
+        InputError: there are no weights, or no averaged ones with ``ema``.
     """
     if "format" in payload and "model" in payload:
         state = payload["ema"] if ema else payload["model"]
@@ -27,36 +33,35 @@ def extract_weights(payload: dict[str, Any], source: str, ema: bool = False) -> 
         raise InputError(f"{source}: holds no averaged (EMA) weights")
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{source}: holds no weights: {_sample(payload)}")
-    return _unwrap(state)
+        raise InputError(f"{source}: holds no weights; its keys: {_sample(payload)}")
+    return _without_wrappers(state)
 
 
-def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without what wrappers put into them, in any nesting.
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without the names that wrappers insert into its keys, in any nesting.
 
-    torch.compile's, FSDP's and activation checkpointing's names are theirs alone, and go wherever they stand. DDP's
-    ``module.`` goes from the front, and only where all keys begin with it: a network may have a child of that name.
+    The names of torch.compile, FSDP and activation checkpointing are removed wherever they occur. DDP's ``module.`` is
+    removed only as a prefix of all keys: a network may have a child of that name.
     """
-    private = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-    state = {private.sub("", key): value for key, value in state.items()}
+    wrapper = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+    state = {wrapper.sub("", key): value for key, value in state.items()}
     while all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
 
 
 def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False, new_head: bool = False) -> None:
-    """Put the weights of a file into a model, completely or not at all.
-
-    Takes a released LIP checkpoint, the reference's training checkpoint, our own (a run folder or a file), timm's or
-    torchvision's; ``.pth``, ``.pt`` or ``.safetensors``.
+    """Load the weights of a file into a model, completely or not at all.
 
     Args:
-        model: a timm model; its ``checkpoint_filter_fn`` maps released keys to its own.
-        ema: take the averaged weights.
-        new_head: leave the file's classifier out and keep the model's (fine-tuning on other classes).
+        model: a timm model; its ``checkpoint_filter_fn``, if any, maps released keys to its own.
+        path: a released LIP checkpoint, the reference's training checkpoint, ours (a run folder or a file), timm's or
+            torchvision's; ``.pth``, ``.pt`` or ``.safetensors``.
+        ema: load the averaged (EMA) weights.
+        new_head: keep the model's classifier instead of the file's (fine-tuning on other classes).
 
     Raises:
-        InputError: no such file, no checkpoint, or keys and shapes that are not the model's (all counted).
+        InputError: the file is missing or no checkpoint, or its keys or shapes are not the model's (all are counted).
     """
     path = resolve(path)
     put_weights(model, load(path), str(path), ema=ema, new_head=new_head)
@@ -65,23 +70,27 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False, new_h
 def put_weights(
     model: nn.Module, payload: dict[str, Any], path: str, *, ema: bool = False, new_head: bool = False
 ) -> None:
-    """``load_weights`` of a file that is read already; ``path`` names it in errors."""
+    """As ``load_weights``, from a checkpoint that has been read; ``path`` is its name in errors.
+
+    Raises:
+        InputError: there are no weights, or their keys or shapes are not the model's.
+    """
     state = extract_weights(payload, path, ema)
     rename = getattr(model, "checkpoint_filter_fn", None)
     if rename is not None:
         state = rename(state, model)
-    wanted = model.state_dict()
+    expected = model.state_dict()
     if new_head:
-        heads = model.default_cfg["classifier"]
-        heads = (heads,) if isinstance(heads, str) else heads
-        for key in [key for key in wanted if key.rpartition(".")[0] in heads]:
-            state[key] = wanted[key]
+        cfg: Any = model.default_cfg
+        heads = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else cfg["classifier"]
+        state |= {key: value for key, value in expected.items() if key.rpartition(".")[0] in heads}
     problems = []
     for label, keys in (
-        ("missing", [key for key in wanted if key not in state]),
-        ("unknown", [key for key in state if key not in wanted]),
-        ("of another shape", [key for key in wanted if key in state and state[key].shape != wanted[key].shape]),
-        ("complex", [key for key in wanted if key in state and state[key].is_complex()]),  # torch drops half of each
+        ("missing", [key for key in expected if key not in state]),
+        ("unknown", [key for key in state if key not in expected]),
+        ("of another shape", [key for key in expected if key in state and state[key].shape != expected[key].shape]),
+        # load_state_dict would discard the imaginary parts
+        ("complex", [key for key in expected if key in state and state[key].is_complex()]),
     ):
         if keys:
             problems.append(f"{len(keys)} keys {label} ({_sample(keys)})")
@@ -93,6 +102,6 @@ def put_weights(
     model.load_state_dict(state)
 
 
-def _sample(keys: Any) -> str:
-    keys = [str(key) for key in keys]
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+def _sample(keys: Iterable[Any]) -> str:
+    names = [str(key) for key in keys]
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,7 +1,8 @@
 """The operators: ``lip2d``, and the instance norm with its activation that logit modules use, with their gradients.
 
-Each has a reference form in PyTorch's own calls and fused kernels: C++ for CPUs (``cpu/``), Triton for GPUs.
-``dispatch`` decides which one runs. This wing imports torch alone.
+``lip.py`` and ``norm.py`` are what others call. Each operator has fused kernels, C++ for CPUs (``cpu/``) and Triton for
+GPUs (``triton_*.py``), and a form in PyTorch's own calls (``reference*.py``); ``dispatch.py`` says which one runs.
+This wing imports torch alone.
 """
 
 from lip_resnet.ops.lip import lip2d

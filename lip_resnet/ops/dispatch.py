@@ -1,9 +1,13 @@
-"""``torch.ops.lip_resnet.lip2d``: the fused operator and its gradient, for devices that have a kernel.
+"""Which implementation computes ``lip2d``, and the fused operator ``torch.ops.lip_resnet.lip2d`` with its gradient.
 
-One pass over x and the logits forward, one backward. Saved for the backward pass: x, logits, y and one number per
-window.
-Backends: ``cpu`` (C++) and ``triton_lip`` (Triton), each loaded when the first tensor of its device needs it. The
-environment variable LIP_KERNELS=auto|plain chooses; ``plain`` uses the reference form (``reference.py``) only.
+    lip.lip2d    checks its arguments, then asks ``supports`` and ``must_decompose``
+      -> torch.ops.lip_resnet.lip2d (here)    float32, bfloat16, float16, where a kernel runs
+           -> cpu (C++), or triton_lip on GPUs: ``forward``, ``backward``
+      -> reference.py    float64; graphs that are exported or traced; other devices; windows above 8x8; no kernel
+
+The fused operator takes one pass over x and the logits forward and one backward, and saves x, logits, y and one number
+per window. A kernel is built or loaded when the first tensor of its device needs it; if that fails, one warning says
+why. The environment variable LIP_KERNELS=auto|plain chooses; with ``plain`` only ``reference.py`` is used.
 """
 
 import functools
@@ -21,7 +25,7 @@ from lip_resnet.ops import reference
 
 
 class KernelUnavailable(Exception):
-    """A kernel cannot be built or loaded here; the message says why, in one line."""
+    """A kernel cannot be built or loaded on this machine; the message says why, in one line."""
 
 
 CHOICES = ("auto", "plain")
@@ -31,7 +35,11 @@ MAX_KERNEL_SIZE = 8
 
 @torch.compiler.assume_constant_result
 def available(device_type: str) -> bool:
-    """Whether a fused kernel runs on this type of device; if one should but cannot, warn once with the reason."""
+    """Whether a fused kernel runs on this type of device; if one should but cannot, warn once with the reason.
+
+    Raises:
+        ValueError: LIP_KERNELS has an unknown value.
+    """
     return _available(device_type)
 
 
@@ -49,13 +57,14 @@ def _available(device_type: str) -> bool:
             _warn(str(error))
             return False
         return True
-    if device_type == "cuda" and (reason := _why_no_triton()):
+    if device_type == "cuda" and (reason := _triton_problem()):
         _warn(reason)
         return False
     return device_type == "cuda"
 
 
-def _why_no_triton() -> str | None:
+def _triton_problem() -> str | None:
+    """Why Triton cannot run on this machine; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.is_available():
@@ -77,7 +86,7 @@ def _backend(device_type: str) -> ModuleType:
 
 
 def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
-    """Whether the fused operator supports these tensors."""
+    """Whether the fused operator runs on these tensors: their dtypes, device and window."""
     return (
         x.dtype in DTYPES
         and logits.dtype in DTYPES
@@ -87,8 +96,8 @@ def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
     )
 
 
-def recorded() -> bool:
-    """Whether a graph is exported or traced, or a functorch transform runs: the kernels have no rule for these."""
+def must_decompose() -> bool:
+    """Whether a graph is exported or traced, or a functorch transform runs: these need PyTorch's own calls."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or functorch_is_active()
 
 
@@ -100,7 +109,7 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _outputs(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+def _empty_outputs(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     h, w = ((size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[-2:])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.empty((*x.shape[:2], h, w), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
@@ -114,7 +123,7 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int
     ``y`` has the dtype and layout of x, ``r`` is float32 (float64 beside float64). See ``lip_resnet.lip2d``, which
     checks the arguments.
     """
-    y, r = _outputs(x, kernel_size, stride, padding)
+    y, r = _empty_outputs(x, kernel_size, stride, padding)
     if y.numel():
         layout = layout_of(x)
         x, logits = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout)
@@ -124,7 +133,7 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int
 
 @lip2d.register_fake
 def _(x, logits, kernel_size, stride, padding):
-    return _outputs(x, kernel_size, stride, padding)
+    return _empty_outputs(x, kernel_size, stride, padding)
 
 
 @torch.library.custom_op("lip_resnet::lip2d_backward", mutates_args=(), device_types=("cpu", "cuda"))
@@ -132,7 +141,7 @@ def lip2d_backward(
     dy: Tensor, x: Tensor, logits: Tensor, y: Tensor, r: Tensor, kernel_size: int, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:
     """dy, y, r (B, C, h, w); x, logits (B, C, H, W) -> dx in x's dtype, dlogits in theirs, both in x's layout."""
-    dx, dl = _gradients(x, logits)
+    dx, dl = _empty_gradients(x, logits)
     if x.numel():
         layout = layout_of(x)
         dy, x, logits, y, r = (t.contiguous(memory_format=layout) for t in (dy, x, logits, y, r))
@@ -140,14 +149,14 @@ def lip2d_backward(
     return dx, dl
 
 
-def _gradients(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_gradients(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     layout = layout_of(x)
-    return tuple(torch.empty_like(t, memory_format=layout) for t in (x, logits))
+    return torch.empty_like(x, memory_format=layout), torch.empty_like(logits, memory_format=layout)
 
 
 @lip2d_backward.register_fake
 def _(dy, x, logits, y, r, kernel_size, stride, padding):
-    return _gradients(x, logits)
+    return _empty_gradients(x, logits)
 
 
 def _setup_context(ctx, inputs, output):
@@ -161,7 +170,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, _):
     if dy is None:
         return None, None, None, None, None
-    if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+    if torch.is_grad_enabled():  # for the second derivative
         x, logits = ctx.saved_tensors[:2]
         return *reference.gradients(dy, x, logits, tuple(ctx.window)), None, None, None
     return *lip2d_backward(dy, *ctx.saved_tensors, *ctx.window), None, None, None

@@ -21,17 +21,18 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
     Args:
         x: features, (B, C, H, W), float16, bfloat16, float32 or float64, contiguous or channels-last.
         logits: log-importance, same shape and device as ``x``, and the same dtype. Under autocast the dtypes may
-            differ (a norm may return float32 beside bfloat16 features).
-        kernel_size, stride, padding: of the window, in positions, as in ``avg_pool2d`` (``padding`` is at
-            most half of ``kernel_size``).
+            differ (a norm may return float32 logits for bfloat16 features).
+        kernel_size, stride, padding: of the window, in positions, as in ``avg_pool2d``; ``padding`` is at most
+            ``kernel_size // 2``.
 
     Returns:
         (B, C, h, w) with h = floor((H + 2 * padding - kernel_size) / stride) + 1, in the dtype and the memory
-        format of ``x``. Sums are made in float32 at least. A NaN in a window's logits, or NaN or infinity in its
+        format of ``x``. Sums are accumulated in float32 at least. A NaN in a window's logits, or NaN or infinity in its
         features, makes that output NaN (or infinite) and no other.
 
     Raises:
-        ValueError: shapes, dtypes, devices or window do not fit.
+        ValueError: shapes or devices differ, dtypes are not floating point or differ outside autocast, or the
+            window is out of range or larger than the padded input.
 
     Source: Gao, Wang, Wu, "LIP: Local Importance-based Pooling", ICCV 2019, section 3; ``lip2d`` in the
     reference's ``imagenet/lip_resnet.py``, which divides two average poolings and overflows in float16.
@@ -40,7 +41,7 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
     window = (kernel_size, stride, padding)
     if x.dtype == torch.float64:
         return reference.double(x, logits.double(), window)
-    if not dispatch.recorded() and dispatch.supports(x, logits, kernel_size):
+    if not dispatch.must_decompose() and dispatch.supports(x, logits, kernel_size):
         return torch.ops.lip_resnet.lip2d(x, logits, *window)[0]
     return reference.pool(x.float(), logits.float(), window).to(x.dtype)
 

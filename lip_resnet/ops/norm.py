@@ -1,19 +1,21 @@
-"""``torch.ops.lip_resnet.instance_norm``: instance norm and the activation behind it in one operator.
+"""Instance norm and the activation after it: ``norm_act``, and the fused operator that it calls where one can run.
 
-Backends: ``cpu/norm.cpp`` on CPUs (channels-last, float32 or float64), ``reference_norm.py`` without a compiler,
-``triton_norm.py`` on GPUs (both layouts; float32, bfloat16 and float16, also with float32 weights, as under autocast).
-``norm_act`` uses PyTorch's own calls for everything else.
+    norm_act -> torch.ops.lip_resnet.instance_norm -> cpu/norm.cpp      CPU, channels-last, float32 or float64
+                                                   -> reference_norm    the same without a C++ compiler
+                                                   -> triton_norm       GPU, both layouts; float32, bfloat16, float16
+             -> reference_norm.norm_act                                 all else; exported and traced graphs
+
+On a GPU the weights may be float32 beside bfloat16 or float16 features, as under autocast.
 """
 
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lip_resnet.ops import dispatch
+from lip_resnet.ops import dispatch, reference, reference_norm
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gate": 2}  # as in norm.cpp and triton_norm.py
+ACTIVATIONS = {"none": reference_norm.NONE, "relu": reference_norm.RELU, "gate": reference_norm.GATE}
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -23,24 +25,17 @@ def norm_act(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: st
     Mean and variance are over the positions of one channel of one image, in float32 at least.
 
     Args:
-        weight, bias: (C,), in z's dtype (autocast apart).
-        activation: "none"; "relu"; "gate", coefficient * sigmoid.
+        weight, bias: (C,), in z's dtype (under autocast float32).
+        activation: "none", "relu", or "gate": coefficient * sigmoid.
     """
-    if _fits(z, weight):
+    if _is_fused(z, weight):
         return torch.ops.lip_resnet.instance_norm(z, weight, bias, eps, ACTIVATIONS[activation], coefficient)[0]
-    return _plain(z, weight, bias, eps, ACTIVATIONS[activation], coefficient)
+    return reference_norm.norm_act(z, weight, bias, eps, ACTIVATIONS[activation], coefficient)
 
 
-def _plain(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int, coefficient: float) -> Tensor:
-    # A group norm with C groups keeps channels-last on the CPU; F.instance_norm does not.
-    t = F.group_norm(z, z.shape[1], weight, bias, eps)
-    if activation == ACTIVATIONS["gate"]:
-        return torch.sigmoid(t) * coefficient
-    return F.relu(t) if activation == ACTIVATIONS["relu"] else t
-
-
-def _fits(z: Tensor, weight: Tensor) -> bool:
-    if dispatch.recorded():
+def _is_fused(z: Tensor, weight: Tensor) -> bool:
+    """Whether the fused operator runs on these tensors."""
+    if dispatch.must_decompose():
         return False
     channels_last = z.is_contiguous(memory_format=torch.channels_last)
     if z.device.type == "cuda":
@@ -58,21 +53,23 @@ def _fits(z: Tensor, weight: Tensor) -> bool:
 
 
 def _is_built_for(z: Tensor) -> bool:
-    """Whether ``norm.cpp`` supports z: a multiple of 16 channels, and a compiler was found."""
+    """Whether ``norm.cpp`` supports z (a multiple of 16 channels) and has been built."""
     return z.shape[1] % 16 == 0 and dispatch.available("cpu")
 
 
-def _backend(z: Tensor) -> Callable[[list[Tensor | None], int, float, float], None]:
+def _backend(z: Tensor) -> ModuleType:
+    """The module whose ``norm_forward`` and ``norm_backward`` run on z."""
     if z.device.type == "cpu":
-        from lip_resnet.ops import cpu, reference_norm
+        from lip_resnet.ops import cpu
 
-        return cpu.instance_norm if _is_built_for(z) else reference_norm.instance_norm
+        return cpu if _is_built_for(z) else reference_norm
     from lip_resnet.ops import triton_norm
 
-    return triton_norm.instance_norm
+    return triton_norm
 
 
-def _like_statistics(z: Tensor) -> Tensor:
+def _empty_statistics(z: Tensor) -> Tensor:
+    """A (B, C) tensor: one number for every channel of every image."""
     return z.new_empty(z.shape[:2], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 
@@ -80,17 +77,17 @@ def _like_statistics(z: Tensor) -> Tensor:
 def instance_norm(
     z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int, coefficient: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z (B, C, H, W) -> the result, in z's layout, and mean and 1 / sqrt(variance + eps), (B, C)."""
-    out, mean, rstd = torch.empty_like(z), _like_statistics(z), _like_statistics(z)
+    """z (B, C, H, W) -> the result, in z's layout, and mean and rstd = 1 / sqrt(variance + eps), (B, C)."""
+    out, mean, rstd = torch.empty_like(z), _empty_statistics(z), _empty_statistics(z)
     if z.numel():
-        tensors = [z, weight.contiguous(), bias.contiguous(), None, out, mean, rstd, None, None]
-        _backend(z)(tensors, activation, eps, coefficient)
+        tensors = (z, weight.contiguous(), bias.contiguous(), out, mean, rstd)
+        _backend(z).norm_forward(*tensors, activation, eps, coefficient)
     return out, mean, rstd
 
 
 @instance_norm.register_fake
 def _(z, weight, bias, eps, activation, coefficient):
-    return torch.empty_like(z), _like_statistics(z), _like_statistics(z)
+    return torch.empty_like(z), _empty_statistics(z), _empty_statistics(z)
 
 
 @torch.library.custom_op("lip_resnet::instance_norm_backward", mutates_args=(), device_types=("cpu", "cuda"))
@@ -104,12 +101,12 @@ def instance_norm_backward(
     activation: int,
     coefficient: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dz (B, C, H, W) in z's layout, dweight and dbias (C,)."""
-    dz, sum_g, sum_gz = torch.empty_like(z), _like_statistics(z), _like_statistics(z)
+    """dout, z (B, C, H, W) -> dz (B, C, H, W) in z's dtype and layout, dweight and dbias (C,)."""
+    dz, sum_g, sum_gz = torch.empty_like(z), _empty_statistics(z), _empty_statistics(z)
     if z.numel():
         dout = dout.contiguous(memory_format=dispatch.layout_of(z))
-        tensors = [z, weight.contiguous(), bias.contiguous(), dout, dz, mean, rstd, sum_g, sum_gz]
-        _backend(z)(tensors, activation, 0.0, coefficient)
+        tensors = (dout, z, weight.contiguous(), bias.contiguous(), mean, rstd, dz, sum_g, sum_gz)
+        _backend(z).norm_backward(*tensors, activation, coefficient)
     return dz, sum_gz.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype)
 
 
@@ -130,12 +127,10 @@ def _backward(ctx, dout, *_):
     if dout is None:
         return None, None, None, None, None, None
     z, weight, bias, mean, rstd = ctx.saved_tensors
-    if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-        wanted = [t for t in (z, weight, bias) if t.requires_grad]
+    if torch.is_grad_enabled():  # for the second derivative
         dtype = mean.dtype
-        out = _plain(z.to(dtype), weight.to(dtype), bias.to(dtype), *ctx.constants).to(z.dtype)
-        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True))
-        return *(next(found) if t.requires_grad else None for t in (z, weight, bias)), None, None, None
+        out = reference_norm.norm_act(z.to(dtype), weight.to(dtype), bias.to(dtype), *ctx.constants).to(z.dtype)
+        return *reference.differentiable_gradients(out, (z, weight, bias), dout), None, None, None
     _, activation, coefficient = ctx.constants
     return *instance_norm_backward(dout, z, weight, bias, mean, rstd, activation, coefficient), None, None, None
 

@@ -1,6 +1,8 @@
-"""The operator in PyTorch's own calls: for every device, and for graphs that are exported (torch.export, ONNX).
+"""``lip2d`` in PyTorch's own calls: for devices without a kernel, float64, and exported graphs (torch.export, ONNX).
 
-``window`` is (kernel_size, stride, padding) throughout; ``lip_resnet.lip2d`` checks the arguments.
+Three forms of one function: ``stable`` holds for any finite logits, ``pool`` is faster where that is exact, ``double``
+rounds as the reference code does. ``window`` is (kernel_size, stride, padding) throughout; ``lip_resnet.lip2d`` checks
+the arguments.
 """
 
 import math
@@ -11,16 +13,20 @@ from torch import Tensor
 
 from lip_resnet.compat import functorch_is_active
 
-# Sums of exp(logits) that the textbook form may divide by: every product it makes stays far inside float32.
+# Bounds of the sums of exp(logits) within which the textbook form is used: no product overflows or underflows float32.
 SAFE = (1e-12, 1e12)
 LOG2_E = math.log2(math.e)
 
 
 def pool(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
-    """x, logits (B, C, H, W), both float32 or float64 -> y (B, C, h, w): the textbook form where it is exact."""
-    if _on_cpu_now(x):
-        recorded = torch.is_grad_enabled() and (x.requires_grad or logits.requires_grad)
-        y = _Average.apply(x, logits, *window) if recorded else _average(x, logits, window, False)[0]
+    """x, logits (B, C, H, W), both float32 or float64 -> y (B, C, h, w).
+
+    On the CPU in eager mode the textbook form, the ratio of two average poolings, where its sums lie inside ``SAFE``;
+    otherwise ``stable``.
+    """
+    if _is_eager_on_cpu(x):
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or logits.requires_grad)
+        y = _Average.apply(x, logits, *window) if needs_grad else _average(x, logits, window, False)[0]
         if y is not None:
             return y
     return stable(x, logits, window)
@@ -36,7 +42,7 @@ def stable(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
         logits = F.pad(logits, (padding,) * 4, value=-torch.inf)
     # (B, C, h, w, kernel_size, kernel_size), views
     x, logits = (t.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride) for t in (x, logits))
-    numerator = denominator = 0
+    numerator = denominator = torch.zeros_like(top)
     for i in range(kernel_size):
         for j in range(kernel_size):
             weight = torch.exp(logits[..., i, j] - top)
@@ -59,8 +65,8 @@ def double(x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> Tensor:
     return torch.where(unclamped, textbook, stable(x, logits, window))
 
 
-def _on_cpu_now(x: Tensor) -> bool:
-    """Whether x's values may be read without a device synchronisation: eager on the CPU, no tracing or transform."""
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    """Whether x's values may be read: on the CPU (no device synchronisation), in eager mode, no functorch transform."""
     return (
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -71,11 +77,11 @@ def _on_cpu_now(x: Tensor) -> bool:
 
 
 def _average(
-    x: Tensor, logits: Tensor, window: tuple[int, int, int], keep: bool
+    x: Tensor, logits: Tensor, window: tuple[int, int, int], keep_weight: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """y, exp(logits) and their pooled sum; y is None if some sum lies outside ``SAFE``.
 
-    Without ``keep`` the returned exp(logits) is overwritten by its product with x.
+    Without ``keep_weight`` the returned exp(logits) is overwritten by its product with x.
     """
     channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -87,12 +93,12 @@ def _average(
     flat = (total.permute(0, 2, 3, 1) if channels_last else total).reshape(-1)
     if flat.numel() and not (flat.amin().item() >= SAFE[0] and flat.amax().item() <= SAFE[1]):
         return None, weight, total
-    product = x * weight if keep else weight.mul_(x)
+    product = x * weight if keep_weight else weight.mul_(x)
     return F.avg_pool2d(product, *window).div_(total), weight, total
 
 
 class _Average(torch.autograd.Function):
-    """The textbook form, the ratio of two average poolings, with fewer passes over memory in its gradient.
+    """The textbook form, the ratio of two average poolings, with fewer passes over memory than autograd's gradient.
 
     With s = pool(exp(l)) and U(g) = the gradient of pool for g: dx = exp(l) U(dy / s) and
     dl = exp(l) (x U(dy / s) - U(y dy / s)). The result is None if some s lies outside ``SAFE``.
@@ -113,7 +119,7 @@ class _Average(torch.autograd.Function):
         if dy is None:
             return None, None, None, None, None
         x, logits, weight, total, y = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+        if torch.is_grad_enabled():  # for the second derivative
             return *gradients(dy, x, logits, ctx.window), None, None, None
         dy = dy / total
         dx = _unpool(dy, weight, ctx.window)
@@ -127,9 +133,14 @@ def _unpool(dy: Tensor, like: Tensor, window: tuple[int, int, int]) -> Tensor:
 
 
 def gradients(dy: Tensor, x: Tensor, logits: Tensor, window: tuple[int, int, int]) -> tuple[Tensor | None, ...]:
-    """dx and dlogits as functions of dy, x and logits that can be differentiated again (None: not asked for)."""
-    wanted = [t for t in (x, logits) if t.requires_grad]
+    """dx and dlogits as functions of dy, x and logits that can be differentiated again; None where not required."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = stable(x.to(dtype), logits.to(dtype), window).to(x.dtype)
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return tuple(next(found) if t.requires_grad else None for t in (x, logits))
+    return differentiable_gradients(y, (x, logits), dy)
+
+
+def differentiable_gradients(y: Tensor, inputs: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of y by its inputs, with a graph of their own; None for inputs that require none."""
+    required = [t for t in inputs if t.requires_grad]
+    gradients = iter(torch.autograd.grad(y, required, dy, create_graph=True))
+    return tuple(next(gradients) if t.requires_grad else None for t in inputs)

@@ -6,9 +6,9 @@ Both kernels work on tiles of two dimensions, the inner one contiguous in memory
     channels-last   positions of all images     channels               C
     contiguous      planes (image, channel)     positions of a plane   1
 
-The backward pass gathers. Input row i belongs to cell q = (i + padding) // stride at place t = (i + padding) % stride,
+The backward pass gathers. Input row i belongs to cell q = (i + padding) // stride at offset t = (i + padding) % stride,
 and the windows that contain it start at cells q - d, d = 0 .. (kernel - 1 - t) // stride: all bounds but the borders
-are compile-time constants. A tile of cells has its stride x stride places as a third dimension and visits each window
+are compile-time constants. A tile of cells has the stride x stride offsets as a third dimension and visits each window
 once for all of them.
 """
 
@@ -17,22 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-THREADS = 128  # of a program; a thread reads 16 bytes at once forward, 8 backward, where it holds several positions
+THREADS = 128  # per program; a thread reads 16 bytes at once forward, 8 backward, where it has several positions
 SUMS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
 def _grid(rows, columns, size, channels, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """This program's tile -> row and column of its places, image or plane, the inner part of addresses, and a mask."""
+    """This program's tile -> row, column, image or plane, innermost part of the address, and mask of its elements."""
     outer = tl.program_id(0).to(tl.int64) * OUTER + tl.arange(0, OUTER)[:, None]
     inner = tl.program_id(1) * INNER + tl.arange(0, INNER)[None, :]
     if CHANNELS_LAST:
-        place, group, lane = (outer % (rows * columns)).to(tl.int32), outer // (rows * columns), inner
+        position, group, lane = (outer % (rows * columns)).to(tl.int32), outer // (rows * columns), inner
         mask = (outer < size) & (inner < channels)
     else:
-        place, group, lane = inner, outer, 0
+        position, group, lane = inner, outer, 0
         mask = (outer < size) & (inner < rows * columns)
-    return place // columns, place % columns, group, lane, mask
+    return position // columns, position % columns, group, lane, mask
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def forward_kernel(
             j = first_column + b
             inside = mask & (i >= 0) & (i < H) & (j >= 0) & (j < W)
             at = base + (i * W + j) * step
-            # the logits once more: they lie in the first cache
+            # the second read of the logits comes from the L1 cache
             weight = tl.exp(tl.load(logits + at, inside, other=-float("inf")).to(SUM) - top)
             weights += weight
             total += weight * tl.load(x + at, inside, other=0.0).to(SUM)
@@ -85,15 +85,15 @@ def forward_kernel(
 def backward_kernel(
     dy, x, logits, y, r, dx, dl, size, C, H, W, h, w, cell_rows, cell_columns,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SUM: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, PLACES: tl.constexpr,
+    SUM: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of cells: dx and dlogits of their stride x stride input positions (PLACES: rounded up to a power of 2)."""
+    """A tile of cells: dx and dlogits of their positions. OFFSETS: stride * stride, rounded up to a power of 2."""
     row, column, group, lane, mask = _grid(cell_rows, cell_columns, size, C, CHANNELS_LAST, OUTER, INNER)
     step = C if CHANNELS_LAST else 1
     base = group * H * W * step + lane
-    place = tl.arange(0, PLACES)[:, None, None]
-    t_row = place // STRIDE
-    t_column = place % STRIDE
+    offset = tl.arange(0, OFFSETS)[:, None, None]
+    t_row = offset // STRIDE
+    t_column = offset % STRIDE
     i = row[None] * STRIDE + t_row - PADDING
     j = column[None] * STRIDE + t_column - PADDING
     inside = mask[None] & (t_row < STRIDE) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
@@ -112,8 +112,8 @@ def backward_kernel(
             out = group * h * w * step + lane + (o_row * w + o_column) * step
             u = tl.load(r + out, exists, other=0.0) * tl.load(dy + out, exists, other=0.0).to(SUM)
             v = u * tl.load(y + out, exists, other=0.0).to(SUM)
-            held = exists[None] & (t_row + a * STRIDE < KERNEL) & (t_column + b * STRIDE < KERNEL)
-            weight = tl.exp(tl.where(held, logit - top[None], -float("inf")))
+            covered = exists[None] & (t_row + a * STRIDE < KERNEL) & (t_column + b * STRIDE < KERNEL)
+            weight = tl.exp(tl.where(covered, logit - top[None], -float("inf")))
             gathered_u += weight * u[None]
             gathered_v += weight * v[None]
     value = tl.load(x + at, inside, other=0.0).to(SUM)
@@ -122,7 +122,7 @@ def backward_kernel(
 
 
 def tile(inner: int, elements: int) -> tuple[int, int]:
-    """Sizes (outer, inner) of a tile of so many elements over a contiguous dimension of size ``inner``."""
+    """Sizes (outer, inner) of a tile of ``elements`` over a contiguous dimension of size ``inner``."""
     width = min(triton.next_power_of_2(inner), 128)
     return max(elements // width, 1), width
 
@@ -139,16 +139,16 @@ def backward(
     """Fill ``dx`` and ``dl`` (B, C, H, W); all seven tensors dense and in one layout."""
     _, stride, padding = window
     cells = tuple((size - 1 + padding) // stride + 1 for size in x.shape[-2:])
-    places = triton.next_power_of_2(stride * stride)
+    offsets = triton.next_power_of_2(stride * stride)
     elements = THREADS * 8 // x.element_size()
-    _launch(backward_kernel, (dy, x, logits, y, r, dx, dl), x, y, r, window, cells, cells, elements, PLACES=places)
+    _launch(backward_kernel, (dy, x, logits, y, r, dx, dl), x, y, r, window, cells, cells, elements, OFFSETS=offsets)
 
 
-def _launch(kernel, tensors, x, y, r, window, places, extra, elements, **constants) -> None:
-    """Cover ``places`` (rows, columns) of every image with tiles."""
+def _launch(kernel, tensors, x, y, r, window, extent, extra, elements, **constants) -> None:
+    """Cover an ``extent`` (rows, columns) of every image with tiles of ``elements``."""
     batch, channels, height, width = x.shape
     channels_last = not x.is_contiguous()
-    rows, columns = places
+    rows, columns = extent
     outer_size, inner_size = (batch * rows * columns, channels) if channels_last else (batch * channels, rows * columns)
     outer, inner = tile(inner_size, elements)
     grid = (triton.cdiv(outer_size, outer), triton.cdiv(inner_size, inner))

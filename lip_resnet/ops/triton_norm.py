@@ -1,8 +1,8 @@
-"""Instance norm with the activation behind it on GPUs, in Triton: the same sums as ``norm.cpp``, deterministic.
+"""Instance norm and the activation after it on GPUs, in Triton: the same sums as ``cpu/norm.cpp``, deterministic.
 
-A program takes a block of channels of one image, in tiles of positions x channels, twice: for the statistics, in
-float32 at least and as differences from the first position, so that a large mean costs no digits; then for the result.
-Both layouts run the same code, with their own distances between neighbours. Nothing is kept but mean and rstd.
+A program reads a block of channels of one image twice, in tiles of positions x channels: first for the statistics, in
+float32 at least and as differences from the first position, so that a large mean costs no precision; then for the
+result. Both layouts run the same code with their own strides. Only mean and rstd are saved for the backward pass.
 """
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 from lip_resnet.ops.triton_lip import SUMS
 
 WARPS = 8
-ELEMENTS = 4096  # of a tile: 16 a thread
+ELEMENTS = 4096  # in a tile: 16 per thread
 
 
 @triton.jit
 def _activate(t, COEFFICIENT: tl.constexpr, ACTIVATION: tl.constexpr):
     if ACTIVATION == 1:
-        t = tl.where(t <= 0, 0.0, t)  # a NaN stays one
+        t = tl.where(t <= 0, 0.0, t)  # keeps NaN
     elif ACTIVATION == 2:
         t = COEFFICIENT / (1.0 + tl.exp(-t))
     return t
@@ -115,7 +115,7 @@ def norm_backward_kernel(
 
 
 def tile(batch: int, channels: int, area: int, channels_last: bool) -> tuple[int, int]:
-    """(positions, channels) of a tile: whole memory sectors in either layout, and programs for every processor."""
+    """(positions, channels) of a tile: whole memory sectors in either layout, and enough programs to fill the GPU."""
     if channels_last:
         wide = 32 if batch * channels >= 32 * 256 else 16
         return ELEMENTS // wide, wide
@@ -123,19 +123,45 @@ def tile(batch: int, channels: int, area: int, channels_last: bool) -> tuple[int
     return positions, min(ELEMENTS // positions, triton.next_power_of_2(channels))
 
 
-def instance_norm(tensors: list[Tensor | None], activation: int, eps: float, coefficient: float) -> None:
-    """As ``cpu.instance_norm``: z, weight, bias, dout, out (or dz), mean, rstd, sum_g, sum_gz; no dout: forward."""
-    z, weight, bias, dout, out, mean, rstd, sum_g, sum_gz = tensors
+def norm_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+    eps: float,
+    coefficient: float,
+) -> None:
+    """Fill ``out`` (B, C, H, W), ``mean`` and ``rstd`` (B, C); z and out dense and in one layout."""
+    # eps and the coefficient are constants of the compiled kernel: as arguments they would be rounded to float32
+    _launch(norm_forward_kernel, (z, weight, bias, out, mean, rstd), z, mean, activation, coefficient, EPS=eps)
+
+
+def norm_backward(
+    dout: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dz: Tensor,
+    sum_g: Tensor,
+    sum_gz: Tensor,
+    activation: int,
+    coefficient: float,
+) -> None:
+    """Fill ``dz`` (B, C, H, W), and ``sum_g`` and ``sum_gz`` (B, C): the parts of dbias and dweight of every image."""
+    tensors = (z, weight, bias, dout, dz, mean, rstd, sum_g, sum_gz)
+    _launch(norm_backward_kernel, tensors, z, mean, activation, coefficient)
+
+
+def _launch(kernel, tensors, z: Tensor, mean: Tensor, activation: int, coefficient: float, **constants) -> None:
     (batch, channels), area, channels_last = z.shape[:2], z.shape[2] * z.shape[3], not z.is_contiguous()
     positions, block = tile(batch, channels, area, channels_last)
-    constants = {"ACTIVATION": activation, "CHANNELS_LAST": channels_last, "SUM": SUMS[mean.dtype]}
-    constants |= {"POSITIONS": positions, "CHANNELS": block, "num_warps": WARPS}
-    grid = (batch, triton.cdiv(channels, block))
-    # eps and the coefficient are constants of the compiled kernel: as arguments they would be cut to float32
     with torch.cuda.device_of(z):
-        if dout is None:
-            tensors = [z, weight, bias, out, mean, rstd]
-            norm_forward_kernel[grid](*tensors, channels, area, EPS=eps, COEFFICIENT=coefficient, **constants)
-        else:
-            tensors = [z, weight, bias, dout, out, mean, rstd, sum_g, sum_gz]
-            norm_backward_kernel[grid](*tensors, channels, area, COEFFICIENT=coefficient, **constants)
+        kernel[(batch, triton.cdiv(channels, block))](
+            *tensors, channels, area, ACTIVATION=activation, COEFFICIENT=coefficient, CHANNELS_LAST=channels_last,
+            SUM=SUMS[mean.dtype], POSITIONS=positions, CHANNELS=block, num_warps=WARPS, **constants,
+        )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Golden outputs of the reference implementation, and the deterministic weights and images they were made with.
+"""Recorded outputs of the reference implementation, and the deterministic weights and images that they belong to.
 
 ``golden/released_models.json`` was measured by running the reference (repository sebgao/LIP, commit 6724ec6) in
 float64 with the weights of ``fill_`` under the reference's own keys. Every tensor is drawn from a generator seeded by
-the CRC-32 of its key, so no file of weights is stored.
+the CRC-32 of its key, so no weights are stored.
 """
 
 import json
@@ -50,7 +50,7 @@ def images(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def released_state_dict(golden: str) -> dict[str, Tensor]:
-    """The filled weights under the released keys, as a released checkpoint holds them."""
+    """The deterministic weights under the released keys, as in a released checkpoint."""
     shapes = GOLDEN[golden]["state_dict"]
     return fill_(
         {
@@ -61,14 +61,14 @@ def released_state_dict(golden: str) -> dict[str, Tensor]:
 
 
 def filled_model(golden: str, **kwargs) -> nn.Module:
-    """The registered model with the filled weights, loaded strictly through its own key map, in float64."""
+    """The registered model with the deterministic weights, loaded strictly through its own key map, in float64."""
     model = timm.create_model(golden.split("_b")[0], **kwargs)
     model.load_state_dict(model.checkpoint_filter_fn(released_state_dict(golden), model), strict=True)
     return model.double()
 
 
 def check_logits(model: nn.Module, golden: str) -> None:
-    """Eval-mode logits at both recorded sizes, within 1e-9 of their standard deviation."""
+    """Logits in eval mode at both recorded sizes: errors of at most 1e-9 standard deviations."""
     model.eval()
     for size, want in GOLDEN[golden]["logits"].items():
         height, width = map(int, size.split("x"))
@@ -78,12 +78,12 @@ def check_logits(model: nn.Module, golden: str) -> None:
         assert logits.std().item() == pytest.approx(std, rel=1e-9), size
         for row, first16 in zip(logits.tolist(), want["first16"], strict=True):
             assert row[:16] == pytest.approx(first16, rel=0, abs=1e-9 * std), size
-        # The sum of 1000 logits, each within 1e-9 of the deviation.
+        # The sum of 1000 logits, each with an error of at most 1e-9 standard deviations.
         assert logits.sum(1).tolist() == pytest.approx(want["sum"], rel=0, abs=1e-6 * std), size
 
 
 def check_gradients(model: nn.Module, golden: str) -> None:
-    """Train-mode loss and the norm of every parameter's gradient, within 1e-6 relative."""
+    """Loss in train mode and the norm of every parameter's gradient: relative errors of at most 1e-6."""
     want = GOLDEN[golden]["train_64x64"]
     model.train()
     loss = F.cross_entropy(model(images(4, 64, 64, seed=1).double()), torch.tensor([1, 10, 100, 999]))
@@ -94,7 +94,7 @@ def check_gradients(model: nn.Module, golden: str) -> None:
 
 
 def check_sgd_steps(model: nn.Module, golden: str) -> None:
-    """Five steps of the reference's SGD: every loss, and the norm of every tensor after them, within 1e-6 relative."""
+    """Five steps of the reference's SGD: relative errors of at most 1e-6 in every loss and in every tensor's norm."""
     want = GOLDEN[golden]["sgd_5_steps_64x64"]
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -114,9 +114,9 @@ def check_sgd_steps(model: nn.Module, golden: str) -> None:
 
 
 def check_initial_std(model: nn.Module, golden: str) -> None:
-    """Each parameter's standard deviation at initialisation, to what sampling allows.
+    """Each parameter's standard deviation at initialisation, within the sampling error.
 
-    The deviation of n normal samples has a relative error of 1 / sqrt(2 n); two such draws are compared, at five
+    The standard deviation of n normal samples has a relative error of 1 / sqrt(2 n); two samples are compared, at five
     sigma, and the record has four digits. A recorded zero (norms, zeroed weights) must be exactly zero.
     """
     parameters = dict(model.named_parameters())

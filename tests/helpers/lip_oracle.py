@@ -11,9 +11,9 @@ def slow_lip2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, logits (B, C, H, W) and dy (B, C, h, w; None: ones) -> y, dx, dlogits, contiguous and float64.
 
-    Plain Python: every window lists its real positions, its softmax is made from that list, and each position's share
-    of the gradient is added where it belongs. Shares no code and no formula with the operator (no views, no padding,
-    no log-sum-exp; ``dlogits`` from the softmax's Jacobian, written out).
+    Every window lists its positions without the padding, computes the softmax of their logits, and adds each position's
+    share of the gradient to it. Shares no code and no formula with the operator: no views, no padding, no log-sum-exp,
+    and ``dlogits`` from the softmax's Jacobian.
     """
     x, logits = x.detach().double(), logits.detach().double()
     batch, channels, height, width = x.shape
@@ -46,8 +46,8 @@ def slow_lip2d(
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Norm of the error over the norm of the true result, both in float64 (the true norm must not be zero)."""
+    """Norm of the error divided by the norm of the true result, in float64; the latter must not be zero."""
     truth = truth.double()
     scale = truth.norm().item()
-    assert scale > 0, "the true result is zero everywhere: a relative error says nothing"
+    assert scale > 0, "the true result is zero everywhere: its relative error is undefined"
     return (value.double() - truth).norm().item() / scale

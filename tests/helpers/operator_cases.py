@@ -5,8 +5,8 @@ import torch
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-# kernel, stride, padding, height, width: the published windows, both grids that do not divide, single positions,
-# windows that overlap not at all, leave gaps, or reach the border from inside
+# kernel, stride, padding, height, width: the published windows, sizes that the stride does not divide, single
+# positions, and windows that do not overlap, leave gaps, or end inside the border
 WINDOWS = [
     (3, 2, 1, 8, 8),
     (3, 2, 1, 7, 9),
@@ -26,7 +26,7 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2, t
 
 
 def make(shape, dtype=torch.float64, layout="contiguous", low=0.0, high=12.0, seed=0):
-    """x, logits uniform in [low, high) and a random dy for the shape's output; leaves that ask for gradients."""
+    """x, standard normal, and logits, uniform in [low, high), both of ``shape`` and with ``requires_grad``."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     logits = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The downsampling layers, each against PyTorch's own or a formula written out, and what unites them."""
+"""The downsampling layers against PyTorch's own or an explicit formula, and what they have in common."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_growing_scale_converges_to_max_pooling(window):
 def test_grid_importance_is_strided_sampling(window):
     x = features()
     layer = make_layer("strided", 4, *window)
-    on_grid = torch.full_like(x, -800.0)  # exp(-800) is 0 in float64
+    on_grid = torch.full_like(x, -800.0)  # exp(-800) = 0 in float64
     on_grid[..., layer.first :: window[1], layer.first :: window[1]] = 0
     close(lip2d(x, on_grid, *window), layer(x))
 
@@ -58,7 +58,7 @@ def test_strided_sampling_is_a_strided_convolution():
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_softpool_is_lip_of_itself(window):
+def test_softpool_is_lip_with_logits_x(window):
     x = features()
     importance = windows(x, *window, outside=-torch.inf).exp()
     want = (importance * windows(x, *window, outside=0.0)).sum(-1) / importance.sum(-1)
@@ -70,7 +70,7 @@ def test_softpool_is_lip_of_itself(window):
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_plain_layers(window):
+def test_max_and_averages(window):
     x = features()
     close(make_layer("max", 4, *window)(x), F.max_pool2d(x, *window))
     close(make_layer("average", 4, *window)(x), windows(x, *window, outside=torch.nan).nanmean(-1))
@@ -90,7 +90,7 @@ def test_blur_is_the_binomial_filter():
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", ["mixed", "gated"])
-def test_mixed_and_gated_are_written_out(name, window):
+def test_mixed_and_gated_by_their_formula(name, window):
     x = features()
     layer = make_layer(name, 4, *window).double()
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_mixed_and_gated_are_written_out(name, window):
     close(layer(x), share * windows(x, *window, outside=-torch.inf).amax(-1) + (1 - share) * mean)
 
 
-def test_detail_preserving_is_written_out():
+def test_detail_preserving_by_its_formula():
     x = features()
     layer = make_layer("detail_preserving", 4).double()
     torch.manual_seed(0)
@@ -112,8 +112,8 @@ def test_detail_preserving_is_written_out():
     torch.nn.init.normal_(layer.log_lambda)
     detail = x - windows(x, 3, 1, 1, outside=torch.nan).nanmean(-1)
     importance = layer.log_alpha.exp() + (detail**2 + 1e-6).sqrt() ** layer.log_lambda.exp()
-    inside, weight = windows(x, 3, 2, 1, outside=0.0), windows(importance, 3, 2, 1, outside=0.0)
-    close(layer(x), (inside * weight).sum(-1) / weight.sum(-1))
+    values, weight = windows(x, 3, 2, 1, outside=0.0), windows(importance, 3, 2, 1, outside=0.0)
+    close(layer(x), (values * weight).sum(-1) / weight.sum(-1))
 
 
 @pytest.mark.parametrize("name", DOWNSAMPLING)
@@ -121,7 +121,7 @@ def test_detail_preserving_is_written_out():
 def test_every_layer_has_one_shape_and_gradients(name, window):
     torch.manual_seed(0)
     layer = make_layer(name, 4, *window)
-    for parameter in layer.parameters():  # the zeros at the start would stop gradients in front of them
+    for parameter in layer.parameters():  # zero weights would stop the gradients of earlier parameters
         if not parameter.any():
             torch.nn.init.normal_(parameter)
     x = features().float().requires_grad_()
@@ -141,7 +141,7 @@ def test_lip_layers_start_as_average_pooling(name, window):
 
 @pytest.mark.parametrize("name", DOWNSAMPLING)
 def test_bfloat16_and_float16(name):
-    """Against float32 on the same values: three roundings of the format (2^-8, 2^-11) of the largest value."""
+    """Against float32 on the same values: three rounding errors (2^-8, 2^-11) of the largest value."""
     torch.manual_seed(0)
     layer = make_layer(name, 4)
     if isinstance(layer, LIP2d):
@@ -153,7 +153,7 @@ def test_bfloat16_and_float16(name):
         full.load_state_dict(low.state_dict())
         y = low(x)
         assert y.dtype == dtype
-        # The logits, rounded too, weigh the window: their error of 12 * epsilon in the exponent counts as well.
+        # LIP's logits are rounded too: an error of up to 12 * epsilon in the exponent of the weights.
         bound = (3 + 12 * isinstance(layer, LIP2d)) * epsilon * x.abs().max().item()
         assert (y.float() - full(x.float())).abs().max().item() <= bound
 
@@ -161,7 +161,7 @@ def test_bfloat16_and_float16(name):
 # ----------------------------------------------------------------------------------------- logit modules, bad input
 
 
-def test_instance_norm_is_pytorchs():
+def test_instance_norm_by_its_formula():
     x, norm = features().float(), InstanceNorm2d(4)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
@@ -171,15 +171,17 @@ def test_instance_norm_is_pytorchs():
     close(norm.double()(x.double()), want.double(), 1e-6)
     last = x.contiguous(memory_format=torch.channels_last)
     assert norm.float()(last).is_contiguous(memory_format=torch.channels_last)
+    for activation in (torch.nn.ReLU(), Gate(5.0), torch.nn.SiLU(), torch.nn.Identity()):
+        close(norm(x, activation), activation(want), 1e-6)
 
 
-def test_gate_bounds_its_logits():
+def test_gate_bounds_the_logits():
     z = torch.tensor([-100.0, 0.0, 100.0])
     assert Gate(5.0)(z).tolist() == [0.0, 2.5, 5.0]
     assert not any(isinstance(m, Gate) for m in make_layer("lip", 4, options=LogitOptions(gate=None)).modules())
 
 
-def test_a_map_of_one_position_is_refused():
+def test_feature_map_of_one_position():
     with pytest.raises(ValueError, match=r"1x1 feature map.*too small"):
         make_layer("lip", 4)(torch.randn(1, 4, 1, 1))
 
@@ -197,7 +199,7 @@ def test_a_map_of_one_position_is_refused():
         ({"name": "lip", "kernel_size": 2.0}, "integers, not 2.0"),
     ],
 )
-def test_layers_that_cannot_be(keywords, message):
+def test_layer_arguments_out_of_range(keywords, message):
     with pytest.raises(ValueError, match=message):
         make_layer(channels=4, **keywords)
 
@@ -213,6 +215,6 @@ def test_layers_that_cannot_be(keywords, message):
         ({"gate": "12"}, "gate coefficient '12'"),
     ],
 )
-def test_logit_options_that_cannot_be(keywords, message):
+def test_logit_options_out_of_range(keywords, message):
     with pytest.raises(ValueError, match=message):
         LogitOptions(**keywords)

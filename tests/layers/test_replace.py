@@ -1,4 +1,4 @@
-"""Swapping the downsampling of other people's networks."""
+"""Replacing the downsampling layers of timm's and torchvision's networks."""
 
 import copy
 
@@ -13,7 +13,7 @@ from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d
 from lip_resnet.layers.replace import SITES
 
 NETWORKS = {
-    # network: the layers that compute what it computed before, and how many are swapped.
+    # network: the layers with which it computes the same as before, and how many are replaced.
     "alexnet": ({"image": "strided", "main": "max"}, 4),
     "vgg11_bn": ({"main": "max"}, 5),
     "mobilenet_v3_small": ({"image": "strided", "main": "strided"}, 5),
@@ -34,7 +34,7 @@ def network(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name.startswith("timm:"):
         return timm.create_model(name.removeprefix("timm:"))
-    if name == "vgg11_bn":  # its classifier of 120 million weights takes longer than everything else here
+    if name == "vgg11_bn":  # without its classifier of 120 million weights, which would take most of the time
         with torch.device("meta"):
             features = torchvision.models.vgg11_bn().features
         for module in features.to_empty(device="cpu").modules():
@@ -55,13 +55,13 @@ def test_equivalent_layers_leave_the_outputs_unchanged(name):
         got = model(x)
     assert len(report.swapped) == count, str(report)
     assert not report.kept
-    assert list(model.state_dict()) == keys  # weights, and the names of weights, stay
+    assert list(model.state_dict()) == keys
     torch.testing.assert_close(got, want, rtol=0, atol=1e-11 * want.std().item())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_lip_fits_any_network(name):
-    """Shapes stay, every weight of before is still there, gradients reach every parameter of the new layers."""
+def test_lip_in_any_network(name):
+    """The output shape and the weights do not change, and gradients reach every parameter of the new layers."""
     model = network(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     report = replace_downsampling(model, "lip")
@@ -69,7 +69,7 @@ def test_lip_fits_any_network(name):
     assert len(lips) == len(report.swapped) == NETWORKS[name][1] - ("image" in NETWORKS[name][0])
     after = model.state_dict()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
-    for module in model.modules():  # some networks start with blocks cut off by a zero BN
+    for module in model.modules():  # some networks initialise the last BN of a block to zero
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
     y = model.train()(torch.randn(2, 3, 96, 96))
@@ -91,14 +91,23 @@ def test_a_layer_for_every_site_of_resnet50():
     }
     assert isinstance(model.layer2[0].conv2.pool, LIP2d)
     assert isinstance(model.layer2[0].downsample[0].pool, nn.AvgPool2d)
-    assert str(report).startswith("7 swapped, 1 left alone\n  maxpool: stem, ")
+    assert str(report).startswith("7 replaced, 1 kept\n  maxpool: stem, ")
 
 
 @pytest.mark.parametrize("layer", DOWNSAMPLING)
-def test_every_layer_of_the_zoo_fits(layer):
+def test_every_layer_in_resnet18(layer):
     model = network("timm:resnet18").eval()
     replace_downsampling(model, dict.fromkeys(SITES, layer))
     assert model(torch.randn(1, 3, 97, 64)).shape == (1, 1000)
+
+
+def test_convolution_with_a_rectangular_kernel():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, (3, 1), 2, padding=(1, 0)))
+    x = torch.randn(1, 3, 32, 30)
+    want = model(x)
+    report = replace_downsampling(model, "strided", input_size=(3, 32, 32))
+    assert report.swapped == {"1": "main, Conv2d (3, 1)/2 -> strided"}
+    torch.testing.assert_close(model(x), want)
 
 
 def test_dtype_device_and_mode_are_the_models():
@@ -108,7 +117,7 @@ def test_dtype_device_and_mode_are_the_models():
     assert model(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_what_is_left_alone_says_why():
+def test_kept_layers_have_a_reason():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -136,10 +145,11 @@ def test_what_is_left_alone_says_why():
     assert torch.equal(model(x), reference(x))
     tf = replace_downsampling(network("timm:tf_efficientnet_b0"), "lip")
     assert not tf.swapped
-    assert set(tf.left.values()) == {"Conv2dSame is a subclass whose forward may do more than pool or convolve"}
+    assert tf.left == tf.kept  # the name in version 0.1
+    assert set(tf.kept.values()) == {"Conv2dSame is a subclass whose forward may do more than pool or convolve"}
 
 
-def test_a_shared_layer_is_swapped_everywhere():
+def test_a_shared_layer_is_replaced_everywhere():
     pool = nn.MaxPool2d(2)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Sequential(nn.Conv2d(8, 8, 3), pool))
     replace_downsampling(model, "lip_projection", input_size=(3, 32, 32))

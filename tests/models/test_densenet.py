@@ -1,9 +1,9 @@
 """LIP-DenseNet against the recorded outputs of the reference, and its keywords."""
 
-import golden
 import pytest
 import timm
 import torch
+from helpers import golden
 from torch import nn
 
 from lip_resnet.layers.pooling import LIP2d
@@ -33,16 +33,19 @@ def test_zero_initialisation_is_average_pooling():
     assert isinstance(model.features.pool0.logits.conv, nn.Conv2d)
 
 
-@pytest.mark.parametrize(("name", "plain"), [(f"lip_densenet{d}", f"densenet{d}") for d in (121, 161, 169, 201)])
-def test_parameters_are_the_plain_networks_and_the_logit_modules(name, plain):
-    """Hand count: stem 9 c^2 + 2 c; a transition of c channels 128 c + 9 * 128^2 + 128 c + 4 * 128 + 2 c."""
+@pytest.mark.parametrize(("name", "baseline"), [(f"lip_densenet{d}", f"densenet{d}") for d in (121, 161, 169, 201)])
+def test_parameter_count(name, baseline):
+    """timm's network plus the logit modules, counted by hand.
+
+    Stem 9 c^2 + 2 c; a transition of c channels: 128 c + 9 * 128^2 + 128 c + 4 * 128 + 2 c.
+    """
     with torch.device("meta"):
-        model, baseline = timm.create_model(name), timm.create_model(plain)
+        model, without_lip = timm.create_model(name), timm.create_model(baseline)
     stem = model.features.conv0.out_channels
     pooled = [getattr(model.features, f"transition{i}").conv.out_channels for i in (1, 2, 3)]
     extra = 9 * stem**2 + 2 * stem + sum(258 * c + 9 * 128**2 + 512 for c in pooled)
-    count = {m: sum(p.numel() for p in m.parameters()) for m in (model, baseline)}
-    assert count[model] == count[baseline] + extra
+    count = {m: sum(p.numel() for p in m.parameters()) for m in (model, without_lip)}
+    assert count[model] == count[without_lip] + extra
 
 
 def test_sites_and_windows():

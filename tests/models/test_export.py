@@ -1,6 +1,6 @@
-"""Ways out of Python: compiled, exported and low-precision forms of the networks, each against eager float32.
+"""Compiled, exported and low-precision forms of the networks, each against eager float32.
 
-Exported files hold PyTorch's own operators alone: a process that cannot import this package runs them.
+Exported files use only PyTorch's own operators: they are run by a process that cannot import this package.
 """
 
 import subprocess
@@ -20,7 +20,7 @@ SIZES = [(2, 3, 64, 64), (1, 3, 97, 66)]
 BATCH = torch.export.Dim("batch", min=1, max=64)
 DYNAMIC = {"x": {0: BATCH, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
 
-ELSEWHERE = """
+RUN_EXPORTED = """
 import sys
 sys.modules["lip_resnet"] = None  # importing it fails
 import glob, numpy, onnxruntime, torch
@@ -36,8 +36,8 @@ for path in glob.glob("*.onnx"):
 """
 
 
-def awake(model: nn.Module) -> nn.Module:
-    """With logits that are not constant and no block cut off, as after some training; in eval mode."""
+def randomized(model: nn.Module) -> nn.Module:
+    """Random logit weights and nonzero BN weights, as after some training, so that every layer counts; eval mode."""
     torch.manual_seed(1)
     for parameter in logit_parameters(model):
         nn.init.normal_(parameter, std=0.05)
@@ -54,7 +54,7 @@ def small() -> nn.Module:
     model = LIPResNet((1, 1, 1, 1))
     model.prune_intermediate_layers([2])
     model.reset_classifier(10, "avg")
-    return awake(model)
+    return randomized(model)
 
 
 def images(size: tuple[int, ...]) -> Tensor:
@@ -68,7 +68,7 @@ def check(got: Tensor, want: Tensor, tolerance: float) -> None:
 
 
 def test_compile_has_no_graph_break():
-    """Loss and gradients in float32 against float32, the same kernels: rounding alone."""
+    """Outputs and gradients in float32, by the same kernels: only rounding differs."""
     torch.compiler.reset()
     model, x = small(), images(SIZES[0])
     want = model(x)
@@ -85,7 +85,7 @@ def test_compile_has_no_graph_break():
 @pytest.mark.parametrize("layer", [layer for layer in DOWNSAMPLING if not layer.startswith("lip")])
 def test_every_other_layer_compiles_and_exports(layer):
     torch.compiler.reset()
-    module = awake(nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8), make_layer(layer, 8)))
+    module = randomized(nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8), make_layer(layer, 8)))
     x = images((2, 3, 31, 22))
     check(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x), 1e-5)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: BATCH, 2: DYNAMIC["x"][2], 3: DYNAMIC["x"][3]},))
@@ -94,9 +94,9 @@ def test_every_other_layer_compiles_and_exports(layer):
 
 
 def test_exported_files(tmp_path):
-    """torch.export and ONNX of any batch and image size, ONNX of a fixed one, run by a process without this package.
+    """torch.export and ONNX with dynamic batch and image size, ONNX with fixed ones, run without this package.
 
-    1e-5 for PyTorch's own kernels, 1e-4 for those of onnxruntime.
+    Tolerance 1e-5 for PyTorch's kernels, 1e-4 for onnxruntime's.
     """
     model, sample = small(), (images(SIZES[0]),)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_exported_files(tmp_path):
         onnx.checker.check_model(onnx.load(tmp_path / file))
 
     numpy.savez(tmp_path / "in.npz", *[images(size).numpy() for size in SIZES])
-    subprocess.run([sys.executable, "-c", ELSEWHERE], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", RUN_EXPORTED], check=True, cwd=tmp_path)
     for file, sizes, tolerance in (("dynamic.pt2", 2, 1e-5), ("dynamic.onnx", 2, 1e-4), ("fixed.onnx", 1, 1e-4)):
         outputs = list(numpy.load(tmp_path / f"{file}.npz").values())
         for got, expected in zip(outputs, want[:sizes], strict=True):
@@ -120,8 +120,8 @@ def test_exported_files(tmp_path):
 
 
 def test_densenet_exports():
-    """torch.export of any batch and image size, read back from plain ATen."""
-    model = awake(timm.create_model("lip_densenet121", block_config=(1, 1)))
+    """torch.export with dynamic batch and image size."""
+    model = randomized(timm.create_model("lip_densenet121", block_config=(1, 1)))
     with torch.no_grad():
         program = torch.export.export(model, (images(SIZES[0]),), dynamic_shapes=DYNAMIC)
         check(program.module()(images(SIZES[1])), model(images(SIZES[1])), 1e-5)
@@ -130,9 +130,9 @@ def test_densenet_exports():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("name", ["lip_resnet50", "lip_densenet121"])
 def test_low_precision_inference(name, dtype, tolerance):
-    """half() and bfloat16() against float32, over the depth of a real network (2^-11 and 2^-8 a rounding)."""
+    """half() and bfloat16() against float32 in networks of full depth (rounding errors of 2^-11 and 2^-8)."""
     torch.manual_seed(0)
-    model, x = awake(timm.create_model(name)), images((2, 3, 64, 64))
+    model, x = randomized(timm.create_model(name)), images((2, 3, 64, 64))
     with torch.no_grad():
         want = model(x)
         got = model.to(dtype)(x.to(dtype))

@@ -1,4 +1,4 @@
-"""Names to networks: one door, one initialisation, exact counts."""
+"""Networks by name: errors, initialisation and exact counts."""
 
 import hashlib
 
@@ -45,8 +45,8 @@ def test_unknown_names_and_keywords():
         registry.create_model("resnet50", colour="red")
 
 
-def test_a_defect_is_not_the_user_s(monkeypatch):
-    """A missing package is one line; what fails without keywords, and at the default size, keeps its own error."""
+def test_defects_keep_their_own_error(monkeypatch):
+    """A missing package is an InputError; a failure without keywords too, or at the default image size too, is not."""
 
     def network(*_, **__):
         raise failure
@@ -86,7 +86,6 @@ def test_too_small_images():
 def test_fine_tuning_starts_from_the_weights(tmp_path):
     torch.save(registry.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "seven.pth")
     config = ModelConfig(name="test_resnet", num_classes=10, weights=str(tmp_path / "seven.pth"), new_head=True)
-    model = registry.build_model(config)
     model = registry.build_model(config)
     record = load_initial_weights(model, config)
     assert record["training"] is None

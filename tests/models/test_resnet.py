@@ -1,10 +1,10 @@
 """LIP-ResNet against the recorded outputs of the reference."""
 
-import golden
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import golden
 from torch import nn
 
 from lip_resnet.layers import pooling
@@ -31,7 +31,7 @@ def test_released_keys_map_one_to_one():
         model = timm.create_model("lip_resnet101")
     ours = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     assert model.checkpoint_filter_fn(released, model) == ours
-    assert model.checkpoint_filter_fn(ours, model) == ours  # our own keys pass through
+    assert model.checkpoint_filter_fn(ours, model) == ours
 
 
 def test_golden_lip_resnet50(filled50):
@@ -59,7 +59,7 @@ def test_golden_bottleneck_widths(width):
 
 
 def test_a_wrong_network_fails_the_golden_checks():
-    """The check can fail: a gate of 12.000001 in place of 12 is noticed."""
+    """The golden checks can fail: they detect a gate of 12.000001 instead of 12."""
     model = golden.filled_model("lip_resnet50", gate_coefficient=12.000001)
     with pytest.raises(AssertionError, match="224x224"):
         golden.check_logits(model, "lip_resnet50")
@@ -71,7 +71,7 @@ def test_initialisation_of_the_reference():
 
 
 def test_at_initialisation_lip_is_average_pooling(monkeypatch):
-    """Zeroed logit convolutions: every LIP averages its window's real positions, here by PyTorch's own pooling."""
+    """With zero logits every LIP averages its window without the padding, as PyTorch's average pooling does."""
     torch.manual_seed(0)
     model = timm.create_model("lip_resnet50").double().eval()
     x = golden.images(1, 65, 64).double()
@@ -88,17 +88,17 @@ def test_at_initialisation_lip_is_average_pooling(monkeypatch):
         torch.testing.assert_close(model(x), want, rtol=0, atol=1e-12 * want.std().item())
 
 
-def test_every_parameter_learns():
+def test_every_parameter_has_a_gradient():
     torch.manual_seed(0)
     model = timm.create_model("lip_resnet50").train()
-    for block in model.modules():  # a last BN of zero weight would cut its block off at the first step
-        if isinstance(block, nn.BatchNorm2d):
-            nn.init.ones_(block.weight)
+    for module in model.modules():  # zero weights in a block's last BN would stop the block's gradients
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
     for parameter in pooling.logit_parameters(model):
         nn.init.normal_(parameter, std=0.01)
     F.cross_entropy(model(golden.images(2, 64, 64)), torch.tensor([0, 1])).backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert silent == []
+    without_gradient = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert without_gradient == []
 
 
 # -------------------------------------------------------------------------------------------------- a timm model
@@ -108,41 +108,41 @@ def test_every_parameter_learns():
 def small() -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model("lip_resnet18").eval()
-    for bn in model.modules():  # every block contributes
-        if isinstance(bn, nn.BatchNorm2d):
-            nn.init.ones_(bn.weight)
+    for module in model.modules():  # so that every block contributes to the output
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
     return model
 
 
 @pytest.mark.parametrize(
-    ("name", "plain", "channels"),
+    ("name", "baseline", "channels"),
     [
         ("lip_resnet18", "resnet18", [64, 64, 128, 256, 512]),
         ("lip_resnet34", "resnet34", [64, 64, 128, 256, 512]),
         ("lip_resnet152", "resnet152", [64, 256, 512, 1024, 2048]),
     ],
 )
-def test_other_depths(name, plain, channels):
-    """timm's network of that depth, and by hand: the stem's logits, three trunks, heads, 3x3 -> 1x1 convolutions."""
+def test_other_depths(name, baseline, channels):
+    """timm's network plus, by hand, the stem's logits, trunks, heads, and 1x1 instead of 3x3 convolutions."""
     with torch.device("meta"):
-        model, baseline = timm.create_model(name), timm.create_model(plain)
+        model, without_lip = timm.create_model(name), timm.create_model(baseline)
         features = timm.create_model(name, features_only=True)
     extra = 9 * 64**2 + 2 * 64
     for stage in (1, 2, 3):
         entering, inner = channels[stage], 64 * 2**stage
         extra += 128 * entering + 9 * 128**2 + 4 * 128  # the trunk
         extra += 128 * (inner + entering) + 2 * (inner + entering)  # the heads
-        if plain == "resnet152":
+        if baseline == "resnet152":
             extra -= 8 * inner**2
-    count = {m: sum(p.numel() for p in m.parameters()) for m in (model, baseline)}
-    assert count[model] == count[baseline] + extra
+    count = {m: sum(p.numel() for p in m.parameters()) for m in (model, without_lip)}
+    assert count[model] == count[without_lip] + extra
     assert features.feature_info.channels() == channels
     assert features.feature_info.reduction() == [2, 4, 8, 16, 32]
 
 
-def test_the_basic_block_pools_what_its_first_convolution_yields(small):
+def test_basic_block_pools_after_its_first_convolution(small):
     block, x = small.layer2[0], torch.randn(2, 64, 15, 16)
-    average = nn.AvgPool2d(3, 2, 1, count_include_pad=False)  # LIP starts as it
+    average = nn.AvgPool2d(3, 2, 1, count_include_pad=False)  # LIP at initialisation
     main = block.bn2(block.conv2(F.relu(block.bn1(average(F.conv2d(x, block.conv1.weight, padding=1))))))
     shortcut = block.downsample.bn(block.downsample.conv(average(x)))
     torch.testing.assert_close(block(x), F.relu(main + shortcut), rtol=1e-4, atol=1e-5)
@@ -265,28 +265,28 @@ def test_keywords_out_of_range(keywords, message):
         timm.create_model("lip_resnet50", **keywords)
 
 
-def test_an_image_too_small_is_refused(small):
+def test_image_too_small(small):
     with pytest.raises(ValueError, match="the image is too small for the network"):
         small(torch.zeros(1, 3, 16, 16))
 
 
 def test_recomputed_logits_save_memory_and_change_nothing():
     torch.manual_seed(0)
-    images, kept, gradients = torch.randn(2, 3, 64, 64), [], []
+    images, saved_bytes, gradients = torch.randn(2, 3, 64, 64), [], []
     for recompute in (False, True):
         torch.manual_seed(1)
         model = timm.create_model("lip_resnet18", num_classes=5, recompute_logits=recompute)
         sizes = {}
 
-        def keep(tensor, sizes=sizes):
+        def record(tensor, sizes=sizes):
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             loss = model(images).square().sum()
         loss.backward()
-        kept.append(sum(sizes.values()))
+        saved_bytes.append(sum(sizes.values()))
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert kept[1] < 0.95 * kept[0]
+    assert saved_bytes[1] < 0.95 * saved_bytes[0]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7)

@@ -1,4 +1,4 @@
-"""The fused kernels: one result whatever computes it, on every road into and out of PyTorch."""
+"""The fused kernels against the slow loops and the reference form, in every layout, dtype and mode of PyTorch."""
 
 import copy
 import itertools
@@ -21,8 +21,8 @@ from lip_resnet.ops import cpu, dispatch, reference
 OP = torch.ops.lip_resnet.lip2d.default
 
 
-def test_the_cpu_kernel_is_there():
-    """Every machine that tests has a compiler; without the kernel most tests below would compare a form with itself."""
+def test_the_cpu_kernel_is_available():
+    """Test machines have a compiler; without the kernel many tests would compare the reference form with itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dispatch.available("cpu") == (os.environ.get("LIP_KERNELS", "auto") == "auto")
@@ -35,7 +35,7 @@ def gradients(function, x, logits, dy):
 
 @pytest.mark.parametrize("window", [(2, 1, 1), (3, 2, 1), (4, 1, 2)])
 def test_one_position_in_a_view_with_gaps(window):
-    """torch calls such a map contiguous in every layout; the output may be larger than it."""
+    """PyTorch calls such a tensor contiguous in every layout; the output may be larger than the input."""
     x, logits = (torch.randn(2, 10, 1, 1)[:, :5] for _ in range(2))
     y = lip2d(x, logits, *window)
     assert relative_error(y, reference.stable(x.double(), logits.double(), window)) < 1e-6
@@ -45,8 +45,8 @@ def test_one_position_in_a_view_with_gaps(window):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_many_channels_and_rows(dtype, layouts):
-    """Whole vectors, remainders, several batches of rows, chunks for every thread, mixed layouts: against the plain
-    form in float64, which the slow loops check."""
+    """Whole vectors, remainders, several batches of rows, chunks for every thread, mixed layouts: against the
+    reference form in float64, which another test compares with the slow loops."""
     shape = (2, 37, 23, 41)
     x, logits = make(shape, dtype, layouts[0])
     logits = logits.detach().contiguous(memory_format=LAYOUTS[layouts[1]]).requires_grad_()
@@ -63,8 +63,8 @@ def test_many_channels_and_rows(dtype, layouts):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [40, 48])
 @pytest.mark.parametrize("window", [(3, 2, 1), (2, 1, 0), (5, 3, 2)])
-def test_logits_of_every_size_in_one_tensor(window, channels, layout):
-    """Rows whose exponentials fit float32 beside rows where they do not, and a tensor too large for the caches."""
+def test_logits_of_all_magnitudes_in_one_tensor(window, channels, layout):
+    """Rows whose exponentials fit float32 and rows whose do not, in a tensor too large for the caches."""
     x, logits = (t.detach() for t in make((1, channels, 83, 79), torch.float32, layout, low=0, high=12))
     logits[:, :, 20:24] += 70
     logits[:, :, 24:27] -= 90
@@ -81,8 +81,8 @@ def test_logits_of_every_size_in_one_tensor(window, channels, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_beside_a_nan(layout):
-    """A logit that is NaN spoils what its windows hold and nothing else, large logits in its row or not."""
+def test_nan_stays_in_the_gradients_of_its_windows(layout):
+    """A NaN logit makes the gradients in its windows NaN and no others, with large logits in its row or not."""
     for large in (1, 200):
         x, logits = make((1, 16, 21, 23), torch.float32, layout)
         dy = torch.randn(1, 16, 11, 12)
@@ -91,17 +91,17 @@ def test_gradient_beside_a_nan(layout):
         expected = gradients(lip2d, x, logits, dy)
         with torch.no_grad():
             logits[0, 5, 10, 11] = torch.nan
-        spoiled = torch.zeros(1, 16, 21, 23, dtype=torch.bool)
-        spoiled[0, 5, 9:12, 9:14] = True  # the windows around rows 10 and columns 10 and 12
+        affected = torch.zeros(1, 16, 21, 23, dtype=torch.bool)
+        affected[0, 5, 9:12, 9:14] = True  # the windows around rows 10 and columns 10 and 12
         for value, clean in zip(gradients(lip2d, x, logits, dy)[1:], expected[1:], strict=True):
-            assert value[spoiled].isnan().all()
-            torch.testing.assert_close(value[~spoiled], clean[~spoiled])
+            assert value[affected].isnan().all()
+            torch.testing.assert_close(value[~affected], clean[~affected])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("kernel_size", "stride", "padding", "height", "width"), WINDOWS)
-def test_slow_loops(kernel_size, stride, padding, height, width, layout):
-    """The kernel in float64, which ``lip2d`` itself computes by the reference's arithmetic."""
+def test_float64_kernel_against_the_slow_loops(kernel_size, stride, padding, height, width, layout):
+    """Called directly: ``lip2d`` does not use the kernel in float64."""
     window = (kernel_size, stride, padding)
     x, logits = make((2, 3, height, width), layout=layout)
     y, _ = OP(x, logits, *window)
@@ -114,7 +114,7 @@ def test_slow_loops(kernel_size, stride, padding, height, width, layout):
 
 @pytest.mark.parametrize("window", [(3, 2, 1), (2, 3, 1)])
 @pytest.mark.parametrize("form", [lambda *inputs: OP(*inputs)[0], lambda a, b, *window: reference.pool(a, b, window)])
-def test_derivatives(form, window):
+def test_first_and_second_derivatives(form, window):
     inputs = make((1, 2, 4, 5), low=-2, high=2)
     assert torch.autograd.gradcheck(lambda a, b: form(a, b, *window), inputs, eps=1e-6, atol=1e-8, rtol=1e-5)
     assert torch.autograd.gradgradcheck(lambda a, b: form(a, b, *window), inputs, eps=1e-6, atol=1e-7, rtol=1e-5)
@@ -122,23 +122,23 @@ def test_derivatives(form, window):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_threads_change_nothing(threads, layout):
+def test_results_do_not_depend_on_the_number_of_threads(threads, layout):
     x, logits = make((3, 20, 31, 17), torch.float32, layout)
     dy = torch.randn(3, 20, 16, 9)
     before = torch.get_num_threads()
     expected = gradients(lip2d, x, logits, dy)
     try:
         torch.set_num_threads(threads)
-        found = gradients(lip2d, x, logits, dy)
+        results = gradients(lip2d, x, logits, dy)
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
 
 
 @pytest.mark.parametrize("form", [reference.pool, reference.stable])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("kernel_size", "stride", "padding", "height", "width"), WINDOWS)
-def test_plain_forms(form, layout, kernel_size, stride, padding, height, width):
+def test_reference_forms_against_the_slow_loops(form, layout, kernel_size, stride, padding, height, width):
     window = (kernel_size, stride, padding)
     x, logits = make((2, 3, height, width), layout=layout)
     y = form(x, logits, window)
@@ -150,8 +150,8 @@ def test_plain_forms(form, layout, kernel_size, stride, padding, height, width):
 
 
 @pytest.mark.parametrize(("low", "high"), [(-80, 80), (100, 300), (-300, -100)])
-def test_plain_form_knows_where_the_textbook_fails(low, high):
-    """Where exp overflows, underflows or swamps a window, the result is the stable loop's."""
+def test_reference_form_is_exact_where_the_textbook_form_fails(low, high):
+    """Logits whose exponentials overflow, underflow, or differ in a window by more than float32 can represent."""
     x, logits = make((2, 3, 9, 8), torch.float32, low=low, high=high)
     y = reference.pool(x, logits, (3, 2, 1))
     dy = torch.randn_like(y)
@@ -161,7 +161,7 @@ def test_plain_form_knows_where_the_textbook_fails(low, high):
         assert relative_error(value, truth) < TOLERANCES[torch.float32]
 
 
-def test_window_larger_than_the_kernel_takes():
+def test_window_larger_than_the_kernels_support():
     x, logits = make((1, 2, 12, 11))
     assert not dispatch.supports(x, logits, 9)
     torch.testing.assert_close(lip2d(x, logits, 9, 2, 4), slow_lip2d(x, logits, None, 9, 2, 4)[0])
@@ -170,13 +170,13 @@ def test_window_larger_than_the_kernel_takes():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(layout, dtype):
-    """PyTorch's own checks: schema, autograd registration, fake tensors, dynamic shapes."""
+    """PyTorch's own checks of an operator: schema, autograd registration, fake tensors, dynamic shapes."""
     torch.library.opcheck(OP, (*make((2, 5, 9, 8), dtype, layout), 3, 2, 1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_saved_for_backward(layout):
-    """x, logits, y and one float32 a window, nothing more."""
+    """x, logits, y and one float32 per window, nothing more."""
     x, logits = make((2, 8, 16, 16), torch.float32, layout)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -186,7 +186,7 @@ def test_saved_for_backward(layout):
 
 
 def test_compile():
-    """One graph without a break, with the numbers of eager mode."""
+    """One graph without a break, with the results of eager mode."""
     x, logits = make((2, 6, 9, 8), torch.float32, "channels_last")
     dy = torch.randn(2, 6, 5, 4)
     compiled = torch.compile(lambda a, b: lip2d(a, b), fullgraph=True, backend="aot_eager")
@@ -199,7 +199,7 @@ class Pool(torch.nn.Module):
         return lip2d(x, logits)
 
 
-def test_export_holds_aten_calls_alone():
+def test_exported_graph_has_only_aten_calls():
     x, logits = (t.detach() for t in make((2, 3, 9, 8), torch.float32))
     batch, height = torch.export.Dim("batch"), torch.export.Dim("height", min=4)
     shapes = {0: batch, 2: height}
@@ -211,7 +211,7 @@ def test_export_holds_aten_calls_alone():
 
 
 def test_function_transforms():
-    """vmap and forward-mode derivatives take the plain form."""
+    """vmap and forward-mode derivatives use the reference form."""
     x, logits = make((2, 3, 6, 6))
     each = torch.func.vmap(lambda a, b: lip2d(a[None], b[None])[0])(x, logits)
     torch.testing.assert_close(each, lip2d(x, logits))
@@ -222,7 +222,7 @@ def test_function_transforms():
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """As a process that has not looked for a kernel yet, with an empty cache."""
+    """The state of a process that has not loaded a kernel yet, with an empty cache."""
     monkeypatch.setenv("LIP_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LIP_KERNELS", "auto")
     monkeypatch.delenv("CXX", raising=False)
@@ -233,13 +233,13 @@ def fresh(monkeypatch, tmp_path):
     cpu.library.cache_clear()
 
 
-@pytest.mark.parametrize(("compiler", "reason"), [("none", "no C.. compiler was found"), ("broken", "no such luck")])
-def test_plain_without_a_compiler(fresh, tmp_path, compiler, reason):
-    """The plain form, the same numbers, and one warning that says why."""
+@pytest.mark.parametrize(("compiler", "reason"), [("none", "no C.. compiler was found"), ("broken", "syntax error")])
+def test_reference_form_without_a_compiler(fresh, tmp_path, compiler, reason):
+    """The same results and one warning that gives the reason."""
     folder = tmp_path / compiler
     folder.mkdir()
     if compiler == "broken":
-        (folder / "c++").write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no such luck >&2; exit 1\n")
+        (folder / "c++").write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho syntax error >&2; exit 1\n")
         (folder / "c++").chmod(0o755)
     fresh.setenv("PATH", str(folder))
     x, logits = make((1, 2, 6, 7), torch.float32)
@@ -250,7 +250,7 @@ def test_plain_without_a_compiler(fresh, tmp_path, compiler, reason):
 
 
 @pytest.mark.filterwarnings("error")
-def test_plain_by_choice(fresh):
+def test_reference_form_by_environment_variable(fresh):
     fresh.setenv("LIP_KERNELS", "plain")
     assert not dispatch.available("cpu")
     dispatch._available.cache_clear()
@@ -261,7 +261,7 @@ def test_plain_by_choice(fresh):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads: the children use none
 def test_processes_that_build_at_once(fresh, tmp_path):
-    """Three processes and an empty cache: all get the kernel, and one library remains, without leftovers."""
+    """Three processes and an empty cache: all get the kernel, and the cache has one library and no temporary files."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=cpu.library) for _ in range(3)]
     for process in processes:
@@ -274,8 +274,8 @@ def test_processes_that_build_at_once(fresh, tmp_path):
     torch.testing.assert_close(OP(x, logits, 3, 2, 1)[0], slow_lip2d(x, logits, None, 3, 2, 1)[0])
 
 
-def test_two_processes_share_gradients(tmp_path):
-    """DDP over Gloo, with and without recomputed logits: the mean of the processes' gradients is the whole batch's."""
+def test_ddp_averages_gradients(tmp_path):
+    """DDP over Gloo, with and without recomputed logits: the mean of two processes' gradients is the whole batch's."""
     code = """
         import sys
         import torch
@@ -310,7 +310,7 @@ def test_two_processes_share_gradients(tmp_path):
 def test_logits_under_autocast(layout):
     """Forward and backward in bfloat16 on the CPU, against the same modules in float64.
 
-    y moves by roundings of 2^-8; gradients also where a ReLU's input changes its sign.
+    y differs by roundings of 2^-8; gradients also where rounding changes the sign of a ReLU's input.
     """
     for make_logits in (SimplifiedLogits, BottleneckLogits):
         torch.manual_seed(0)
@@ -323,16 +323,16 @@ def test_logits_under_autocast(layout):
             dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
             return y, *torch.autograd.grad(y, (x, *module.parameters()), dy)
 
-        found = results(logits, x, True)
+        values = results(logits, x, True)
         truths = results(copy.deepcopy(logits).double(), x.detach().double().requires_grad_(), False)
-        assert found[0].dtype == x.dtype
-        assert relative_error(found[0], truths[0]) < 0.02, make_logits
-        for value, truth in zip(found[1:], truths[1:], strict=True):
+        assert values[0].dtype == x.dtype
+        assert relative_error(values[0], truths[0]) < 0.02, make_logits
+        for value, truth in zip(values[1:], truths[1:], strict=True):
             assert relative_error(value, truth) < 0.1, make_logits
 
 
 def test_no_layout_change_in_a_channels_last_step():
-    """Of all operators of a training step, none copies features: every map stays channels-last, there and back."""
+    """No operator of a training step copies features: they stay channels-last in the forward and backward pass."""
     model = timm.create_model("lip_resnet50", num_classes=10).to(memory_format=torch.channels_last)
     for parameters in logit_parameters(model):
         torch.nn.init.normal_(parameters, std=0.1)

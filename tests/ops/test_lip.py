@@ -1,4 +1,4 @@
-"""The operator: against the slow loops, closed forms, and its promises on dtypes, layouts and errors."""
+"""The operator against the slow loops and closed forms; its dtypes, layouts and errors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lip_resnet import lip2d
 
 
 def run(x, logits, window, seed=1):
-    """y, dx, dlogits of the operator, and of the slow loops, for one random dy."""
+    """y, dx, dlogits of the operator and of the slow loops, for one random dy."""
     y = lip2d(x, logits, *window)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
     dx, dl = torch.autograd.grad(y, (x, logits), dy)
@@ -32,7 +32,7 @@ def test_slow_loops(kernel_size, stride, padding, height, width, layout):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("low", "high"), [(0.0, 12.0), (-80.0, 80.0), (6.0, 6.0)])
 def test_accuracy(dtype, layout, low, high):
-    """Each result on its own, so that a large one does not hide a small one."""
+    """Each result has its own relative error, so that a large one does not hide a small one."""
     x, logits = make((2, 5, 9, 8), dtype, layout, low, high)
     for value, truth in zip(*run(x, logits, (3, 2, 1)), strict=True):
         assert value.dtype == dtype
@@ -45,7 +45,7 @@ def test_layout_is_kept(dtype, layout):
     x, logits = make((2, 6, 8, 10), dtype, layout)
     y = lip2d(x, logits)
     dx, dl = torch.autograd.grad(y, (x, logits), torch.ones_like(y))
-    # float64 follows the reference's calls, whose gradients autograd lays out as it likes
+    # float64 uses the reference's calls, whose gradients have the layout that autograd chooses
     for tensor in (y, dx, dl) if dtype != torch.float64 else (y,):
         assert tensor.is_contiguous(memory_format=LAYOUTS[layout])
 
@@ -64,7 +64,7 @@ def test_mixed_layouts_and_views():
     ]:
         features, importance = features.requires_grad_(), importance.requires_grad_()
         y = lip2d(features, importance)
-        # an expanded gradient, as sum() sends it
+        # sum() passes an expanded gradient
         dx, dl = torch.autograd.grad(y.sum(), (features, importance))
         for value, truth in zip((y, dx, dl), expected, strict=True):
             torch.testing.assert_close(value, truth, rtol=1e-11, atol=1e-13)
@@ -113,7 +113,7 @@ def test_growing_logits_are_max_pooling_and_strided_sampling():
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("size", [12.0, 1e4, None])
 def test_huge_logits_stay_finite(dtype, size):
-    """Up to the largest number of the dtype, of both signs: finite, inside the window's range, finite gradients."""
+    """Up to the dtype's largest number, of both signs: y is finite and in its window's range, gradients are finite."""
     size = torch.finfo(dtype).max if size is None else size
     x, _ = make((2, 3, 8, 9), dtype)
     logits = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(3)).to(dtype) * size
@@ -187,7 +187,7 @@ def test_errors(x, logits, window, message):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_autocast(layout):
-    """bfloat16 features with float32 logits, as a norm leaves them: y and dx in bfloat16, dlogits in float32."""
+    """bfloat16 features with float32 logits, as a norm returns them: y and dx in bfloat16, dlogits in float32."""
     x, logits = make((2, 4, 8, 8), torch.float32, layout)
     features = x.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -195,5 +195,5 @@ def test_autocast(layout):
     dx, dl = torch.autograd.grad(y.sum(), (features, logits))
     assert (y.dtype, dx.dtype, dl.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     for value, truth in zip((y, dx, dl), slow_lip2d(features, logits, None, 3, 2, 1), strict=True):
-        # dlogits needs y once more: 8 bits of it where y is kept in bfloat16
+        # dlogits is computed from the saved y, which is rounded to bfloat16
         assert relative_error(value, truth) < TOLERANCES[torch.bfloat16]

@@ -1,4 +1,4 @@
-"""The kernels for GPUs, as far as a machine without one can see: by Triton's interpreter and its compiler."""
+"""The Triton kernels on a machine without a GPU: run by Triton's interpreter, and compiled for GPUs."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from lip_resnet.layers.logits import Gate, InstanceNorm2d
 from lip_resnet.ops import dispatch, norm
 
 
-def test_plain_where_triton_does_not_start(monkeypatch):
-    """Triton is there, but no compiler for its driver: the plain form and one line, not a traceback in the forward."""
+def test_reference_form_where_triton_does_not_start(monkeypatch):
+    """Triton is installed, but no compiler for its driver: a one-line warning, not a traceback in the forward pass."""
 
     class Driver:
         @property
@@ -30,7 +30,7 @@ def test_plain_where_triton_does_not_start(monkeypatch):
 def test_operator_in_the_interpreter():
     """Both Triton kernels, run on the CPU by Triton's interpreter, against the slow loops.
 
-    Not in bfloat16: the interpreter cuts its digits off where a GPU rounds, twice the error or more.
+    Not in bfloat16: the interpreter truncates where a GPU rounds, which at least doubles the error.
     """
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     code = """
@@ -66,7 +66,7 @@ def test_operator_in_the_interpreter():
 
 
 def compile_ahead(kernel, constants, types, default, capability):
-    """Compile a Triton kernel for a GPU of this capability, without one; it says nothing on speed."""
+    """Compile a Triton kernel for a GPU of this compute capability; needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -97,7 +97,7 @@ def test_operator_compiles_for_a_gpu(name, channels_last, capability):
         "CHANNELS_LAST": channels_last,
         "SUM": triton_lip.SUMS[torch.float32],
     }
-    constants |= {"OUTER": outer, "INNER": inner} | ({"PLACES": 4} if name == "backward_kernel" else {})
+    constants |= {"OUTER": outer, "INNER": inner} | ({"OFFSETS": 4} if name == "backward_kernel" else {})
     types = dict.fromkeys(("x", "logits", "y", "dy", "dx", "dl"), "*bf16") | {"r": "*fp32"}
     compile_ahead(getattr(triton_lip, name), constants, types, "i32", capability)
 
@@ -105,7 +105,7 @@ def test_operator_compiles_for_a_gpu(name, channels_last, capability):
 def test_instance_norm_in_the_interpreter():
     """Forward and backward, run by Triton's interpreter, against PyTorch's instance norm in float64 and autograd.
 
-    Not in bfloat16, whose digits the interpreter cuts off where a GPU rounds.
+    Not in bfloat16, which the interpreter truncates where a GPU rounds.
     """
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     code = """
@@ -122,7 +122,7 @@ def test_instance_norm_in_the_interpreter():
             LAYOUTS.values(), norm.ACTIVATIONS, types, [(2, 20, 7, 5), (1, 35, 1, 2), (2, 3, 20, 20)]
         ):
             if shape != (2, 20, 7, 5) and (dtype != torch.float64 or activation != "gate"):
-                continue  # and of two positions dz is a difference of equals
+                continue  # with two positions dz is a difference of nearly equal numbers: float64 only
             generator = torch.Generator().manual_seed(0)
             z = torch.randn(shape, generator=generator, dtype=torch.float64) + 5
             z = z.to(dtype).contiguous(memory_format=layout)
@@ -133,12 +133,11 @@ def test_instance_norm_in_the_interpreter():
             dy = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
             truths = y, *torch.autograd.grad(y, inputs, dy.double().contiguous())
             out, dz = torch.empty_like(z), torch.empty_like(z)
-            statistics = [norm._like_statistics(z) for _ in range(4)]
+            mean, rstd, sum_g, sum_gz = (norm._empty_statistics(z) for _ in range(4))
             code = norm.ACTIVATIONS[activation]
-            triton_norm.instance_norm([z, weight, bias, None, out, *statistics[:2], None, None], code, 1e-5, 12.0)
-            triton_norm.instance_norm([z, weight, bias, dy, dz, *statistics], code, 0.0, 12.0)
-            found = out, dz, statistics[3].sum(0), statistics[2].sum(0)
-            for value, truth in zip(found, truths, strict=True):
+            triton_norm.norm_forward(z, weight, bias, out, mean, rstd, code, 1e-5, 12.0)
+            triton_norm.norm_backward(dy, z, weight, bias, mean, rstd, dz, sum_g, sum_gz, code, 12.0)
+            for value, truth in zip((out, dz, sum_gz.sum(0), sum_g.sum(0)), truths, strict=True):
                 assert relative_error(value, truth) < tolerance, (layout, activation, dtype, shape)
     """
     done = run_python(code, TRITON_INTERPRET="1")
@@ -147,8 +146,8 @@ def test_instance_norm_in_the_interpreter():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_instance_norm_takes_gpu_tensors(monkeypatch, dtype, layout):
-    """On tensors of a GPU that is not there: the layer calls the operator, which keeps dtype and layout, both ways."""
+def test_instance_norm_on_fake_gpu_tensors(monkeypatch, dtype, layout):
+    """The layer calls the operator, which keeps dtype and layout in the forward and backward pass."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     monkeypatch.setenv("LIP_KERNELS", "auto")
     dispatch._available.cache_clear()
@@ -170,7 +169,7 @@ def test_instance_norm_takes_gpu_tensors(monkeypatch, dtype, layout):
 @pytest.mark.parametrize("name", ["norm_forward_kernel", "norm_backward_kernel"])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_instance_norm_compiles_for_a_gpu(name, channels_last, capability):
-    """Machine code for an A100 and an H100, bfloat16 features beside float32 weights."""
+    """Machine code for an A100 and an H100, with bfloat16 features and float32 weights."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     from lip_resnet.ops import triton_lip, triton_norm
 

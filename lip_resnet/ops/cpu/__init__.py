@@ -2,7 +2,7 @@
 
 The library is cached in ``$LIP_KERNELS_CACHE`` (default ``$XDG_CACHE_HOME/lip_resnet``, else ``~/.cache/lip_resnet``)
 under a hash of everything it depends on: source, flags, compiler, CPU, PyTorch. Processes that start together may each
-build it; one rename puts the file in place, so none reads a partly written one.
+build it; each renames its finished file into place, so none reads a partly written one.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,18 +62,17 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise KernelUnavailable(str(error)) from error
     # ctypes would pass pointers as 32-bit integers
-    tail = [ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int), ctypes.c_int]
-    loaded.lip2d_forward.argtypes = [ctypes.c_void_p] * 4 + tail
-    loaded.lip2d_backward.argtypes = [ctypes.c_void_p] * 7 + tail
-    loaded.instance_norm.argtypes = [ctypes.c_void_p] * 9 + [
-        ctypes.POINTER(ctypes.c_int64), ctypes.c_double, ctypes.c_double, ctypes.c_int, ctypes.c_int,
-    ]  # fmt: skip
+    pointer, int64s, ints = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int)
+    loaded.lip2d_forward.argtypes = (*[pointer] * 4, int64s, ints, ctypes.c_int)
+    loaded.lip2d_backward.argtypes = (*[pointer] * 7, int64s, ints, ctypes.c_int)
+    double, integer = ctypes.c_double, ctypes.c_int
+    loaded.instance_norm.argtypes = (*[pointer] * 9, int64s, double, double, integer, integer)
     loaded.lip2d_forward.restype = loaded.lip2d_backward.restype = loaded.instance_norm.restype = None
     return loaded
 
 
 def _cpu() -> bytes:
-    """What -march=native depends on, the CPU's model and features, so that machines can share a home directory."""
+    """The CPU's model and features, which -march=native depends on: machines may share a home directory."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor().encode()
@@ -108,16 +108,51 @@ def backward(
     library().lip2d_backward(*pointers, *_description(x, logits, y, r, window), torch.get_num_threads())
 
 
-def _description(x: Tensor, logits: Tensor, y: Tensor, r: Tensor, window: tuple[int, int, int]):
+def _description(
+    x: Tensor, logits: Tensor, y: Tensor, r: Tensor, window: tuple[int, int, int]
+) -> tuple[ctypes.Array[Any], ctypes.Array[Any]]:
+    """Shape and dtypes, as ``lip2d.cpp`` takes them."""
     channels_last = not x.is_contiguous()
     shape = (ctypes.c_int64 * 10)(*x.shape, *y.shape[-2:], *window, channels_last)
     return shape, (ctypes.c_int * 3)(*(DTYPES[t.dtype] for t in (x, logits, r)))
 
 
-def instance_norm(tensors: list[Tensor | None], activation: int, eps: float, coefficient: float) -> None:
-    """``norm.cpp``'s, its tensors in its order; without dout (None) forward, with it backward."""
-    z = tensors[0]
+def norm_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+    eps: float,
+    coefficient: float,
+) -> None:
+    """Fill ``out`` (B, C, H, W), ``mean`` and ``rstd`` (B, C); z channels-last, C a multiple of 16, one dtype."""
+    _instance_norm((z, weight, bias, None, out, mean, rstd, None, None), z, activation, eps, coefficient)
+
+
+def norm_backward(
+    dout: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dz: Tensor,
+    sum_g: Tensor,
+    sum_gz: Tensor,
+    activation: int,
+    coefficient: float,
+) -> None:
+    """Fill ``dz`` (B, C, H, W), and ``sum_g`` and ``sum_gz`` (B, C): the parts of dbias and dweight of every image."""
+    _instance_norm((z, weight, bias, dout, dz, mean, rstd, sum_g, sum_gz), z, activation, 0.0, coefficient)
+
+
+def _instance_norm(
+    tensors: tuple[Tensor | None, ...], z: Tensor, activation: int, eps: float, coefficient: float
+) -> None:
     shape = (ctypes.c_int64 * 4)(*z.shape[:2], z.shape[2] * z.shape[3], activation)
     pointers = [None if t is None else t.data_ptr() for t in tensors]
-    double = z.dtype == torch.float64
-    library().instance_norm(*pointers, shape, eps, coefficient, double, torch.get_num_threads())
+    is_double = z.dtype == torch.float64
+    library().instance_norm(*pointers, shape, eps, coefficient, is_double, torch.get_num_threads())

@@ -1,15 +1,15 @@
 // LIP pooling and its gradient on CPUs: one pass over the inputs each, stable for any finite logits, deterministic.
 //
 //   forward    y_p = r_p sum_q e_pq x_q,  e_pq = exp(l_q - m_p),  m_p = max_q l_q,  r_p = 1 / sum_q e_pq
-//   backward   dx_q = sum_p e_pq r_p dy_p,  dl_q = sum_p e_pq r_p dy_p (x_q - y_p)      (p: the windows that hold q)
+//   backward   dx_q = sum_p e_pq r_p dy_p,  dl_q = sum_p e_pq r_p dy_p (x_q - y_p)   (p: the windows that contain q)
 //
-// m_p is recomputed in the backward pass, so that r alone is kept: the usual log-sum-exp loses log(1 / r) to rounding
-// where m_p is large. The backward pass gathers (each input position collects from its windows), so every result
-// is written once, by one thread, in one order. Where the logits allow it, e_pq = exp(l_q) exp(-m_p) there: one
-// exponential an input position and one a window, in place of one for every pair of them.
+// m_p is recomputed in the backward pass, so that only r is saved: a saved log-sum-exp would lose log(1 / r) to
+// rounding where m_p is large. The backward pass gathers (each input position sums over its windows), so every result
+// is written once, by one thread, in a fixed order. Where the logits are small enough, it uses
+// e_pq = exp(l_q) exp(-m_p): one exponential per input position and one per window instead of one per pair.
 //
-// Both layouts and all storage types run the same inner loops, over the rows of rows.h. Plain C interface: it builds in
-// seconds, without PyTorch's headers.
+// Both layouts and all storage types run the same inner loops, over the rows of rows.h. The C interface needs none of
+// PyTorch's headers, so the library builds in seconds.
 
 #include "rows.h"
 
@@ -24,8 +24,8 @@ struct Window {
 };
 inline int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
 
-// One output position: kTaps pointers to logits and features (0: `taps` of them), all channels. Of 3x3 positions the
-// last 2x2 are met for the first time.
+// One output position: kTaps pointers to logits and features (0: `taps` of them), all channels. Of a 3x3 window at
+// stride 2 only the last 2x2 positions have not been read before, so only they are prefetched.
 template <class A, int kTaps>
 inline void pool(const A* const* l, const A* const* x, int taps, int64_t depth, A* y, A* r) {
   constexpr int64_t n = lanes<A>();
@@ -33,8 +33,8 @@ inline void pool(const A* const* l, const A* const* x, int taps, int64_t depth, 
   for (int64_t c = 0; c < depth; c += n) {
     if (kTaps == 9)
       for (const int t : {4, 5, 7, 8}) {
-        look_ahead(l[t] + c);
-        look_ahead(x[t] + c);
+        prefetch(l[t] + c);
+        prefetch(x[t] + c);
       }
     Vec<A> top = load<A>(l[0] + c);
 #pragma GCC unroll 9
@@ -60,7 +60,7 @@ void forward_row(const A* const* l, const A* const* x, int rows, const Window& w
   const A *lt[kMaxWindow], *xt[kMaxWindow];
   for (int64_t o = 0; o < out_width; ++o) {
     const int64_t first = o * window.stride - window.padding;
-    const int64_t begin = highest(first, 0), end = lowest(first + window.kernel, width);
+    const int64_t begin = max(first, 0), end = min(first + window.kernel, width);
     int taps = 0;
     for (int row = 0; row < rows; ++row)
       for (int64_t j = begin; j < end; ++j, ++taps) {
@@ -74,14 +74,14 @@ void forward_row(const A* const* l, const A* const* x, int rows, const Window& w
   }
 }
 
-// Whether exp(l) and exp(-l), and what they are multiplied with, stay far inside float32 for all logits of a row. A NaN
-// is no obstacle: whatever its windows hold is NaN by way of r.
+// Whether |l| <= kBound for all logits of a row, so that exp(l), exp(-l) and their products with features are far from
+// float32's limits. NaN counts as bounded: r makes the gradients of its windows NaN in either case.
 constexpr int kBound = 30;
 template <class A> bool is_bounded(const A* l, int64_t count) {
   constexpr int64_t n = lanes<A>();
   Vec<A> most = splat<A>(0), least = splat<A>(0);
   for (int64_t c = 0; c < count; c += n) {
-    look_ahead(l + c);
+    prefetch(l + c);
     const Vec<A> value = load<A>(l + c);
     most = larger(value, most);
     least = larger(-value, least);
@@ -91,8 +91,8 @@ template <class A> bool is_bounded(const A* l, int64_t count) {
   return bounded;
 }
 
-// What the backward pass needs of one output row: m, u = r dy and v = u y, side by side. Where the logits are bounded,
-// 0 stands for m, and exp(-m) in u and v makes up for it: exp(l - 0) then serves all windows that hold a position.
+// What the backward pass needs of one output row: m, u = r dy and v = u y, interleaved by vectors. Where the logits are
+// bounded, m is stored as 0 and u and v include exp(-m): exp(l) is then the same for all windows of a position.
 template <class A>
 void prepare_row(const A* const* l, int rows, const Window& window, int64_t width, int64_t out_width, int64_t depth,
                  const A* r, const A* y, const A* dy, bool bounded, A* out) {
@@ -100,14 +100,14 @@ void prepare_row(const A* const* l, int rows, const Window& window, int64_t widt
   const A* lt[kMaxWindow];
   for (int64_t o = 0; o < out_width; ++o) {
     const int64_t first = o * window.stride - window.padding;
-    const int64_t begin = highest(first, 0), end = lowest(first + window.kernel, width);
+    const int64_t begin = max(first, 0), end = min(first + window.kernel, width);
     int taps = 0;
     for (int row = 0; row < rows; ++row)
       for (int64_t j = begin; j < end; ++j) lt[taps++] = l[row] + j * depth;
     for (int64_t c = 0; c < depth; c += n) {
       Vec<A> top = load<A>(lt[0] + c);
       for (int t = 1; t < taps; ++t) top = larger(load<A>(lt[t] + c), top);
-      for (const A* row : {r, y, dy}) look_ahead(row + o * depth + c);
+      for (const A* row : {r, y, dy}) prefetch(row + o * depth + c);
       Vec<A> u = load<A>(r + o * depth + c) * load<A>(dy + o * depth + c);
       if (bounded) {
         u *= exp_within<A>(-top);
@@ -121,21 +121,21 @@ void prepare_row(const A* const* l, int rows, const Window& window, int64_t widt
   }
 }
 
-// Where the gradients of one input row go, and what they are made of.
+// One input row: its logits and features, and where their gradients are written.
 template <class A> struct InputRow {
   const A *l, *x;
   A *dx, *dl;
   bool streams;
 };
 
-// One input position, `at` values into its row: gathers from the `taps` windows that hold it.
+// The gradients of one input position, `at` values into its row: the sum over the `taps` windows that contain it.
 template <class A, int kTaps, bool kBounded>
 inline void gather(const A* const* prepared, int taps, int64_t depth, const InputRow<A>& row, int64_t at) {
   constexpr int64_t n = lanes<A>();
   const int count = kTaps ? kTaps : taps;
   for (int64_t c = 0; c < depth; c += n) {
     const int64_t here = at + c;
-    look_ahead(row.x + here);
+    prefetch(row.x + here);
     const Vec<A> logit = load<A>(row.l + here);
     Vec<A> a{}, b{};
 #pragma GCC unroll 4
@@ -163,7 +163,7 @@ void backward_row(const A* const* prepared, int rows, const Window& window, int6
   const A* pt[kMaxWindow];
   for (int64_t j = 0; j < width; ++j) {
     const int64_t begin = ceil_div(j + window.padding - window.kernel + 1, window.stride);
-    const int64_t end = lowest((j + window.padding) / window.stride, out_width - 1);
+    const int64_t end = min((j + window.padding) / window.stride, out_width - 1);
     int taps = 0;
     for (int r = 0; r < rows; ++r)
       for (int64_t o = begin; o <= end; ++o) pt[taps++] = prepared[r] + o * 3 * depth;
@@ -174,11 +174,11 @@ void backward_row(const A* const* prepared, int rows, const Window& window, int6
   }
 }
 
-// ---- threads: groups, each cut into chunks of rows -------------------------------------------------------------------
+// ---- threads: groups of planes or images, each split into chunks of rows --------------------------------------------
 
 inline int64_t chunk_count(int64_t groups, int64_t rows, int threads) {
   const int64_t wanted = threads > 1 && groups > 0 ? (4 * threads + groups - 1) / groups : 1;
-  return highest(lowest(wanted, rows / 4), 1);
+  return max(min(wanted, rows / 4), 1);
 }
 
 template <class A>
@@ -201,7 +201,7 @@ void forward(const Grid& x, const Grid& l, const Grid& y, const Grid& r, const W
         const int64_t first = o * window.stride - window.padding;
         const A *lr[kMaxWindow], *xr[kMaxWindow];
         int rows = 0;
-        for (int64_t i = highest(first, 0); i < lowest(first + window.kernel, x.height); ++i, ++rows) {
+        for (int64_t i = max(first, 0); i < min(first + window.kernel, x.height); ++i, ++rows) {
           lr[rows] = ls.row(i);
           xr[rows] = xs.row(i);
         }
@@ -214,20 +214,20 @@ void forward(const Grid& x, const Grid& l, const Grid& y, const Grid& r, const W
 }
 
 template <class A>
-void backward(const Grid& dy, const Grid& x, const Grid& l, const Grid& y, const Grid& r, const Grid& dx, const Grid& dl,
-              const Window& window, int threads) {
+void backward(const Grid& dy, const Grid& x, const Grid& l, const Grid& y, const Grid& r, const Grid& dx,
+              const Grid& dl, const Window& window, int threads) {
   constexpr int64_t n = lanes<A>();
   const int64_t depth = x.depth(n), groups = x.groups(n), chunks = chunk_count(groups, x.height, threads);
-  const int64_t alive = (window.kernel - 1) / window.stride + 1;  // output rows that hold one input row
+  const int64_t slots = (window.kernel - 1) / window.stride + 1;  // output rows whose windows contain one input row
   const int64_t prepared_size = y.width * depth * 3;
 #pragma omp parallel num_threads(threads)
   {
     Rows<A> xs(x, 1), ls(l, 2 * window.kernel - 1), ys(y, 1), rs(r, 1), dys(dy, 1);
     OutRows<A> dxs(dx), dls(dl);
-    Buffer<A> prepared = buffer<A>(alive * prepared_size);
-    Buffer<int64_t> held = buffer<int64_t>(alive);
-    Buffer<bool> bounded = buffer<bool>(alive);                // of the output rows that are held
-    Buffer<bool> row_bounded = buffer<bool>(window.kernel);  // of the last input rows
+    Buffer<A> prepared = buffer<A>(slots * prepared_size);
+    Buffer<int64_t> slot_row = buffer<int64_t>(slots);       // the output row prepared in each slot
+    Buffer<bool> slot_bounded = buffer<bool>(slots);         // whether all logits of its windows are bounded
+    Buffer<bool> row_bounded = buffer<bool>(window.kernel);  // the same for each of the last input rows
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < groups * chunks; ++task) {
       const int64_t group = task / chunks, chunk = task % chunks;
@@ -236,38 +236,39 @@ void backward(const Grid& dy, const Grid& x, const Grid& l, const Grid& y, const
       ys.start(group);
       rs.start(group);
       dys.start(group);
-      for (int64_t k = 0; k < alive; ++k) held.get()[k] = -1;
+      for (int64_t k = 0; k < slots; ++k) slot_row.get()[k] = -1;
       const int64_t start = x.height * chunk / chunks;
       dxs.start(group, start);
       dls.start(group, start);
-      int64_t looked_at = 0;
+      int64_t checked = 0;  // input rows before this one have their row_bounded
       for (int64_t i = start; i < x.height * (chunk + 1) / chunks; ++i) {
         const int64_t begin = ceil_div(i + window.padding - window.kernel + 1, window.stride);
-        const int64_t end = lowest((i + window.padding) / window.stride, y.height - 1);
+        const int64_t end = min((i + window.padding) / window.stride, y.height - 1);
         const A* pr[kMaxWindow];
         int rows = 0;
         bool all_bounded = true;
         for (int64_t o = begin; o <= end; ++o) {
-          A* out = prepared.get() + o % alive * prepared_size;
-          if (held.get()[o % alive] != o) {
+          A* out = prepared.get() + o % slots * prepared_size;
+          if (slot_row.get()[o % slots] != o) {
             const int64_t first = o * window.stride - window.padding;
             const A* lr[kMaxWindow];
             int count = 0;
-            bool together = true;
-            for (int64_t q = highest(first, 0); q < lowest(first + window.kernel, x.height); ++q) {
+            bool window_bounded = true;
+            for (int64_t q = max(first, 0); q < min(first + window.kernel, x.height); ++q) {
               lr[count] = ls.row(q);
-              if (q >= looked_at) {
+              if (q >= checked) {
                 row_bounded.get()[q % window.kernel] = is_bounded<A>(lr[count], x.width * depth);
-                looked_at = q + 1;
+                checked = q + 1;
               }
-              together = together && row_bounded.get()[q % window.kernel];
+              window_bounded = window_bounded && row_bounded.get()[q % window.kernel];
               ++count;
             }
-            prepare_row<A>(lr, count, window, x.width, y.width, depth, rs.row(o), ys.row(o), dys.row(o), together, out);
-            held.get()[o % alive] = o;
-            bounded.get()[o % alive] = together;
+            prepare_row<A>(lr, count, window, x.width, y.width, depth, rs.row(o), ys.row(o), dys.row(o), window_bounded,
+                           out);
+            slot_row.get()[o % slots] = o;
+            slot_bounded.get()[o % slots] = window_bounded;
           }
-          all_bounded = all_bounded && bounded.get()[o % alive];
+          all_bounded = all_bounded && slot_bounded.get()[o % slots];
           pr[rows++] = out;
         }
         const InputRow<A> row = {ls.row(i), xs.row(i), dxs.next(), dls.next(), dxs.streams() && dls.streams()};
@@ -284,7 +285,7 @@ void backward(const Grid& dy, const Grid& x, const Grid& l, const Grid& y, const
 }  // namespace
 
 // shape: batch, channels, height, width, out height, out width, kernel, stride, padding, channels-last (0 or 1).
-// dtypes: of x (as y, dy, dx), of the logits (as their gradient), of the sums (as r); see DType.
+// dtypes: of x (also y, dy, dx), of the logits (also their gradient), of the sums (also r); see DType.
 namespace {
 struct Call {
   Window window;
@@ -312,8 +313,8 @@ extern "C" void lip2d_forward(const void* x, const void* logits, void* y, void* 
       threads);
 }
 
-extern "C" void lip2d_backward(const void* dy, const void* x, const void* logits, const void* y, const void* r, void* dx,
-                               void* dlogits, const int64_t* shape, const int* dtypes, int threads) {
+extern "C" void lip2d_backward(const void* dy, const void* x, const void* logits, const void* y, const void* r,
+                               void* dx, void* dlogits, const int64_t* shape, const int* dtypes, int threads) {
   const Call c(shape, dtypes);
   const auto run = c.sum_dtype == kFloat64 ? backward<double> : backward<float>;
   run(c.output(dy, c.dtype), c.input(x, c.dtype), c.input(logits, c.logits_dtype), c.output(y, c.dtype),

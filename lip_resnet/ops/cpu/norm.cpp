@@ -1,9 +1,9 @@
-// Instance norm with the activation behind it on CPUs, for channels-last tensors.
+// Instance norm and the activation after it on CPUs, for channels-last tensors.
 //
 //   t = (z - mean) rstd weight + bias over the positions of one channel of one image,  out = activation(t)
 //
 // Forward reads z twice and writes out; backward reads z and dout twice and writes dz. The statistics are sums of
-// differences from the first position, in short runs, so that neither a large mean nor a large map costs digits.
+// differences from the first position, in short runs, so that neither a large mean nor a large map costs precision.
 
 #include "vectors.h"
 
@@ -35,7 +35,7 @@ template <class A> inline Vec<A> root(Vec<A> v) {
 
 constexpr int64_t kRun = 64;  // positions summed before a sum is added to the total
 
-// Channels-last: a task is up to kBlock vectors of channels of one image. All arrays are dense; weight and bias (C).
+// A task is up to kBlock vectors of channels of one image. All arrays are dense; weight and bias (C).
 template <class A> struct Norm {
   const A *z, *weight, *bias, *dout;
   A *out, *mean, *rstd, *sum_g, *sum_gz;  // mean, rstd, sum_g, sum_gz: (B, C)
@@ -44,7 +44,8 @@ template <class A> struct Norm {
 };
 constexpr int64_t kBlock = 4;
 
-template <class A, int kActivation, bool kBackward> void norm_task(const Norm<A>& a, int64_t image, int64_t c, int64_t vectors) {
+template <class A, int kActivation, bool kBackward>
+void norm_task(const Norm<A>& a, int64_t image, int64_t c, int64_t vectors) {
   constexpr int64_t n = lanes<A>();
   const int64_t start = image * a.area * a.channels + c, at = image * a.channels + c;
   const A count = static_cast<A>(a.area);
@@ -58,14 +59,14 @@ template <class A, int kActivation, bool kBackward> void norm_task(const Norm<A>
     shift[v] = load<A>(a.bias + c + v * n) - mean[v] * scale[v];
   }
   for (int64_t first = 0; first < a.area; first += kRun) {
-    const int64_t end = lowest(first + kRun, a.area);
+    const int64_t end = min(first + kRun, a.area);
     Vec<A> part[kBlock] = {}, part_square[kBlock] = {};
     for (int64_t j = first; j < end; ++j)
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t o = j * a.channels + v * n;
         const Vec<A> value = load<A>(z + o), centred = (value - mean[v]) * rstd[v];
-        const Vec<A> g = kBackward ? slope<A, kActivation>(value * scale[v] + shift[v], load<A>(dout + o), a.coefficient)
-                                   : centred;
+        const Vec<A> g =
+            kBackward ? slope<A, kActivation>(value * scale[v] + shift[v], load<A>(dout + o), a.coefficient) : centred;
         part[v] += g;
         part_square[v] += g * centred;
       }
@@ -115,7 +116,7 @@ template <class A, bool kBackward> void norm(const Norm<A>& a, int activation, i
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t index = 0; index < a.batch * blocks; ++index) {
     const int64_t first = index % blocks * block;
-    task(a, index / blocks, first * n, lowest(block, whole - first));
+    task(a, index / blocks, first * n, min(block, whole - first));
   }
 }
 
@@ -132,8 +133,8 @@ void norm_call(const void* z, const void* weight, const void* bias, const void* 
 }  // namespace
 
 // shape: batch, channels (a multiple of 16, or of 8 in double precision), positions, activation. All channels-last,
-// float32 or float64. Without dout: forward, out = activation(t), and mean and rstd are written. With it: backward,
-// out = dz, and the sums over positions of dt and dt (z - mean) rstd are written.
+// float32 or float64. dout null: forward; writes out = activation(t), mean and rstd. Otherwise backward: writes
+// out = dz and the sums over positions of dt (sum_g) and dt (z - mean) rstd (sum_gz).
 extern "C" void instance_norm(const void* z, const void* weight, const void* bias, const void* dout, void* out,
                               void* mean, void* rstd, void* sum_g, void* sum_gz, const int64_t* shape, double eps,
                               double coefficient, int is_double, int threads) {

@@ -1,7 +1,7 @@
-// Tensors of either layout and any storage type as rows of positions whose channels lie side by side, in float or double.
+// Tensors of either layout and any storage type as channels-last rows of float or double.
 //
-// Channels-last rows are used where they are; for contiguous tensors 16 planes at a time are transposed, a row at a time,
-// into a buffer that stays in the cache. The same buffer converts bfloat16 and float16.
+// Channels-last rows of that type are used in place; a contiguous tensor is transposed, 16 planes and some rows at a
+// time, into a buffer that stays in the cache. The same buffer serves the conversion from bfloat16 and float16.
 
 #pragma once
 
@@ -23,7 +23,7 @@ struct Grid {
   int64_t groups(int64_t lane_count) const {
     return channels_last ? planes / channels : (planes + lane_count - 1) / lane_count;
   }
-  // values side by side at one position of a row, rounded up to whole vectors
+  // values at one position of a row, rounded up to whole vectors
   int64_t depth(int64_t lane_count) const {
     return channels_last ? (channels + lane_count - 1) / lane_count * lane_count : lane_count;
   }
@@ -38,7 +38,7 @@ template <class A> A* row_in_place(const Grid& grid, int64_t group, int64_t row)
   return reinterpret_cast<A*>(grid.at((group * grid.height + row) * grid.width * grid.channels));
 }
 
-// Rows [begin, end) of a group, as depth values of A a position. The rows of a plane lie behind one another in memory.
+// Reads rows [begin, end) of a group as depth values of A per position. The rows of a plane are contiguous in memory.
 template <class A> void load_rows(const Grid& grid, int64_t group, int64_t begin, int64_t end, A* out) {
   constexpr int64_t n = lanes<A>();
   const int64_t first = begin * grid.width, count = (end - begin) * grid.width;
@@ -47,22 +47,22 @@ template <class A> void load_rows(const Grid& grid, int64_t group, int64_t begin
     for (int64_t j = 0; j < count; ++j)
       for (int64_t c = 0; c < depth; c += n)
         store<A>(out + j * depth + c,
-                 read<A>(grid.at((start + j) * grid.channels + c), grid.dtype, lowest(grid.channels - c, n)));
+                 read<A>(grid.at((start + j) * grid.channels + c), grid.dtype, min(grid.channels - c, n)));
     return;
   }
   const int64_t area = grid.height * grid.width;
   for (int64_t j = 0; j < count; j += n) {
-    const int64_t some = lowest(count - j, n);
+    const int64_t valid = min(count - j, n);
     Vec<A> block[n];
     for (int64_t lane = 0; lane < n; ++lane) {
-      const int64_t plane = lowest(group * n + lane, grid.planes - 1);  // past the end: the last one again
+      const int64_t plane = min(group * n + lane, grid.planes - 1);  // beyond the end: the last plane again
       const char* from = grid.at(plane * area + first + j);
-      // what this lane needs next: the plane's next rows, or behind its end the next group's plane
+      // prefetch what this lane reads next: the plane's next rows, or after the last ones the next group's plane
       __builtin_prefetch(from + (end == grid.height ? n * area : count) * width_of(grid.dtype));
-      block[lane] = read<A>(from, grid.dtype, some);
+      block[lane] = read<A>(from, grid.dtype, valid);
     }
     transpose(block);
-    for (int64_t lane = 0; lane < some; ++lane) store<A>(out + (j + lane) * n, block[lane]);
+    for (int64_t lane = 0; lane < valid; ++lane) store<A>(out + (j + lane) * n, block[lane]);
   }
 }
 
@@ -74,17 +74,17 @@ template <class A> void store_rows(const Grid& grid, int64_t group, int64_t begi
     for (int64_t j = 0; j < count; ++j)
       for (int64_t c = 0; c < depth; c += n)
         write<A>(grid.at((start + j) * grid.channels + c), load<A>(in + j * depth + c), grid.dtype,
-                 lowest(grid.channels - c, n));
+                 min(grid.channels - c, n));
     return;
   }
-  const int64_t area = grid.height * grid.width, planes = lowest(grid.planes - group * n, n);
+  const int64_t area = grid.height * grid.width, planes = min(grid.planes - group * n, n);
   for (int64_t j = 0; j < count; j += n) {
-    const int64_t some = lowest(count - j, n);
+    const int64_t valid = min(count - j, n);
     Vec<A> block[n];
-    for (int64_t lane = 0; lane < n; ++lane) block[lane] = lane < some ? load<A>(in + (j + lane) * n) : Vec<A>{};
+    for (int64_t lane = 0; lane < n; ++lane) block[lane] = lane < valid ? load<A>(in + (j + lane) * n) : Vec<A>{};
     transpose(block);
     for (int64_t lane = 0; lane < planes; ++lane)
-      write<A>(grid.at((group * n + lane) * area + first + j), block[lane], grid.dtype, some);
+      write<A>(grid.at((group * n + lane) * area + first + j), block[lane], grid.dtype, valid);
   }
 }
 
@@ -98,12 +98,12 @@ template <class A> Buffer<A> buffer(int64_t count) {
   return Buffer<A>(static_cast<A*>(p));
 }
 
-// How many rows are converted at once: long runs of every plane, for the sake of the memory.
+// How many rows are converted at once: enough for long contiguous reads from every plane.
 template <class A> int64_t batch_of(const Grid& grid) {
-  return grid.channels_last ? 1 : lowest(highest(256 / highest(grid.width, 1), 1), highest(grid.height, 1));
+  return grid.channels_last ? 1 : min(max(256 / max(grid.width, 1), 1), max(grid.height, 1));
 }
 
-// The rows of a tensor as rows of A: the last `kept` that were asked for stay valid.
+// Reads a tensor row by row as rows of A; the last `kept` rows returned stay valid.
 template <class A> class Rows {
  public:
   Rows(const Grid& grid, int64_t kept)
@@ -111,20 +111,20 @@ template <class A> class Rows {
         row_size_(grid.width * grid.depth(lanes<A>())), direct_(in_place<A>(grid)) {
     if (direct_) return;
     values_ = buffer<A>(slots_ * batch_ * row_size_);
-    held_ = buffer<int64_t>(slots_);
+    cached_ = buffer<int64_t>(slots_);
   }
   void start(int64_t group) {
     group_ = group;
     if (!direct_)
-      for (int64_t slot = 0; slot < slots_; ++slot) held_.get()[slot] = -1;
+      for (int64_t slot = 0; slot < slots_; ++slot) cached_.get()[slot] = -1;
   }
   const A* row(int64_t i) {
     if (direct_) return row_in_place<A>(grid_, group_, i);
     const int64_t batch = i / batch_, slot = batch % slots_;
     A* values = values_.get() + slot * batch_ * row_size_;
-    if (held_.get()[slot] != batch) {
-      load_rows<A>(grid_, group_, batch * batch_, lowest((batch + 1) * batch_, grid_.height), values);
-      held_.get()[slot] = batch;
+    if (cached_.get()[slot] != batch) {
+      load_rows<A>(grid_, group_, batch * batch_, min((batch + 1) * batch_, grid_.height), values);
+      cached_.get()[slot] = batch;
     }
     return values + i % batch_ * row_size_;
   }
@@ -134,12 +134,12 @@ template <class A> class Rows {
   int64_t batch_, slots_, row_size_, group_ = 0;
   bool direct_;
   Buffer<A> values_;
-  Buffer<int64_t> held_;
+  Buffer<int64_t> cached_;
 };
 
-constexpr int64_t kStreamedBytes = 1 << 20;  // about a core's own cache
+constexpr int64_t kStreamedBytes = 1 << 20;  // about the size of a core's L2 cache
 
-// Rows that are written, one after another: in place, or through a buffer that is converted when full.
+// Writes a tensor row by row: in place, or through a buffer that is converted when full.
 template <class A> class OutRows {
  public:
   explicit OutRows(const Grid& grid)
@@ -147,7 +147,7 @@ template <class A> class OutRows {
         direct_(in_place<A>(grid)) {
     if (!direct_) values_ = buffer<A>(batch_ * row_size_);
   }
-  // Whether rows are better written past the caches: whoever reads them next finds no tensor of this size there.
+  // Whether to use non-temporal stores: a tensor of this size would be evicted before it is read.
   bool streams() const {
     return direct_ && reinterpret_cast<uintptr_t>(grid_.data) % 64 == 0 &&
            grid_.planes * grid_.height * grid_.width * width_of(grid_.dtype) >= kStreamedBytes;

@@ -1,5 +1,5 @@
-// Vectors of one cache line, exp on them, and the storage types: shared by the CPU kernels. The vectors are the compilers'
-// own (GCC, Clang), so the source holds for every CPU.
+// Vectors of one cache line, exp on them, and the storage types: shared by the CPU kernels. They use the vector
+// extensions of GCC and Clang, so the source compiles for every CPU.
 
 #pragma once
 
@@ -54,7 +54,7 @@ template <class A> inline Vec<A> load(const A* p) {
 }
 template <class A> inline void store(A* p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
 
-// A whole vector to an address of 64 bytes' alignment, past the caches: memory is not read before it is overwritten.
+// Non-temporal store of a whole vector to a 64-byte-aligned address: past the caches, so the line is not read first.
 template <class A> inline void stream(A* p, Vec<A> v) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
@@ -67,22 +67,22 @@ template <class A> inline void stream(A* p, Vec<A> v) {
   store<A>(p, v);
 #endif
 }
-// What this thread streamed is seen by all from here on.
+// Makes this thread's non-temporal stores visible to all threads.
 inline void finish_streams() {
 #if defined(__AVX__)
   _mm_sfence();
 #endif
 }
 
-// Asks for the cache line that a walk from p on reaches soon, 4 KB away: the processor's own look-ahead ends at every
-// page, and knows few walks at once. Harmless behind the end of an array.
-template <class A> inline void look_ahead(const A* p) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096); }
+// Prefetches the cache line 4 KB ahead of p: the hardware prefetcher stops at page boundaries and follows few streams
+// at once. Harmless beyond the end of an array.
+template <class A> inline void prefetch(const A* p) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096); }
 template <class A> inline Vec<A> splat(A a) { return Vec<A>{} + a; }
 
 #if defined(__AVX512F__)
 inline VecF larger(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
 inline VecD larger(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
-#elif defined(__AVX__)  // GCC would choose between vectors longer than the CPU's a number at a time
+#elif defined(__AVX__)  // GCC compiles ?: on vectors wider than the CPU's registers to scalar code
 inline VecF larger(VecF a, VecF b) {
   __m256 x[2], y[2];
   std::memcpy(x, &a, sizeof a);
@@ -100,11 +100,11 @@ inline VecD larger(VecD a, VecD b) {
   return a;
 }
 #else
-template <class V> inline V larger(V a, V b) { return a > b ? a : b; }  // b where one is NaN
+template <class V> inline V larger(V a, V b) { return a > b ? a : b; }  // b if either is NaN
 #endif
 
-// exp(d) for d from kLowest to -kLowest: 2^n by the bits of a float, times exp(d - n log 2) by its Taylor series, |.| at
-// most log(2) / 2: the first term left out is below the rounding error.
+// exp(d) for d from kLowest to -kLowest: 2^n by the bits of a float, times exp(d - n log 2) by its Taylor series, whose
+// argument is at most log(2) / 2: the first omitted term is below the rounding error.
 template <class A> inline Vec<A> exp_within(Vec<A> d) {
   typedef Traits<A> T;
   constexpr int order = sizeof(T::kSeries) / sizeof(A) - 1;
@@ -122,16 +122,16 @@ template <class A> inline Vec<A> exp_within(Vec<A> d) {
   return sum * scale;
 }
 
-// exp(d) for d <= 0, NaN for NaN. Below kLowest the result stays at exp(kLowest), 1e-38 or less beside the window's
-// maximum, which is 1.
+// exp(d) for d <= 0, NaN for NaN. Below kLowest the result is exp(kLowest), 1e-37 or less beside the window's largest
+// weight, which is 1.
 template <class A> inline Vec<A> exp_nonpositive(Vec<A> d) {
   return exp_within<A>(larger(splat<A>(Traits<A>::kLowest), d));
 }
 
-// ---- storage types <-> vectors ---------------------------------------------------------------------------------------
+// ---- storage types <-> vectors --------------------------------------------------------------------------------------
 
-inline int64_t lowest(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t highest(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t width_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 inline VecF widen(Half16 h, int dtype) {
@@ -159,7 +159,7 @@ inline VecF widen(Half16 h, int dtype) {
 }
 
 inline Half16 narrow(VecF v, int dtype) {
-  if (dtype == kBFloat16) {  // round to nearest, ties to even; a NaN stays one
+  if (dtype == kBFloat16) {  // round to nearest, ties to even; keeps NaN
     Word16 word;
     std::memcpy(&word, &v, sizeof word);
     Word16 rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
@@ -172,7 +172,8 @@ inline Half16 narrow(VecF v, int dtype) {
   __m256 a, b;
   std::memcpy(&a, &v, 32);
   std::memcpy(&b, reinterpret_cast<const char*>(&v) + 32, 32);
-  const __m128i low = _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), high = _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
+  const __m128i low = _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT);
+  const __m128i high = _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
   Half16 h;
   std::memcpy(&h, &low, 16);
   std::memcpy(reinterpret_cast<char*>(&h) + 16, &high, 16);
@@ -183,7 +184,7 @@ inline Half16 narrow(VecF v, int dtype) {
 #endif
 }
 
-// A copy of less than 64 bytes, without a call.
+// A copy of less than 64 bytes, without a call to memcpy.
 inline void copy_short(char* to, const char* from, int64_t bytes) {
 #pragma GCC unroll 5
   for (int64_t piece = 32; piece >= 2; piece /= 2)
@@ -194,7 +195,7 @@ inline void copy_short(char* to, const char* from, int64_t bytes) {
     }
 }
 
-// count <= lanes values from or to memory of any type; the other lanes are zero.
+// Reads or writes count <= lanes values in memory of any storage type; the other lanes read as zero.
 template <class V> inline V read_raw(const char* p, int64_t bytes) {
   V v{};
   if (bytes == sizeof v) std::memcpy(&v, p, sizeof v);
@@ -216,7 +217,7 @@ template <class A> inline void write(char* p, Vec<A> v, int dtype, int64_t count
   write_raw<Vec<A>>(p, v, count * sizeof(A));
 }
 
-// In place transpose of lanes x lanes values, by exchanging blocks of half the size, again and again.
+// In-place transpose of lanes x lanes values, by recursively exchanging off-diagonal blocks.
 template <int kStep> inline void exchange(VecF* v) {
   constexpr int k = kStep;
   IntF first, second;

@@ -1,4 +1,4 @@
-"""What the published networks have in common: timm's description of them, and the renaming of the released keys."""
+"""What the published LIP networks share: timm's description of them, and the renaming of the released keys."""
 
 import re
 from typing import Any
@@ -21,7 +21,7 @@ CFG = {
 
 
 def rename_keys(state_dict: dict[str, Any], renames: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """The dict with every (pattern, replacement) applied to its keys, in order."""
+    """A copy of a state dict with every (pattern, replacement) applied to its keys, in order."""
     renamed = {}
     for key, value in state_dict.items():
         for pattern, replacement in renames:
