@@ -10,7 +10,7 @@ from torch import nn
 
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, ModelConfig, TrainConfig
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_source
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.environment import describe_environment
 from lip_resnet.errors import InputError, Stopped
 from lip_resnet.evaluation.results import describe_training
@@ -23,7 +23,7 @@ from lip_resnet.training import run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import build_state
 from lip_resnet.training.interrupts import Interrupts
-from lip_resnet.training.run import Provenance, Run, restore
+from lip_resnet.training.run import Provenance, Run, describe_datasets, restore
 
 
 def main(options: Namespace) -> None:
@@ -60,9 +60,7 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
     state = build_state(model, config, device)
 
     opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))
-    provenance.datasets = distributed.on_main(
-        lambda: {"train": describe_source(train_source), "val": describe_source(val_source)}
-    )
+    provenance.datasets = describe_datasets(train_source, val_source)
     if opened.source is not None:
         restore(state, config, opened.source, provenance)
     assert opened.source or provenance.initial_weights or not config.model.weights

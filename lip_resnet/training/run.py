@@ -11,7 +11,7 @@ from torch import nn
 
 from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, Effect, TrainConfig
-from lip_resnet.data import EvalLoader, TrainLoader
+from lip_resnet.data import EvalLoader, TrainLoader, describe_source
 from lip_resnet.errors import InputError, Stopped
 from lip_resnet.evaluation.evaluate import evaluate
 from lip_resnet.recipe import parse_config
@@ -37,6 +37,22 @@ class Provenance:
     """The weights that the run started from (``model.weights``), None if it started from random ones: ``sha256`` of the
     file; ``weights``, which were loaded (model or ema); ``training``, their own ``describe_training`` and ``step``, or
     None if unknown."""
+
+
+def describe_datasets(train: Any, val: Any) -> Datasets:
+    """``describe_source`` of both sources, by rank 0 alone: it hashes every file name. A collective.
+
+    Raises:
+        InputError: this process sees another number of images than rank 0, as with an incomplete copy.
+    """
+    datasets = distributed.on_main(lambda: {"train": describe_source(train), "val": describe_source(val)})
+    for split, source in (("train", train), ("val", val)):
+        if len(source) != datasets[split]["images"]:
+            raise InputError(
+                f"data.root: {len(source)} images of {split} here, {datasets[split]['images']} on rank 0; all processes "
+                "need the same files"
+            )
+    return datasets
 
 
 def restore(state: TrainState, config: Config, source: Path, provenance: Provenance) -> None:

@@ -144,7 +144,7 @@ def test_finished_groups_are_not_repeated(tmp_path, monkeypatch):
     """Every injection is made once, and again only where the call before did not finish its group."""
     made = []
     environment = {**HEAD["environment"], "git_commit": "abc"}
-    monkeypatch.setattr(inject.runlog, "describe_environment", lambda _: environment)
+    monkeypatch.setattr(inject, "describe_environment", lambda _: environment)
     monkeypatch.setattr(inject, "make_reference", lambda _: inject.Reference("aa", "bb", "cc", 1.0, 0.1))
 
     def record_call(fault, first, count, worker, reference):
