@@ -4,11 +4,7 @@ No other module of the package uses a private name of another library.
 """
 
 import sys
-<<<<<<< HEAD
-from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
-=======
->>>>>>> w2-core
 from types import FrameType
 from typing import Any
 

@@ -80,7 +80,7 @@ SECTIONS = {section: field.annotation for section, field in Config.model_fields.
 FREE = {
     Effect.EVALUATION: {"data.crop_mode", "data.eval_size", "data.eval_resize", "train.rules"},
     Effect.NOTHING: {
-        *("model.weights", "data.root", "data.download", "data.eval_batch_size", "data.workers"),
+        *("model.weights", "data.root", "data.download", "data.classes", "data.eval_batch_size", "data.workers"),
         *("train.eval_every", "train.checkpoint_steps", "train.checkpoint_minutes", "train.keep"),
         *("train.on_write_error", "train.on_nonfinite", "train.nonfinite_limit", "train.hang_minutes"),
         *("train.log_every", "train.profile"),
@@ -108,7 +108,7 @@ def test_resuming_takes_every_key_that_changes_no_weights():
         "train.max_steps": 9,
     }
     changed |= dict.fromkeys(FREE[Effect.NOTHING], 7)
-    changed |= {"model.weights": "x", "data.root": "x", "data.download": False}
+    changed |= {"model.weights": "x", "data.root": "x", "data.download": False, "data.classes": None}
     changed |= {"train.on_write_error": "continue", "train.on_nonfinite": "skip"}
     tree = theirs.model_dump()
     for name, value in changed.items():
@@ -187,10 +187,10 @@ def test_bad_recipe(tmp_path, text, words):
         (["optim.lr=[1"], ["override"]),
         (["optim.schedule=poly"], ["'poly'", "cosine"]),
         (["optim.schedule=step"], ["milestones"]),
-        (["optim.schedule=step", "optim.milestones=[5]"], ["milestones", "train.epochs is 2"]),
+        (["optim.schedule=step", "optim.milestones=[5]"], ["milestones are [5]", "below train.epochs 2"]),
         (["optim.schedule=step", "optim.milestones=[1, 1]"], ["must rise"]),
         (["optim.milestones=[1]"], ["schedule"]),
-        (["optim.warmup_epochs=2"], ["warmup_epochs", "train.epochs is 2"]),
+        (["optim.warmup_epochs=2"], ["warmup_epochs is 2", "below train.epochs 2"]),
         (["optim.nesterov=true", "optim.momentum=0"], ["nesterov"]),
         (["train.precision=float16", "optim.name=lamb"], ["float16", "lamb", "sgd or adamw"]),
         (["train.rules=ema"], ["ema_decay"]),

@@ -12,7 +12,7 @@ from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
 from lip_resnet.evaluation.evaluate import evaluate_set, print_result
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
-from lip_resnet.files import write_atomically
+from lip_resnet.files import write_text
 from lip_resnet.models import registry
 from lip_resnet.models.weights import extract_weights, put_weights
 from lip_resnet.recipe import load_config, parse_config
@@ -47,7 +47,9 @@ def main(options: Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for config in configs:
         registry.check_size(model, config.data.eval_size)
-    model.to(distributed.device(), memory_format=torch.channels_last if recipe.channels_last else None)
+    model.to(distributed.device())
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
     start = 0
     for data, config, output in zip(sets, configs, outputs, strict=True):
         result = evaluate_set(model, data, loader, config, start)
@@ -57,8 +59,7 @@ def main(options: Namespace) -> None:
         if distributed.is_main() and output is not None:
             source = options.checkpoint or f"timm:{recipe.model.name}"
             row = rows.build_row(model, source, ema, data, config, result, payload, trained)
-            text = json.dumps(row, indent=2) + "\n"
-            write_atomically(output, lambda file, text=text: file.write(text.encode()))
+            write_text(output, json.dumps(row, indent=2) + "\n")
 
 
 def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config | None) -> EvalConfig:

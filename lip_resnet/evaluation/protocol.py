@@ -8,7 +8,7 @@ import timm
 from lip_resnet.config import Config, EvalDataConfig, InputError, ModelConfig, Section
 from lip_resnet.evaluation.location import locate
 from lip_resnet.evaluation.testsets import SIDE_OF_C
-from lip_resnet.recipe import parse_config
+from lip_resnet.recipe import parse_section
 
 _KEYS_OF_KIND = {"download": False, "label_column": None, "classes": None}
 """Data keys that belong to one ``data.name``, and what they are for the others."""
@@ -56,7 +56,7 @@ def timm_protocol(name: str, pretrained_cfg: dict[str, Any]) -> EvalConfig:
             **{key: resolved[key] for key in ("crop_mode", "interpolation", "mean", "std")},
         },
     }
-    return parse_config(tree, f"--model {name}", EvalConfig)
+    return parse_section(tree, f"--model {name}", EvalConfig)
 
 
 def adapt(
@@ -94,4 +94,4 @@ def adapt(
         tree["data"] |= {"eval_size": side, "eval_resize": side, "crop_mode": "center"}
     tree["data"] |= {key: value for key, value in keys.items() if value is not None}
     tree["precision"] = precision or config.precision
-    return parse_config(tree, "evaluation", EvalConfig), split
+    return parse_section(tree, "evaluation", EvalConfig), split

@@ -17,7 +17,10 @@ _ADDED_LATER = {"crop_mode": "center"}
 
 
 def describe_training(
-    config: Config, processes: list[int], initial_weights: dict[str, Any] | None = None
+    config: Config,
+    processes: list[int],
+    initial_weights: dict[str, Any] | None = None,
+    datasets: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """How weights were trained: the keys that change them, but for the model and the seed.
 
@@ -26,6 +29,8 @@ def describe_training(
         processes: the numbers of processes that did, in order; usually one.
         initial_weights: the checkpoint's ``initial_weights``. Of weights that a run started from, their own training
             counts where it is known, else the file's sha256; None (older checkpoints): the path in the recipe.
+        datasets: the checkpoint's ``datasets``. Of a selection by ``data.classes``, the digest of the training images'
+            names counts; None (older checkpoints): the path in the recipe.
     """
     training = {key: value for key, value in config.values(Effect.WEIGHTS).items() if not key.startswith("model.")}
     del training["train.seed"]
@@ -33,6 +38,11 @@ def describe_training(
     if start is not None and isinstance(initial_weights, dict):
         start = initial_weights.get("training") or {"sha256": initial_weights.get("sha256")}
     training |= {"model.weights": start, "model.new_head": config.model.new_head}
+    selection: Any = config.data.classes
+    train_set = datasets.get("train") if isinstance(datasets, dict) else None
+    if selection is not None and isinstance(train_set, dict):
+        selection = train_set.get("names") or selection
+    training["data.classes"] = selection
     # Batch statistics see this many images: on another number of processes it is another experiment.
     shares = [config.optim.accumulate * (1 if config.train.sync_bn else count) for count in processes]
     training["images_per_batch_norm"] = ", then ".join(str(config.data.batch_size // share) for share in shares)

@@ -61,7 +61,9 @@ def build_row(
     """
     training = None
     if trained:
-        training = results.describe_training(trained, payload["processes"], payload.get("initial_weights"))
+        training = results.describe_training(
+            trained, payload["processes"], payload.get("initial_weights"), payload.get("datasets")
+        )
     return {
         "model": config.model.name,
         "args": config.model.args,

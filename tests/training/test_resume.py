@@ -18,10 +18,11 @@ import torch
 from helpers import small_config
 
 import lip_commands
-from lip_resnet import checkpoint, cli, distributed, errors, training
-from lip_resnet import environment as run_environment
+from lip_resnet import checkpoint, cli, distributed, environment, errors
 from lip_resnet.commands import train
 from lip_resnet.config import InputError
+from lip_resnet.evaluation.results import describe_training, difference
+from lip_resnet.recipe import parse_config
 from lip_resnet.training import run, run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 
@@ -57,11 +58,11 @@ def patient(monkeypatch):
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
-@pytest.mark.parametrize("where", ["build_state", "checkpoints.Checkpoints.newest_whole", "runlog.RunLog"])
+@pytest.mark.parametrize("where", ["build_state", "Checkpoints.newest_whole", "runlog.RunLog"])
 def test_a_signal_before_the_first_step(start, monkeypatch, where, swallowed):
     """Before the run folder is open and after: nothing is trained, `requeue` is there, and the same command goes on."""
     path, _, name = where.rpartition(".")
-    owner = operator.attrgetter(path)(training) if path else train
+    owner = operator.attrgetter(path)(train) if path else train
     original = getattr(owner, name)
 
     def signalled(*arguments: object) -> object:
@@ -114,38 +115,38 @@ def test_a_checkpoint_that_cannot_be_written(start, patient, monkeypatch, capsys
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", refuse)
-    told = f"step-00000004.pt: cannot write: {os.strerror(number)}"
+    message = f"step-00000004.pt: cannot write: {os.strerror(number)}"
     overrides = [f"train.on_write_error={policy}", "train.checkpoint_steps=3", "train.log_every=1"]
     if policy == "stop":
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             start(*overrides)
         now = run_contents.take_inventory(start.folder)
         assert (now.newest, now.logged, now.damaged) == (3, 5, [])
     else:
         start(*overrides)
-        assert capsys.readouterr().err.count(f"{told}; the run goes on") == 1
+        assert capsys.readouterr().err.count(f"{message}; the run goes on") == 1
         assert run_contents.take_inventory(start.folder).steps["last.pt"] == 8
     assert run_contents.count_temporary_files(start.folder) == 0
 
 
-class Late:
-    """``distributed.Agreement`` as several processes have it: every answer comes a call late."""
+class DelayedByOneCall:
+    """``distributed.DelayedMaximum`` as with several processes: a call returns the number of the previous call."""
 
     def __init__(self) -> None:
         self.pending = 0
 
     def __call__(self, number: int) -> int:
-        answer, self.pending = self.pending, number
-        return answer
+        previous, self.pending = self.pending, number
+        return previous
 
-    def close(self) -> int:
+    def flush(self) -> int:
         return self(0)
 
 
-@pytest.mark.parametrize("agreement", [distributed.Agreement, Late])
-def test_a_signal_at_an_epoch_s_end_does_not_wait_for_the_evaluation(start, patient, monkeypatch, agreement):
+@pytest.mark.parametrize("maximum", [distributed.DelayedMaximum, DelayedByOneCall])
+def test_a_signal_at_an_epoch_s_end_does_not_wait_for_the_evaluation(start, patient, monkeypatch, maximum):
     """It saves and leaves; the evaluation is made up for. One that comes meanwhile takes no further step."""
-    monkeypatch.setattr(distributed, "Agreement", agreement)
+    monkeypatch.setattr(distributed, "DelayedMaximum", maximum)
     validate, saved = run.Run.validate, []
     log = runlog.RunLog.log
 
@@ -251,15 +252,51 @@ def test_a_damaged_checkpoint_pushes_out_no_whole_one(tmp_path):
 
 
 def test_other_data_are_refused(start, monkeypatch):
-    """A node with an incomplete copy: every epoch would be another order, and the schedule another length."""
+    """The order of every epoch would be another, and so would the length of the schedule."""
     start("train.max_steps=2")
-    described = train.describe_source
-    monkeypatch.setattr(train, "describe_source", lambda source: {**described(source), "images": 12})
-    with pytest.raises(InputError, match="was trained with other data: images of train: 1442, here 12"):
-        start("--resume", "auto")
-    monkeypatch.setattr(train, "describe_source", described)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "describe_datasets", lambda *_: {"train": {"images": 12}})
+        with pytest.raises(InputError, match="was trained with other data: images of train: 1442, here 12"):
+            start("--resume", "auto")
     start("--resume", "auto")
     assert run_contents.take_inventory(start.folder).newest == 8
+
+
+def test_a_process_with_other_files_is_refused(monkeypatch):
+    """An incomplete copy of the data on one machine, while rank 0 sees all 1442 images."""
+    described = {"train": {"images": 1442}, "val": {"images": 355}}
+    monkeypatch.setattr(distributed, "on_main", lambda _: described)
+    assert run.describe_datasets(range(1442), range(355)) == described
+    with pytest.raises(InputError, match=r"data\.root: 354 images of val here, 355 on rank 0"):
+        run.describe_datasets(range(1442), range(354))
+
+
+def test_selections_are_compared_by_their_images(start, image_folder, tmp_path):
+    """A copy of the `data.classes` file elsewhere continues a run and gives a delta; another selection does not."""
+    lists = {
+        "first": "ant_0.JPEG\ncat_2.JPEG\n",
+        "copy": "# the same\ncat/cat_2.JPEG\nant/ant_0.JPEG\n",
+        "other": "ant_3.JPEG\ncat_5.JPEG\n",
+    }
+    for name, text in lists.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "classes.txt").write_text(text)
+    data = ["data.name=folder", f"data.root={image_folder}", "data.batch_size=2", "model.num_classes=2"]
+
+    def training(name: str, folder: str, *arguments: str) -> dict:
+        start(*data, f"data.classes={tmp_path / name}/classes.txt", "--output", str(tmp_path / folder), *arguments)
+        payload = checkpoint.load(tmp_path / folder / "checkpoints" / "last.pt")
+        config = parse_config(payload["config"], name)
+        assert describe_training(config, [1])["data.classes"] == f"{tmp_path / name}/classes.txt"  # older checkpoints
+        return describe_training(config, payload["processes"], None, payload["datasets"])
+
+    begun = training("first", "run", "train.max_steps=1")
+    with pytest.raises(InputError, match="was trained with other data: names of train: sha256:"):
+        training("other", "run", "--resume", "auto", "train.max_steps=2")
+    resumed = training("copy", "run", "--resume", "auto", "train.max_steps=2")
+    other = training("other", "another run", "train.max_steps=1")
+    assert difference({"training": begun}, {"training": {**resumed, "train.max_steps": 1}}) is None
+    assert difference({"training": begun}, {"training": other}).startswith("data.classes: sha256:")
 
 
 def test_skipped_images_are_counted_across_starts(start, image_folder, tmp_path):
@@ -275,7 +312,7 @@ def test_skipped_images_are_counted_across_starts(start, image_folder, tmp_path)
 
 
 def test_env_json_keeps_a_few_earlier_starts(start, monkeypatch):
-    monkeypatch.setattr(runlog, "EARLIER", 2)
+    monkeypatch.setattr(runlog, "MAX_EARLIER_ENVIRONMENTS", 2)
     for steps in range(1, 6):
         start("--resume", "auto", f"train.max_steps={steps}")
     environment = json.loads((start.folder / "env.json").read_text())
@@ -293,11 +330,11 @@ def test_the_commit_is_that_of_the_package(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
     for command in (["init", "-q"], ["add", "source"], ["commit", "-qm", "it"]):
         subprocess.run([*git, *command], check=True)
-    assert run_environment._describe_commit(installed) == {"git_commit": None, "git_dirty": False}
+    assert environment._describe_commit(installed) == {"git_commit": None, "git_dirty": False}
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert run_environment._describe_commit(own) == {"git_commit": commit, "git_dirty": False}
+    assert environment._describe_commit(own) == {"git_commit": commit, "git_dirty": False}
     own.write_text("changed")
-    assert run_environment._describe_commit(own)["git_dirty"] is True
+    assert environment._describe_commit(own)["git_dirty"] is True
 
 
 def test_a_run_continued_from_another_folder_has_a_checkpoint_at_once(start, patient, monkeypatch):
@@ -350,7 +387,7 @@ def test_tf32_is_switched_on_and_off(start, monkeypatch, precision):
 
 def test_checkpoint_steps_are_those_steps(start, patient, monkeypatch):
     """Every process knows how many steps are done: nothing is to be agreed upon, and nothing comes a step late."""
-    monkeypatch.setattr(distributed, "Agreement", Late)
+    monkeypatch.setattr(distributed, "DelayedMaximum", DelayedByOneCall)
     start("train.checkpoint_steps=3", "train.keep=9")
     names = sorted(path.name for path in (start.folder / "checkpoints").glob("step-*"))
     assert names == [f"step-{step:08d}.pt" for step in (3, 4, 6, 8)]
