@@ -14,7 +14,7 @@ from lip_resnet.files import write_atomically
 FEATURES = [[1.0, 2.0, 1.0], [2.0, 5.0, 6.0], [9.0, 6.0, 5.0]]
 LOGITS = [[0.1, 0.4, 0.2], [0.6, 2.6, 3.0], [0.3, 2.9, 2.4]]
 SCALE = 100.0
-"""Max pooling as LIP: logits SCALE * x."""
+"""Max pooling is LIP with the logits SCALE * x, for a large SCALE."""
 
 WIDTH, HEIGHT = 860, 572
 CELL_HEIGHT, FEATURES_AT, LOGITS_AT, WEIGHTS_AT, OUTPUT_AT = 34, 28, 300, 520, 764
@@ -39,7 +39,7 @@ STYLE = """
 
 
 def pool(features: Tensor, logits: Tensor) -> tuple[Tensor, float]:
-    """A window's features and logits, both (3, 3) -> its weights (3, 3), which sum to 1, and its pooled value.
+    """Features (3, 3) and logits (3, 3) of a window -> its weights (3, 3), which sum to 1, and its pooled value.
 
     A position's weight is the pooled value of a window that is 1 there and 0 elsewhere.
     """

@@ -1,6 +1,5 @@
-"""``eval.py``: reads weights and their protocol, evaluates each set, prints and writes its row."""
+"""``eval.py``: reads weights and their protocol, evaluates each set, prints its result and writes its row."""
 
-import json
 from argparse import Namespace
 from typing import Any
 
@@ -12,16 +11,15 @@ from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
 from lip_resnet.evaluation.evaluate import evaluate_set, print_result
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
-from lip_resnet.files import write_atomically
 from lip_resnet.models import registry
 from lip_resnet.models.weights import extract_weights, put_weights
 from lip_resnet.recipe import load_config, parse_config
 
 
 def main(options: Namespace) -> None:
-    """``options`` are ``lip_commands.eval_parser``'s."""
+    """Evaluate; ``options`` are those of ``lip_commands.eval_parser``."""
     if bool(options.checkpoint) == options.pretrained:
-        raise InputError("give --checkpoint PATH, or --pretrained with --model NAME; one of the two")
+        raise InputError("give --checkpoint PATH or --pretrained with --model NAME, and not both")
     if options.pretrained and not options.model:
         raise InputError("--pretrained needs --model NAME")
     names = testsets.choose(options.dataset, options.partial)
@@ -39,15 +37,15 @@ def main(options: Namespace) -> None:
         testsets.open_set(name, config.data, split, config.model.num_classes, options.partial)
         for name, (config, split) in zip(names, plans, strict=True)
     ]
-    # First: its workers are forked before other threads start.
+    # Before the network: the loader's workers are forked before other threads start.
     loader = EvalLoader(testsets.Joined(sets), configs[0].data)
     model = build(recipe, options, payload, ema)
 
-    # TF32 rounds to 10 bits: counts would not be the float32 counts.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for config in configs:
         registry.check_size(model, config.data.eval_size)
-    model.to(distributed.device(), memory_format=torch.channels_last if recipe.channels_last else None)
+    model.to(distributed.device())
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
     start = 0
     for data, config, output in zip(sets, configs, outputs, strict=True):
         result = evaluate_set(model, data, loader, config, start)
@@ -57,12 +55,11 @@ def main(options: Namespace) -> None:
         if distributed.is_main() and output is not None:
             source = options.checkpoint or f"timm:{recipe.model.name}"
             row = rows.build_row(model, source, ema, data, config, result, payload, trained)
-            text = json.dumps(row, indent=2) + "\n"
-            write_atomically(output, lambda file, text=text: file.write(text.encode()))
+            rows.write_row(output, row)
 
 
 def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config | None) -> EvalConfig:
-    """The evaluation of ``--config``, of timm for ``--model``, or of the run; with as many classes as the weights."""
+    """The protocol of ``--config``, timm's for ``--model``, or the run's; with as many classes as the weights have."""
     if options.config:
         config = EvalConfig.from_recipe(load_config(options.config))
     elif options.model:

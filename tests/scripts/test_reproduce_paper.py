@@ -16,10 +16,10 @@ from helpers.golden import GOLDEN, released_state_dict
 from torch import nn
 
 from lip_resnet import cli
-from lip_resnet.evaluation import released, results
 from lip_resnet.evaluation.cost import count_flops, count_macs
+from lip_resnet.evaluation.evaluate import evaluate_reference
 from lip_resnet.evaluation.paper import PAPER_FILE, Check, load_paper
-from lip_resnet.evaluation.protocol import EvalConfig
+from lip_resnet.evaluation.protocol import EvalConfig, describe_protocol, describe_training, reference_protocol
 from lip_resnet.models.identify import Network
 from lip_resnet.models.weights import load_weights
 from lip_resnet.recipe import load_config
@@ -176,8 +176,8 @@ def trained_row(path: Path, top1: float, processes: int | None = 8, **changes: o
         },
         **{"top1": top1, "top5": 93.2, "images": 50000, "params": 8690920, "macs": 4083343360, "seed": 0},
         **{
-            "protocol": results.describe_protocol(
-                EvalConfig.from_recipe(config), processes and results.describe_training(config, [processes])
+            "protocol": describe_protocol(
+                EvalConfig.from_recipe(config), processes and describe_training(config, [processes])
             ),
             **changes,
         },
@@ -217,8 +217,8 @@ def test_weights(run, small, tmp_path, image_folder, parquet):
     network = Network("lip_densenet121", {}, 3)
     model = network.build()
     load_weights(model, path)
-    protocol = released.reference_protocol("lip_densenet121", 3)
-    top1 = released.evaluate_reference(model, protocol, str(image_folder), 0, 11)["correct1"]
+    protocol = reference_protocol("lip_densenet121", 3)
+    top1 = evaluate_reference(model, protocol, str(image_folder), 0, 11)["correct1"]
     for option, apart, code, words in (
         ("--checkpoints", 0, 0, "agrees (counts: identical)"),
         ("--weights", 26, 1, "OFF (counts: differs)"),  # the option's earlier name
@@ -245,9 +245,9 @@ def test_refusals(run, small, tmp_path):
     assert "must be NAME=FILE" in run("--checkpoints", "resnet5=x", "--data", tmp_path)[2]
     assert "no such file" in run("--checkpoints", f"lip_densenet121={tmp_path}/none", "--data", tmp_path)[2]
     other = trained_row(tmp_path / "row.json", 70.0, model="resnet18")
-    assert "resnet18 (init=reference) is no row of paper.yaml" in run("--rows", other)[2]
+    assert "resnet18 (init=reference) is not a row of paper.yaml" in run("--rows", other)[2]
     other = trained_row(tmp_path / "row.json", 70.0, downsampling={"main": "blur"})
-    assert "lip_densenet121 (init=reference, main=blur) is no row" in run("--rows", other)[2]
+    assert "lip_densenet121 (init=reference, main=blur) is not a row" in run("--rows", other)[2]
     for text, words in (("rows: [", "not the paper's figures"), ("images: 3", "not the paper's figures")):
         reproduce_paper.FIGURES.write_text(text)
         assert words in run()[2]
