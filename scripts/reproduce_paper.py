@@ -65,8 +65,7 @@ def main() -> None:
         distributed.on_main(lambda: prepare(folder, options.force))
     accuracies = compare_rows(options.rows, paper) + evaluate_checkpoints(options, paper)
 
-    with torch.device("meta"):
-        sizes = {row.name: check_sizes(row, registry.create_model(row.model, **row.args)) for row in paper.rows}
+    sizes = count_networks(paper)
     report = build_report(paper, sizes, accuracies)
     markdown = render_report(paper, sizes, accuracies, report)
     if distributed.is_main():
@@ -77,6 +76,12 @@ def main() -> None:
             write_atomically(folder / "report.json", lambda file: file.write(text.encode()))
     if not report["ok"]:
         sys.exit(1)
+
+
+def count_networks(paper: Paper) -> dict[str, dict[str, Check]]:
+    """Row -> ``check_sizes`` of its network, built without memory for its weights."""
+    with torch.device("meta"):
+        return {row.name: check_sizes(row, registry.create_model(row.model, **row.args)) for row in paper.rows}
 
 
 def prepare(folder: Path, force: bool) -> None:

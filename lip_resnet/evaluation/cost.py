@@ -22,28 +22,26 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, size: int) -> int:
     """Multiply-adds of the convolutions and linear layers for one ``size`` x ``size`` image (the papers' "FLOPs")."""
-    meta_model = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta_model(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() // 2
+    return count_operations(model, size)[0]
 
 
-def count_flops(model: nn.Module, size: int) -> int:
-    """Multiply-adds of one ``size`` x ``size`` image by the rule ``flops`` at the top of this file."""
-    total = 0
+def count_operations(model: nn.Module, size: int) -> tuple[int, int]:
+    """(macs, flops) of one ``size`` x ``size`` image, by the two rules at the top of this file."""
+    elementwise = 0
 
     def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal total
+        nonlocal elementwise
         if isinstance(module, nn.BatchNorm2d):
-            total += 2 * output.numel()
+            elementwise += 2 * output.numel()
         elif isinstance(module, nn.ReLU) or any(isinstance(argument, nn.ReLU) for argument in inputs[1:]):
-            total += output.numel()  # a ReLU module, or one that a norm is called with and applies
+            elementwise += output.numel()  # a ReLU module, or one that a norm is called with and applies
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d | SelectAdaptivePool2d):
-            total += inputs[0].numel()
+            elementwise += inputs[0].numel()
 
     meta_model = copy.deepcopy(model).to("meta").eval()
     for module in meta_model.modules():
         module.register_forward_hook(add)
-    with torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta_model(torch.empty(1, 3, size, size, device="meta"))
-    return total + count_macs(model, size)
+    macs = counter.get_total_flops() // 2
+    return macs, macs + elementwise

@@ -152,15 +152,16 @@ def check_sizes(row: Row, model: nn.Module) -> dict[str, Check]:
         model: the network, on any device (``meta`` too).
     """
     params = cost.count_parameters(model)
+    macs, flops = cost.count_operations(model, 224)
     checks = [
         Check("params", params, row.params.value, 0, row.params.source),
-        Check("macs", cost.count_macs(model, 224) / 1e9, row.macs.value, 0.0005, row.macs.source),
+        Check("macs", macs / 1e9, row.macs.value, 0.0005, row.macs.source),
     ]
     published = row.published
     if published is not None and published.params_millions is not None:
         checks.append(Check("params_millions", params / 1e6, published.params_millions, 0.05, published.source))
     if published is not None and published.flops is not None:
-        checks.append(Check("flops", cost.count_flops(model, 224) / 1e9, published.flops, 0.005, published.source))
+        checks.append(Check("flops", flops / 1e9, published.flops, 0.005, published.source))
     return {check.what: check for check in checks}
 
 
