@@ -1,4 +1,4 @@
-"""README and pages: files and keys they name exist, Python blocks run, links have targets, generated parts are current."""
+"""README and pages: files and keys they name exist, Python blocks run, links have targets, generated parts match."""
 
 import re
 import subprocess
