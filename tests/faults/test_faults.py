@@ -144,7 +144,7 @@ def test_finished_groups_are_not_repeated(tmp_path, monkeypatch):
     """Every injection is made once, and again only where the call before did not finish its group."""
     made = []
     environment = {**HEAD["environment"], "git_commit": "abc"}
-    monkeypatch.setattr(inject.runlog, "describe_environment", lambda _: environment)
+    monkeypatch.setattr(inject, "describe_environment", lambda _: environment)
     monkeypatch.setattr(inject, "make_reference", lambda _: inject.Reference("aa", "bb", "cc", 1.0, 0.1))
 
     def record_call(fault, first, count, worker, reference):
@@ -174,6 +174,8 @@ def test_work_holds_a_user_s_files(tmp_path, monkeypatch, command):
     notes.parent.mkdir()
     notes.write_text("a week of work")
     monkeypatch.setattr(processes.Process, "__init__", lambda *_: pytest.fail("it has started a run there"))
+    monkeypatch.setattr(processes, "stop_on_signals", lambda: None)  # it would stay after this test
+    monkeypatch.setattr(soak, "stop_on_signals", lambda: None)
     monkeypatch.setattr(sys, "argv", [command.__name__, "--work", str(tmp_path)])
     with pytest.raises(InputError, match="holds files that this command did not make"):
         command.main()

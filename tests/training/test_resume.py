@@ -18,7 +18,8 @@ import torch
 from helpers import small_config
 
 import lip_commands
-from lip_resnet import checkpoint, cli, distributed, errors
+from lip_resnet import checkpoint, cli, distributed, errors, training
+from lip_resnet import environment as run_environment
 from lip_resnet.commands import train
 from lip_resnet.config import InputError
 from lip_resnet.training import run, run_folder, runlog
@@ -56,11 +57,11 @@ def patient(monkeypatch):
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
-@pytest.mark.parametrize("where", ["build_state", "checkpoint.Checkpoints.newest_whole", "runlog.RunLog"])
+@pytest.mark.parametrize("where", ["build_state", "checkpoints.Checkpoints.newest_whole", "runlog.RunLog"])
 def test_a_signal_before_the_first_step(start, monkeypatch, where, swallowed):
     """Before the run folder is open and after: nothing is trained, `requeue` is there, and the same command goes on."""
     path, _, name = where.rpartition(".")
-    owner = operator.attrgetter(path)(train) if path else train
+    owner = operator.attrgetter(path)(training) if path else train
     original = getattr(owner, name)
 
     def signalled(*arguments: object) -> object:
@@ -184,7 +185,7 @@ def test_a_signal_at_an_epoch_s_end_does_not_wait_for_the_evaluation(start, pati
 def test_an_evaluation_that_was_killed_is_made_up_for(start, patient, monkeypatch):
     """Killed while it evaluates, after a step at which a checkpoint is due: no step is lost, its numbers come later."""
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyError("killed")
 
     with monkeypatch.context() as patch:
@@ -292,11 +293,11 @@ def test_the_commit_is_that_of_the_package(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
     for command in (["init", "-q"], ["add", "source"], ["commit", "-qm", "it"]):
         subprocess.run([*git, *command], check=True)
-    assert runlog._describe_commit(installed) == {"git_commit": None, "git_dirty": False}
+    assert run_environment._describe_commit(installed) == {"git_commit": None, "git_dirty": False}
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert runlog._describe_commit(own) == {"git_commit": commit, "git_dirty": False}
+    assert run_environment._describe_commit(own) == {"git_commit": commit, "git_dirty": False}
     own.write_text("changed")
-    assert runlog._describe_commit(own)["git_dirty"] is True
+    assert run_environment._describe_commit(own)["git_dirty"] is True
 
 
 def test_a_run_continued_from_another_folder_has_a_checkpoint_at_once(start, patient, monkeypatch):

@@ -134,7 +134,7 @@ def test_native_code_that_never_returns(tmp_path):
     script = f"""
 import re, sys
 from pathlib import Path
-from lip_resnet import watchdog
+from lip_resnet.training import watchdog
 watchdog.NATIVE = 0.5
 with watchdog.Watchdog(Path({str(tmp_path)!r}), 1 / 60) as dog:
     dog.step(1)
