@@ -1,4 +1,4 @@
-"""Entry points of the commands; not in the package, whose import loads PyTorch, so that --help answers at once."""
+"""Entry points of the commands. Outside the package, whose import loads PyTorch, so that --help answers at once."""
 
 import argparse
 import sys
@@ -9,14 +9,14 @@ TEST_SETS = (
     "all",
 )
 DATA_HELP = (
-    "the directory that holds val/, or that folder: class folders or tar shards (shards also behind a URL); or a "
-    "folder of Parquet files; or of a recipe with another data.name what its data.root would be"
+    "the directory that holds val/, or val/ itself: class folders or tar shards (shards also at a URL); or a folder of "
+    "Parquet files; for a recipe with another data.name, its data.root"
 )
-DATA_NAME_HELP = "what lies at --data, as a recipe's data.name (default: the recipe's, or seen from the files)"
+DATA_NAME_HELP = "the kind of --data, as a recipe's data.name (default: the recipe's, or recognised by the files)"
 
 
 def train_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Of train.py."""
+    """The arguments of train.py."""
     parser = kind(
         description="Train a recipe: torchrun --nproc_per_node=8 train.py --config configs/imagenet/NAME.yaml "
         "data.root=DIR. Every key of the recipe can be overridden as section.key=value."
@@ -29,7 +29,7 @@ def train_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
 
 
 def train() -> None:
-    """train.py."""
+    """The command train.py."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         train_parser().print_help()
         return
@@ -42,7 +42,7 @@ def train() -> None:
 def eval_parser(
     kind: type[argparse.ArgumentParser] = argparse.ArgumentParser, data_names: Sequence[str] | None = None
 ) -> argparse.ArgumentParser:
-    """Of eval.py; ``data_names`` are the choices of --data-name."""
+    """The arguments of eval.py; ``data_names`` are the choices of --data-name."""
     parser = kind(
         description="Evaluate weights exactly: eval.py --checkpoint RUN_OR_FILE --data DIR. A run folder knows its "
         "model and protocol; for a bare file add --model NAME or --config FILE. torchrun makes it faster and gives the "
@@ -54,26 +54,33 @@ def eval_parser(
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--config", help="the recipe of the checkpoint")
     which.add_argument("--model", help="the timm name of the checkpoint's model; its protocol is timm's for that model")
-    add("--data", help=f"{DATA_HELP}; for a test set its folder, or what holds it by its name (default: the recipe's)")
+    add(
+        "--data", help=f"{DATA_HELP}; for a test set its folder, or the directory that holds it (default: the recipe's)"
+    )
     add("--data-name", choices=data_names, metavar="NAME", help=DATA_NAME_HELP)
     sets = f"test sets: {', '.join(TEST_SETS[:-1])}, or all of them (default: the recipe's validation set)"
     add("--dataset", nargs="+", choices=TEST_SETS, metavar="NAME", help=sets)
-    add("--partial", action="store_true", help="take imagenet-c without some of its folders: no mCE")
+    add("--partial", action="store_true", help="accept imagenet-c with missing folders: no mCE")
     where = "where to write the row (default for a run: RUN/eval.json, or RUN/eval-NAME.json with --dataset)"
     add("--output", help=f"{where}; for several sets a directory, for rows of those names")
     add("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
     add("--size", dest="eval_size", type=int, help="side of the centre crop, pixels")
-    add("--resize", dest="eval_resize", type=int, help="the side before the crop, pixels (which side: data.crop_mode)")
+    add(
+        "--resize",
+        dest="eval_resize",
+        type=int,
+        help="side before the crop, pixels (which side: --crop-mode)",
+    )
     add("--crop-mode", choices=("center", "squash", "border"), help="how images are resized before the crop, as timm's")
     add("--interpolation", choices=("bilinear", "bicubic"))
     add("--precision", choices=("float32", "bfloat16", "float16"))
-    add("--batch-size", dest="eval_batch_size", type=int, help="images per batch of one process")
-    add("--workers", type=int, help="loader processes of each process")
+    add("--batch-size", dest="eval_batch_size", type=int, help="images per batch and process")
+    add("--workers", type=int, help="loader worker processes per process")
     return parser
 
 
 def evaluate() -> None:
-    """eval.py."""
+    """The command eval.py."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         eval_parser().print_help()
         return

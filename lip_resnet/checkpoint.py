@@ -1,4 +1,4 @@
-"""Dictionaries to files and back: atomic when written, safe and strict when read."""
+"""Checkpoint files: written atomically, read without executing anything in them."""
 
 import io
 import os
@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from lip_resnet.config import InputError
+from lip_resnet.errors import InputError
 from lip_resnet.files import write_atomically
 
 FORMAT = 1
 
-# What torch and safetensors raise on a file that is cut short, altered, or something else altogether.
+# Raised by torch and safetensors for files that are truncated, altered, or of another format.
 _DAMAGE = (
     *(RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError),
     *(struct.error, OverflowError),
@@ -26,7 +26,7 @@ _DAMAGE = (
 
 
 def save(path: Path, payload: dict[str, Any]) -> None:
-    """Write tensors, numbers, strings, and dicts and lists of them.
+    """Write a dictionary of tensors, numbers, strings, and dicts and lists of them, atomically.
 
     Raises:
         InputError: the file cannot be written.
@@ -37,10 +37,10 @@ def save(path: Path, payload: dict[str, Any]) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a ``.pth``, ``.pt`` or ``.safetensors`` file onto the CPU; nothing in it is ever executed.
+    """Read a ``.pth``, ``.pt`` or ``.safetensors`` file onto the CPU; nothing in it is executed.
 
     Raises:
-        InputError: there is no such file, or it is no checkpoint, or it would execute code.
+        InputError: no such file, not a checkpoint, damaged, or it holds more than tensors and plain values.
     """
     path = Path(path)
     try:
@@ -68,12 +68,15 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Of a zip file, which torch.save writes: refuse a wrong checksum and what unpacks to more than the file is.
+    """Check a zip file, the format of torch.save: checksums, and that nothing in it is compressed.
 
-    torch.load looks at neither: it takes a flipped bit for a weight, and a megabyte can unpack to a terabyte.
+    torch.load checks neither: a flipped bit would change a weight, and a megabyte could unpack to a terabyte.
+
+    Raises:
+        InputError: a check failed.
     """
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # as torch.load tells them from its older format
+        if file.read(4) != b"PK\x03\x04":  # the test by which torch.load recognises a zip file
             return
         size = file.seek(0, os.SEEK_END)
         with zipfile.ZipFile(file) as archive:
@@ -90,6 +93,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def resolve(path: str | Path) -> Path:
-    """A run folder stands for its last checkpoint; a file for itself."""
+    """The checkpoint file that a path names: ``checkpoints/last.pt`` of a run folder, else the path itself."""
     path = Path(path).expanduser()
     return path / "checkpoints" / "last.pt" if path.is_dir() else path

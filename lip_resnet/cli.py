@@ -1,4 +1,4 @@
-"""How a command starts, fails and ends: one line for what a user can cause, and an exit code that says which kind."""
+"""Start and end of every command: process group, one line for errors of the user, exit codes."""
 
 import argparse
 import datetime
@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -16,18 +17,18 @@ from lip_resnet.errors import EXIT_CODES, InputError, Stopped
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are an InputError: one line, like every other wrong input."""
+    """An argparse parser that raises its errors as InputError, so that they too are one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a command's ``main`` inside its process group and leave the process with the right exit code.
+    """Join the process group, run a command's ``main``, and exit.
 
-    0: done. 2: an InputError; every rank exits with 2 and only rank 0 prints the line. 1: the numbers went wrong
-    (FloatingPointError), one line too. 75: Stopped, to be continued. Anything else is a defect of ours and keeps its
-    traceback; with LIP_DEBUG=1 in the environment the others print theirs too, after the line.
+    Exit codes: 0, done; 2, InputError, on every rank, printed by rank 0 alone; 1, training diverged
+    (FloatingPointError); 75, Stopped; 130, interrupted. These print one line, and with LIP_DEBUG=1 in the environment
+    their traceback after it. Any other exception is a bug: exit code 1, with its traceback.
     """
     code = 0
     try:
@@ -42,43 +43,42 @@ def launch(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call the end of loader processes an accident
     sys.exit(code)
 
 
 def _fail(error: BaseException) -> int:
-    """Print one line, from rank 0 where all ranks have failed alike, and let them leave together."""
+    """Print one line, on rank 0 alone if all ranks have failed, and return the exit code once all of them have come."""
     code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    together = True
+    all_failed = True
     if distributed.world_size() > 1:
-        # torchrun ends the other ranks once one has exited: each must leave with its own code, after rank 0 spoke.
+        # torchrun terminates all ranks once one has exited: each must exit with its own code, after rank 0 has printed.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        together = distributed.meet(datetime.timedelta(seconds=10))
-    if int(os.environ.get("RANK", 0)) == 0 or not together:
-        where = "" if together else f" (rank {distributed.rank()})"
+        all_failed = distributed.barrier(datetime.timedelta(seconds=10))
+    if int(os.environ.get("RANK", 0)) == 0 or not all_failed:
+        where = "" if all_failed else f" (rank {distributed.rank()})"
         line = " ".join(str(error).split()) or "interrupted"
         kind = "stopped" if isinstance(error, Stopped) else "error"
         print(f"{os.path.basename(sys.argv[0])}: {kind}: {line}{where}", file=sys.stderr, flush=True)
         if os.environ.get("LIP_DEBUG") == "1":
             traceback.print_exception(error)
-    if not together:
+    if not all_failed:
         _exit_at_once(code)
     return code
 
 
 def _exit_alone(error: Exception) -> None:
-    """End a process whose error the others do not share, without waiting for them: torchrun then ends them."""
+    """Exit after an unexpected error on this rank, without waiting for the others, which torchrun then terminates."""
     text = " ".join(str(error).split())
     if isinstance(error, dist.DistError) or "closed by peer" in text or "reset by peer" in text:
         where = f"rank {distributed.rank()}"
-        print(f"{where}: another process is gone, or out of reach: {text[:200]}", file=sys.stderr, flush=True)
+        print(f"{where}: lost the connection to another process: {text[:200]}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
     _exit_at_once(1)
 
 
 def _exit_at_once(code: int) -> None:
-    """Exit without destroying the process group, which would wait for the others; finish writing a checkpoint."""
+    """Exit without destroying the process group, which would wait for other ranks; first finish writing checkpoints."""
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
             thread.join()

@@ -1,7 +1,6 @@
-"""What a run is: the sections of a recipe, frozen and validated. Defaults exist here and nowhere else.
+"""The schema of a recipe: its sections, frozen and validated. Defaults exist here and nowhere else.
 
-A field's type is ``Trains[...]``, ``Evaluates[...]`` or ``Neutral[...]``, by what a change of its value changes; see
-``Effect``.
+A field is ``Trains[...]``, ``Evaluates[...]`` or ``Neutral[...]``, by what a change of its value affects (``Effect``).
 """
 
 import enum
@@ -17,7 +16,7 @@ T = TypeVar("T")
 
 
 class Effect(enum.Enum):
-    """What another value of a field changes, in a sentence that the list of keys in the documentation repeats."""
+    """What a change of a field's value affects; docs/recipes.md repeats these sentences."""
 
     WEIGHTS = "Changes the trained weights: part of the training protocol; it cannot change when a run is resumed."
     EVALUATION = "Changes how weights are evaluated, not the weights. Changed on resume, `best` is chosen afresh."
@@ -54,15 +53,16 @@ class ModelConfig(Section):
     name: Trains[str]
     """A name registered with timm: lip_resnet50, lip_resnet101, or any of timm's own."""
     num_classes: Trains[Positive] = 1000
+    """Outputs of the classifier; the data must have as many classes."""
     args: Trains[dict[str, JsonValue]] = {}
-    """Further keywords of the model, such as bottleneck_width: 64."""
+    """Further keyword arguments of the model, such as bottleneck_width: 64."""
     downsampling: Trains[dict[str, str]] = {}
-    """Site (stem, main, shortcut, transition, image) -> layer of the zoo that replaces what stands there, in any
-    convolutional network: {stem: blur, main: blur, shortcut: average}."""
+    """Downsampling layers to replace, in any convolutional network: placement (stem, main, shortcut, transition, image)
+    -> layer, such as {stem: blur, main: blur, shortcut: average}."""
     weights: Neutral[str | None] = None
-    """A checkpoint file or run folder to start from. What it held, not where, is compared between runs."""
+    """A checkpoint file or run folder to start from. Runs are compared by what it holds, not by its path."""
     new_head: Trains[bool] = False
-    """Leave the classifier of `weights` out and start it afresh (fine-tuning)."""
+    """Do not load the classifier from `weights`; initialise it (fine-tuning)."""
 
 
 class EvalDataConfig(Section):
@@ -75,31 +75,31 @@ class EvalDataConfig(Section):
     """For `folder` and `shards`: the directory that holds train/ and val/, for `shards` perhaps behind a URL. For
     `huggingface`: a folder of Parquet files, or the hub's name. For torchvision's sets: where they are downloaded."""
     download: Neutral[bool] = False
-    """Of torchvision's sets: fetch what is not there."""
+    """Download a torchvision set that is not at `root`."""
     label_column: Trains[str | None] = None
-    """Of `huggingface`: the column of the labels, where there are several."""
-    classes: Trains[str | None] = None
-    """A text file: a class folder's name a line keeps those classes alone (in sorted order); lines that are image
-    files (folder/name or name) keep those training images alone. Validation keeps every image of the classes."""
+    """For `huggingface`: the label column; needed if there are several."""
+    classes: Neutral[str | None] = None
+    """A text file that selects class folders or training images (folder/name or name), one a line. Validation keeps
+    every image of the classes. Runs are compared by the selected images, not by this path."""
     images: Trains[Positive] = 12800
-    """For `synthetic`: how many training images to pretend; a tenth as many for validation."""
+    """For `synthetic`: the number of training images; validation has a tenth as many."""
     eval_batch_size: Neutral[Positive] = 256
-    """Images per batch of the evaluation, on one process."""
+    """Images per batch and process in evaluation."""
     eval_size: Evaluates[Positive] = 224
-    """Side of the evaluation's centre crop, pixels."""
+    """Side of the centre crop in evaluation, pixels."""
     eval_resize: Evaluates[Positive] = 256
-    """The evaluation first resizes an image's shorter side to this, pixels (other crop modes: other sides)."""
+    """In evaluation an image's shorter side is resized to this before the crop, pixels (which side: `crop_mode`)."""
     crop_mode: Evaluates[Literal["center", "squash", "border"]] = "center"
-    """How the evaluation resizes before its centre crop, as in timm. center: the shorter side to eval_resize; squash:
-    both sides to eval_resize, whatever the aspect ratio; border: the longer side to eval_resize, and what is then
-    smaller than eval_size is padded with the mean colour."""
+    """What evaluation resizes to eval_resize before its centre crop, as in timm. center: the shorter side; squash: both
+    sides; border: the longer side, and the rest of eval_size is padded with the mean colour."""
     interpolation: Trains[Literal["bilinear", "bicubic"]] = "bilinear"
-    """Of every resize, with PIL's antialiasing."""
+    """Interpolation of every resize, with PIL's antialiasing."""
     mean: Trains[Colour] = (0.485, 0.456, 0.406)
+    """Mean of each channel (R, G, B) for normalisation, of pixels scaled to [0, 1]."""
     std: Trains[Colour] = (0.229, 0.224, 0.225)
-    """Of the pixels in [0, 1]; images are normalised on the device."""
+    """Standard deviation of each channel (R, G, B) for normalisation, of pixels scaled to [0, 1]."""
     workers: Neutral[Count] = 8
-    """Loader processes of each process; 0 loads in the process itself."""
+    """Loader worker processes per training process; 0 loads in the training process itself."""
 
     @model_validator(mode="after")
     def _check_evaluation(self) -> "EvalDataConfig":
@@ -108,52 +108,49 @@ class EvalDataConfig(Section):
                 "folder": "the directory that holds train/ and val/",
                 "shards": "the directory or URL that holds train/ and val/",
                 "huggingface": "a folder of Parquet files, or the hub's name of the set",
-            }
-            raise ValueError(
-                f"root is missing; data.name: {self.name} needs {needed.get(self.name, 'the directory of the set')}"
-            )
+            }.get(self.name, "the directory of the set")
+            raise ValueError(f"root is missing; data.name: {self.name} needs {needed}")
         if self.download and self.name not in get_args(TorchvisionSet):
-            raise ValueError(f"download belongs to torchvision's sets; the name is {self.name}")
-        if self.label_column and self.name != "huggingface":
-            raise ValueError(f"label_column belongs to name: huggingface; the name is {self.name}")
-        if self.classes and self.name != "folder":
-            raise ValueError(f"classes needs data.name: folder; the name is {self.name}")
+            raise ValueError(f"download needs one of torchvision's sets; data.name is {self.name}")
+        for key, kind in (("label_column", "huggingface"), ("classes", "folder")):
+            if getattr(self, key) and self.name != kind:
+                raise ValueError(f"{key} needs data.name: {kind}; data.name is {self.name}")
         if self.eval_size > self.eval_resize:
-            raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}")
+            raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}, its maximum")
         if min(self.std) <= 0:
             raise ValueError(f"std is {list(self.std)}; each must be greater than 0")
         return self
 
 
 class DataConfig(EvalDataConfig):
-    """Files to batches: an evaluation's keys, and training's."""
+    """Data and augmentation: the keys of evaluation, and those of training."""
 
     batch_size: Trains[Positive]
-    """Images per optimizer step over all processes and accumulated parts; must divide by processes x accumulate."""
+    """Images per optimizer step over all processes and accumulated parts: a multiple of processes x accumulate."""
     last_batch: Trains[Literal["keep", "drop"]] = "keep"
-    """What happens to the images left over when the set does not divide by batch_size: a smaller step, or none."""
+    """The remaining images of an epoch, fewer than batch_size. keep: one smaller step; drop: no step."""
     repeats: Trains[Positive] = 1
-    """Repeated augmentation: a batch holds batch_size / repeats different images, each this often with an augmentation
-    of its own. An epoch keeps its number of steps, so it visits one in `repeats` of the images, others each epoch."""
+    """Repeated augmentation: a batch holds batch_size / repeats different images, each this many times with a different
+    augmentation. An epoch keeps its number of steps, so it visits one in `repeats` of the images, others each epoch."""
     size: Trains[Positive] = 224
     """Side of the training images, pixels."""
     size_schedule: Trains[Annotated[tuple[SizeFrom, ...], Field(strict=False)]] = ()
-    """Progressive resizing: [epoch, size] pairs; from an epoch (the first is 0) on, training images have that side."""
+    """Progressive resizing: [epoch, size] pairs; from that epoch on (counted from 0) images have that side."""
     decode: Trains[Literal["exact", "fast", "gpu"]] = "exact"
-    """Of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no further
-    than the crop needs and resized by torch, within a level or two of PIL's pixels; gpu: the same crops, decoded and
-    resized on the GPU (needs nvImageCodec). Validation is always exact."""
+    """Decoder of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no
+    further than the crop needs and resized by torch, within one or two of 255 levels of PIL's pixels; gpu: the same
+    crops, decoded and resized on the GPU (needs nvImageCodec). Validation is always exact."""
     on_error: Trains[Literal["stop", "skip"]] = "stop"
-    """A training image that does not decode. stop: end with its path; skip: leave it out of its batch, which is one
-    smaller, count it and list it. Nothing is ever put in its place, and validation always stops."""
+    """A training image that cannot be decoded. stop: end with its path; skip: its batch is one image smaller; the image
+    is counted and listed, and not replaced by another. Validation always stops."""
     crop_scale: Trains[Range] = (0.08, 1.0)
-    """RandomResizedCrop: area of the crop as a fraction of the image, lowest and highest."""
+    """RandomResizedCrop: area of the crop as a fraction of the image's, minimum and maximum."""
     crop_ratio: Trains[Range] = (3 / 4, 4 / 3)
-    """RandomResizedCrop: width / height of the crop, lowest and highest."""
+    """RandomResizedCrop: width / height of the crop, minimum and maximum."""
     flip: Trains[Fraction] = 0.5
     """Probability of a horizontal flip."""
     color_jitter: Trains[NonNegative] = 0.0
-    """Strength of brightness, contrast and saturation jitter."""
+    """Strength of brightness, contrast and saturation jitter, as torchvision's ColorJitter; 0 is off."""
     rand_augment: Trains[str | None] = None
     """timm's RandAugment string, such as rand-m7-mstd0.5-inc1."""
     random_erasing: Trains[Fraction] = 0.0
@@ -168,7 +165,7 @@ class DataConfig(EvalDataConfig):
         for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
             low, high = getattr(self, key)
             if not 0 < low <= high <= top:
-                raise ValueError(f"{key} is [{low}, {high}]; it must be 0 < lowest <= highest <= {top:g}")
+                raise ValueError(f"{key} is [{low}, {high}]; it must be 0 < minimum <= maximum <= {top:g}")
         if self.batch_size % self.repeats:
             raise ValueError(f"batch_size {self.batch_size} does not divide by repeats {self.repeats}")
         epochs = [epoch for epoch, _ in self.size_schedule]
@@ -182,118 +179,126 @@ class DataConfig(EvalDataConfig):
 
     @property
     def sizes(self) -> list[int]:
-        """Every side that training images may have, rising."""
+        """Every side that training images may have, in increasing order."""
         return sorted({self.size, *(size for _, size in self.size_schedule)})
 
 
 class OptimConfig(Section):
-    """The optimizer and its learning rate, which is a function of the step alone."""
+    """The optimizer and its learning rate, which depends only on the step."""
 
     name: Trains[Literal["sgd", "adamw", "lamb", "lars"]] = "sgd"
+    """The optimizer. lamb and lars are for very large batches."""
     lr: Trains[Annotated[float, Field(gt=0)]]
-    """Peak learning rate for data.batch_size as it stands; nothing rescales it."""
+    """Peak learning rate; it is never rescaled by data.batch_size."""
     momentum: Trains[Rate] = 0.9
-    """Of sgd and lars."""
+    """For `sgd` and `lars`: the momentum."""
     nesterov: Trains[bool] = False
+    """For `sgd`: Nesterov's momentum."""
     betas: Trains[Range] = (0.9, 0.999)
-    """Of adamw and lamb."""
+    """For `adamw` and `lamb`: decay rates of the averages of the gradient and of its square."""
     weight_decay: Trains[NonNegative] = 1e-4
+    """Weight decay: decoupled in `adamw` and `lamb`, added to the gradient in `sgd` and `lars`."""
     decay: Trains[Literal["all", "matrices"]] = "all"
-    """all: decay every parameter (the paper); matrices: only tensors of two or more dimensions."""
+    """Which parameters decay. all: every parameter (as in the paper); matrices: those of two or more dimensions."""
     schedule: Trains[Literal["cosine", "linear", "step"]] = "cosine"
+    """The learning rate after the warm-up: a cosine or a straight line to min_lr, or steps at `milestones`."""
     milestones: Trains[Annotated[tuple[Positive, ...], Field(strict=False)]] = ()
     """For `step`: the epochs at which the rate is multiplied by gamma."""
     gamma: Trains[Annotated[float, Field(gt=0, le=1)]] = 0.1
+    """For `step`: the factor at each milestone."""
     min_lr: Trains[NonNegative] = 0.0
-    """For `cosine` and `linear`: the rate at the end."""
+    """For `cosine` and `linear`: the learning rate at the end."""
     warmup_epochs: Trains[NonNegative] = 0.0
-    """Linear rise from (almost) 0, per step."""
+    """Epochs in which the learning rate rises linearly, step by step, from almost 0 to lr."""
     accumulate: Trains[Positive] = 1
-    """Parts into which each process cuts its share of a batch; gradients are summed over them."""
+    """Gradient accumulation: the number of parts into which each process splits its share of a batch."""
     clip_norm: Trains[Annotated[float, Field(gt=0)] | None] = None
-    """Largest norm of the whole gradient."""
+    """Maximum L2 norm of the gradient over all parameters; null is off."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "OptimConfig":
         if self.schedule == "step" and not self.milestones:
-            raise ValueError("milestones is missing; schedule: step needs the epochs at which the rate drops")
+            raise ValueError("milestones are missing; schedule: step needs the epochs at which the rate drops")
         if self.schedule != "step" and self.milestones:
-            raise ValueError(f"milestones belong to schedule: step; the schedule is {self.schedule}")
+            raise ValueError(f"milestones are for schedule: step; the schedule is {self.schedule}")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones are {list(self.milestones)}; they must rise")
         if self.nesterov and (self.name != "sgd" or not self.momentum):
-            raise ValueError("nesterov needs name: sgd and a momentum above 0")
+            raise ValueError(f"nesterov needs name: sgd, not {self.name}, and a momentum above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}; each must be at least 0 and below 1")
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; it must be at most that")
         return self
 
 
 class TrainConfig(Section):
-    """The protocol around the optimizer."""
+    """The training protocol around the optimizer, and how a run evaluates, saves and logs."""
 
     epochs: Trains[Positive]
+    """Length of the run, and of the learning-rate schedule."""
     seed: Trains[Annotated[int, Field(ge=0, lt=2**32)]] = 0
+    """Seed of all randomness: initial weights, order of the images, augmentation, dropout."""
     max_steps: Trains[Positive | None] = None
     """Stop after this many optimizer steps; the schedule still spans `epochs`."""
     precision: Trains[Literal["float32", "tf32", "bfloat16", "float16"]] = "float32"
-    """Of the autocast forward. tf32 is float32 whose products GPUs round to 10 bits. float16 scales its loss and needs
-    sgd or adamw, whose fused form never synchronises."""
+    """Precision of the forward (autocast). tf32: float32, TF32 products; float16: scaled loss, sgd or adamw only."""
     channels_last: Trains[bool] = True
+    """Memory layout of images and weights: channels-last (NHWC), or contiguous (NCHW)."""
     compile: Trains[bool] = False
-    """torch.compile the training step's forward and backward."""
+    """Compile the forward and backward of the training step with torch.compile."""
     compile_mode: Trains[Literal["default", "reduce-overhead", "max-autotune"]] = "default"
-    """Of torch.compile."""
+    """The mode argument of torch.compile."""
     gradient_compression: Trains[Literal["none", "bfloat16", "float16"]] = "none"
-    """The dtype in which processes exchange gradients: half the traffic, rounded sums."""
+    """The dtype of DDP's gradient all-reduce: half the traffic, rounded gradients. none: float32."""
     loss: Trains[Literal["cross_entropy", "binary_cross_entropy"]] = "cross_entropy"
+    """The loss: cross entropy over the classes, or binary cross entropy of each class."""
     target_threshold: Trains[Rate | None] = None
-    """For `binary_cross_entropy`: (mixed) targets above this count as 1, all others as 0."""
+    """For `binary_cross_entropy`: targets above this (after mixup and cutmix) become 1, all others 0; null is off."""
     label_smoothing: Trains[Rate] = 0.0
+    """Share of the target that is spread evenly over all classes; 0 is off."""
     mixup: Trains[NonNegative] = 0.0
-    """Alpha of mixup's Beta distribution; 0 is off. With cutmix too, each step takes one of the two."""
+    """Alpha of mixup's Beta distribution; 0 is off. With cutmix too, each step uses one of the two at random."""
     cutmix: Trains[NonNegative] = 0.0
     """Alpha of cutmix's Beta distribution; 0 is off."""
     drop_path: Trains[Rate] = 0.0
-    """Stochastic depth, where the model has it."""
+    """Rate of stochastic depth, for models that have it; 0 is off."""
     drop: Trains[Rate] = 0.0
-    """Dropout in front of the classifier."""
+    """Rate of dropout before the classifier; 0 is off."""
     ema_decay: Trains[Annotated[float, Field(gt=0, lt=1)] | None] = None
-    """Keep an exponential moving average of the weights, with this decay per step."""
+    """Keep an exponential moving average (EMA) of the weights, with this decay per step; null is off."""
     rules: Evaluates[Literal["model", "ema"]] = "model"
-    """Whose top-1 chooses the best checkpoint, and which weights eval.py evaluates by default."""
+    """The weights, the model's or their EMA, whose top-1 selects best.pt and which eval.py evaluates by default."""
     sync_bn: Trains[bool] = False
-    """Batch statistics over all processes (GPUs only). The host then waits for the device in every layer."""
+    """Batch norm with statistics over all processes (GPUs only). The host then waits for the device in every layer."""
     eval_every: Neutral[Positive] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_steps: Neutral[Count] = 0
-    """Save every so many steps too, not only at the end of an epoch; 0 is off."""
+    """Save a checkpoint every so many steps, beside the one at the end of every epoch; 0 is off."""
     checkpoint_minutes: Neutral[NonNegative] = 10.0
-    """Save too when so many minutes have passed since this was last done; 0 is off."""
+    """Save a checkpoint every so many minutes too; 0 is off."""
     keep: Neutral[Positive] = 2
-    """Checkpoints kept beside the best: the last one, and those to fall back on if it is damaged."""
+    """Number of checkpoints to keep beside the best: the last, and older ones in case it is damaged."""
     on_write_error: Neutral[Literal["stop", "continue"]] = "stop"
-    """What a checkpoint that cannot be written does to the run; the older checkpoints stay either way."""
+    """If a checkpoint or a log line cannot be written: stop ends the run, continue warns. Older checkpoints stay."""
     on_nonfinite: Neutral[Literal["stop", "skip", "rollback"]] = "stop"
-    """What a step with a loss or gradient that is not finite does to the run. It never changes weights, optimizer,
-    average or batch statistics. stop: end, with what was not finite and where; skip: go on with the next batch;
-    rollback: go back to the newest checkpoint and leave out that batch. Without such a step all three are alike."""
+    """If a step's loss or gradient is not finite. stop: end, with what was not finite and where; skip: go on with the
+    next batch; rollback: go back to the newest checkpoint and exclude that batch. The step itself changes nothing."""
     nonfinite_limit: Neutral[Positive] = 10
-    """For `skip`, so many steps in a row, and for `rollback`, so many times in a run; one more ends the run."""
+    """The most steps in a row that `skip` skips, and the most times in a run that `rollback` goes back."""
     hang_minutes: Neutral[NonNegative] = 30.0
-    """End the run, with every process's stack in the run folder, when a step takes longer than this; 0 is off."""
+    """End the run, with the stacks of every process in the run folder, if a step takes longer than this; 0 is off."""
     log_every: Neutral[Positive] = 50
-    """Steps between log lines, which are the only host synchronisations."""
+    """Steps between log lines; only then does the host wait for the device."""
     profile: Neutral[Count] = 0
-    """Trace this many steps with torch.profiler for TensorBoard, after the first 5; 0 is off."""
+    """Trace this many steps with torch.profiler, after the first 5, for TensorBoard; 0 is off."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         if self.rules == "ema" and self.ema_decay is None:
-            raise ValueError("rules: ema needs an ema_decay")
+            raise ValueError("rules: ema needs ema_decay, a number between 0 and 1 such as 0.9999")
         if self.target_threshold is not None and self.loss != "binary_cross_entropy":
-            raise ValueError(f"target_threshold belongs to loss: binary_cross_entropy; the loss is {self.loss}")
+            raise ValueError(f"target_threshold is for loss: binary_cross_entropy; the loss is {self.loss}")
         return self
 
 
@@ -307,24 +312,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        if self.optim.milestones and self.optim.milestones[-1] >= self.train.epochs:
+        optim, train, epochs = self.optim, self.train, self.train.epochs
+        if optim.milestones and optim.milestones[-1] >= epochs:
+            raise ValueError(f"optim.milestones are {list(optim.milestones)}; they must be below train.epochs {epochs}")
+        if optim.warmup_epochs >= epochs:
+            raise ValueError(f"optim.warmup_epochs is {optim.warmup_epochs:g}; it must be below train.epochs {epochs}")
+        if train.compile and train.compile_mode != "default" and optim.accumulate > 1:
             raise ValueError(
-                f"optim.milestones end at epoch {self.optim.milestones[-1]}; train.epochs is {self.train.epochs}"
+                f"train.compile_mode {train.compile_mode} with optim.accumulate {optim.accumulate}: CUDA graphs cannot "
+                "accumulate gradients; use train.compile_mode: default"
             )
-        if self.optim.warmup_epochs >= self.train.epochs:
+        if train.precision == "float16" and optim.name not in ("sgd", "adamw"):
             raise ValueError(
-                f"optim.warmup_epochs is {self.optim.warmup_epochs:g}; train.epochs is {self.train.epochs}"
-            )
-        graphs = self.train.compile and self.train.compile_mode != "default"
-        if graphs and self.optim.accumulate > 1:
-            raise ValueError(
-                f"train.compile_mode {self.train.compile_mode} with optim.accumulate {self.optim.accumulate}: "
-                "CUDA graphs cannot add gradients up; use compile_mode: default"
-            )
-        if self.train.precision == "float16" and self.optim.name not in ("sgd", "adamw"):
-            raise ValueError(
-                f"train.precision float16 with optim.name {self.optim.name}; its scaler needs a fused optimizer: "
-                "sgd or adamw"
+                f"train.precision float16 with optim.name {optim.name}: loss scaling needs a fused optimizer, sgd or "
+                "adamw; or use train.precision: bfloat16"
             )
         return self
 
@@ -333,16 +334,16 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def values(self, effect: Effect) -> dict[str, JsonValue]:
-        """``section.key`` to value, of the fields that have this effect."""
+        """``section.key`` -> value, of the fields that have this effect."""
         tree = self.model_dump(mode="json")
         return {name: tree[name.split(".")[0]][name.split(".")[1]] for name, each in EFFECTS.items() if each is effect}
 
 
 EFFECTS: dict[str, Effect] = {
     f"{section}.{key}": effect
-    for section, part in Config.model_fields.items()
-    for key, field in part.annotation.model_fields.items()
+    for section, part in Config.__annotations__.items()
+    for key, field in part.model_fields.items()
     for effect in field.metadata
     if isinstance(effect, Effect)
 }
-"""What each key of a recipe, as ``section.key``, changes."""
+"""The effect of each key of a recipe, by ``section.key``."""

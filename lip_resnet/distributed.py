@@ -1,4 +1,4 @@
-"""Processes and ranks: the same code for one process and for many."""
+"""Ranks and collectives, which work with one process too; joining torchrun's process group."""
 
 import datetime
 import os
@@ -15,12 +15,12 @@ from lip_resnet.rendezvous import store_of_this_start
 T = TypeVar("T")
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = datetime.timedelta(hours=2)
-"""Of collectives. Longer than ``train.hang_minutes``, so that the watchdog names the rank that hangs first."""
-_control: Any = None  # Gloo group for objects and barriers, which therefore never wait for a GPU stream
+"""Of collectives: longer than ``train.hang_minutes``, so that the watchdog names a hanging rank first."""
+_control: Any = None  # a Gloo group: objects and barriers go through the CPU and never wait for a GPU stream
 
 
 def rank() -> int:
-    """This process's number, 0 without a process group."""
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -30,7 +30,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is rank 0, the process that writes and prints."""
     return rank() == 0
 
 
@@ -38,12 +38,12 @@ def device() -> torch.device:
     """This process's GPU, or the CPU where there is none.
 
     Raises:
-        InputError: more processes on this machine than GPUs.
+        InputError: this machine has more processes than GPUs.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if processes > count:  # every process of the machine finds the same
+    if processes > count:  # the same on every process of the machine
         raise InputError(f"{processes} processes on this machine but {count} GPUs are visible; lower --nproc_per_node")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if "RANK" in os.environ else 0)
 
@@ -56,7 +56,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's value on every rank."""
+    """Rank 0's value on every rank. A collective."""
     if world_size() == 1:
         return value
     box = [value]
@@ -65,21 +65,26 @@ def broadcast_object(value: T) -> T:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Run on rank 0 alone; every rank gets what it returned, or its InputError."""
-    value = error = cause = None
+    """Call ``function`` on rank 0 alone; every rank returns its result. A collective.
+
+    Raises:
+        InputError: on every rank, if ``function`` raised one.
+    """
+    result: Any = None
+    error: InputError | None = None
     if is_main():
         try:
-            value = function()
+            result = function()
         except InputError as caught:
-            error, cause = str(caught), caught
-    value, error = broadcast_object((value, error))
-    if error is not None:
-        raise cause or InputError(error)
-    return value
+            error = caught
+    result, message = broadcast_object((result, None if error is None else str(error)))
+    if message is not None:
+        raise error or InputError(message)
+    return result
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every process's value, in the order of ranks, on every rank."""
+    """Every process's value, in the order of ranks, on every rank. A collective."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value, group=_control)
@@ -87,7 +92,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_rows(row: torch.Tensor) -> torch.Tensor:
-    """Every process's ``row`` (n,), on the CPU: (processes, n), the same everywhere."""
+    """Every process's ``row`` (n,), stacked on the CPU: (processes, n), the same on every rank. A collective."""
     row = row.detach().cpu()
     rows = [torch.empty_like(row) for _ in range(world_size())]
     if dist.is_initialized():
@@ -96,8 +101,8 @@ def gather_rows(row: torch.Tensor) -> torch.Tensor:
     return row[None]
 
 
-def meet(timeout: datetime.timedelta) -> bool:
-    """Whether all processes come here within ``timeout``."""
+def barrier(timeout: datetime.timedelta) -> bool:
+    """Wait for all processes; False if they do not all come within ``timeout``."""
     try:
         dist.monitored_barrier(_control, timeout=timeout)
     except RuntimeError:
@@ -105,10 +110,11 @@ def meet(timeout: datetime.timedelta) -> bool:
     return True
 
 
-class Agreement:
-    """The largest of the processes' numbers, a call late with several processes: nobody waits for the others.
+class DelayedMaximum:
+    """The maximum of an integer over processes, by a non-blocking all-reduce on the CPU.
 
-    Every process must call it equally often.
+    A call starts the reduction of its number and returns the result of the previous call's; with one process, its own
+    number. A collective: every process must call it equally often.
     """
 
     def __init__(self) -> None:
@@ -117,25 +123,25 @@ class Agreement:
     def __call__(self, number: int) -> int:
         if world_size() == 1:
             return number
-        answer = self.close()
-        mine = torch.tensor([number])
-        self._pending = mine, dist.all_reduce(mine, dist.ReduceOp.MAX, group=_control, async_op=True)
-        return answer
+        previous = self.flush()
+        tensor = torch.tensor([number])
+        self._pending = tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_control, async_op=True)
+        return previous
 
-    def close(self) -> int:
-        """Wait for the last call's answer; 0 where there was none."""
+    def flush(self) -> int:
+        """Wait for the last call's result; 0 if it has been returned, or if there was no call."""
         if self._pending is None:
             return 0
-        (number, work), self._pending = self._pending, None
+        (tensor, work), self._pending = self._pending, None
         work.wait()
-        return number.tolist()[0]
+        return int(tensor.item())
 
 
 def init() -> None:
-    """Join torchrun's process group, if this process is one of several.
+    """Join torchrun's process group, if torchrun (or a launcher that sets the same variables) started this process.
 
     Raises:
-        InputError: the environment is torchrun's in parts only, there are too few GPUs, or not all processes come.
+        InputError: some of torchrun's variables are missing, there are too few GPUs, or not all processes come.
     """
     global _control
     present = [name for name in _VARIABLES if name in os.environ]

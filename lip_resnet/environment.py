@@ -1,4 +1,4 @@
-"""What a number depends on beside its recipe: versions, hardware, command and commit."""
+"""The environment of a measurement: versions, hardware, command and commit."""
 
 import datetime
 import os
@@ -16,9 +16,10 @@ from lip_resnet import distributed
 
 
 def describe_environment(device: str | None = None) -> dict[str, Any]:
-    """Versions, hardware, command and commit: what a number depends on beside its recipe.
+    """Versions, hardware, command and commit, for env.json and rows.
 
-    ``device`` ("cpu" or "cuda") is the one that is described, by default the GPU where there is one.
+    Args:
+        device: "cpu" or "cuda", the one to describe; by default the GPU, if there is one.
     """
     gpu = torch.cuda.is_available() if device is None else device == "cuda"
     return {
@@ -44,9 +45,9 @@ def _cpu_name() -> str:
 
 
 def _describe_commit(source: Path) -> dict[str, Any]:
-    """The commit of the repository that tracks a source file, and whether its tracked files differ from it.
+    """The commit of the repository that tracks ``source``, and whether its tracked files are modified.
 
-    None where no repository does: an environment with an installed package can lie in the folder of any repository.
+    None if no repository tracks it: an installed package can be inside the folder of an unrelated repository.
     """
 
     def git(*arguments: str) -> str | None:

@@ -1,17 +1,17 @@
-"""How a command can end early, and with which exit code; everything else is a defect and keeps its traceback."""
+"""The exceptions that end a command with one line, and their exit codes; all others are bugs and show a traceback."""
 
 
 class InputError(ValueError):
-    """Something a user gave is wrong. The message is one line: what was given and what is allowed."""
+    """Invalid input from the user. The message is one line: what was given, and what is allowed."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and what it had done is saved; the same command continues it."""
+    """The run has stopped after a signal and is saved; the same command continues it with ``--resume auto``."""
 
 
 EXIT_CODES: dict[type[BaseException], int] = {
     InputError: 2,
     Stopped: 75,  # EX_TEMPFAIL of sysexits.h: try again
-    FloatingPointError: 1,  # the numbers went wrong
+    FloatingPointError: 1,  # training diverged
     KeyboardInterrupt: 130,
 }

@@ -1,4 +1,4 @@
-"""Files: whole or not at all when written; their digests."""
+"""Atomic writes of files, and their digests."""
 
 import hashlib
 import os
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from lip_resnet.config import InputError
+from lip_resnet.errors import InputError
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in place with one rename.
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call ``write`` with a temporary file beside ``path``, then rename it to ``path``.
 
-    File and folder are synced to the disk: whenever the power goes, ``path`` is the old file or the new one, whole.
+    File and folder are synced to disk: even after a power failure ``path`` is the complete old or new file.
 
     Raises:
         InputError: the file cannot be written (full disk, no permission).
@@ -32,7 +32,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to a file, as ``write_atomically``."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def sync_folder(folder: Path) -> None:
+    """fsync a directory: renames and links in it are then on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +47,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, as ``sha256sum`` prints it."""
+    """The sha256 of a file, in hexadecimal, as ``sha256sum`` prints it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

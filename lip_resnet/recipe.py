@@ -1,4 +1,4 @@
-"""YAML files and command-line overrides to a ``Config``, strictly: every refusal is one line, with key and remedy."""
+"""YAML files and command-line overrides to a ``Config``. Every error is one line with the key and what is allowed."""
 
 import difflib
 import re
@@ -9,26 +9,27 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lip_resnet.config import Config, InputError, Section
+from lip_resnet.config import Config, Section
+from lip_resnet.errors import InputError
 
 T = TypeVar("T", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also refuses duplicate keys and reads 1e-4 as the number it is."""
+    """PyYAML's safe loader that also refuses duplicate keys, and reads 1e-4 as a number (YAML 1.1 reads a string)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain string", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-# Plain values alone: no dates, bytes or sets, which no key takes and which a written config could not give back.
+# Plain values only: no key takes dates, bytes or sets, and a written config could not hold them.
 _PLAIN = {None, *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))}
 _Loader.yaml_constructors = {tag: make for tag, make in _Loader.yaml_constructors.items() if tag in _PLAIN}
 _Loader.yaml_implicit_resolvers = {
@@ -42,47 +43,47 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader: builds plain values only
+        return yaml.load(text, _Loader)  # a SafeLoader: executes nothing
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise _refusal(f"{source}:{where} {problem}") from error
-    # PyYAML's own, for values that are not what their tag says (!!bool maybe), and for nesting without end.
+    # PyYAML raises these for values that do not fit their tag (!!bool maybe) and for very deep nesting.
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise _refusal(f"{source}: not a YAML recipe: a value that cannot be read: {error}") from error
 
 
 def _refusal(message: str) -> InputError:
-    """The message in one line of printable characters, whatever was in the file."""
+    """An InputError of one line of printable characters, at most 900, whatever the file holds."""
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message[:900])
     return InputError(text if len(message) <= 900 else f"{text}...")
 
 
 def _check_plain(tree: Any) -> None:
-    """Refuse what no recipe holds, and what a few lines (``&a [*b, *b]``) or a checkpoint can make endless.
+    """Limit the size of a tree before pydantic reads it: with anchors (``&a [*b, *b]``) few lines can mean billions.
 
     Raises:
-        ValueError: with what was found.
+        ValueError: more than 10,000 values, nested more than 20 deep, or an integer of more than 64 bits.
     """
     todo: list[tuple[Any, tuple[Any, ...]]] = [(tree, ())]
     seen = 0
     while todo:
-        value, place = todo.pop()
+        value, path = todo.pop()
         seen += 1
-        where = ".".join(str(part)[:100] for part in place[:3])
-        if seen > 10_000 or len(place) > 20:
+        where = ".".join(str(part)[:100] for part in path[:3])
+        if seen > 10_000 or len(path) > 20:
             raise ValueError(f"{where}: more than 10,000 values, or nested more than 20 deep; a recipe has some dozens")
         if isinstance(value, dict):
-            todo += [(item, (*place, key)) for key, item in value.items()]
+            todo += [(item, (*path, key)) for key, item in value.items()]
         elif isinstance(value, (list, tuple)):
-            todo += [(item, (*place, index)) for index, item in enumerate(value)]
+            todo += [(item, (*path, index)) for index, item in enumerate(value)]
         elif isinstance(value, int) and value.bit_length() > 64:
             raise ValueError(f"{where}: a whole number of {value.bit_length()} bits; 64 are allowed")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a recipe and apply ``section.key=value`` overrides, whose values are YAML too.
+    """Read a recipe and apply ``section.key=value`` overrides, whose values are YAML.
 
     Raises:
         InputError: one line naming file, key, what was given, what is allowed, and the nearest valid key.
@@ -101,8 +102,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return parse_config(tree, str(path))
 
 
-def parse_config(tree: dict[str, Any], source: str, schema: type[T] = Config) -> T:
-    """Validate a mapping, such as the config stored in a checkpoint, against a schema; ``source`` names it in errors.
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """``parse_section`` of a whole recipe, such as the config stored in a checkpoint."""
+    return parse_section(tree, source, Config)
+
+
+def parse_section(tree: dict[str, Any], source: str, schema: type[T]) -> T:
+    """Validate a mapping against a schema; ``source`` names it in errors.
 
     Raises:
         InputError: one line, as ``load_config``'s.
@@ -129,19 +135,20 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ErrorDetails, section: type[Section]) -> str:
-    """pydantic's account of one error as half a line: key, what was given, what is allowed."""
+    """A validation error as text: key, what was given, what is allowed."""
     location = [str(part)[:100] for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
+        parent: Any = section
         for part in location[:-1]:
-            section = section.model_fields[part].annotation
-        allowed = list(section.model_fields)
+            parent = parent.model_fields[part].annotation
+        allowed = list(parent.model_fields)
         near = difflib.get_close_matches(location[-1], allowed, n=1)
         prefix = ".".join([*location[:-1], ""])
         hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed: {', '.join(allowed)}"
         return f"{key}: unknown key; {hint}"
     if error["type"] == "missing":
-        return f"{key}: missing"
+        return f"{key}: missing; this key is required"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message

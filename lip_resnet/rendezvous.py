@@ -34,12 +34,12 @@ def store_of_this_start(rank: int, world_size: int) -> dist.Store:
     store.set(token_keys[rank], token)
     while time.monotonic() < deadline:
         if rank == 0 and store.check(token_keys):
-            store.set("lip_resnet/list", b" ".join(store.multi_get(token_keys)))
+            store.set("lip_resnet/list", b" ".join(store.multi_get(token_keys)).decode())
         tokens = store.get("lip_resnet/list") if store.check(["lip_resnet/list"]) else b""
         if token.encode() in tokens.split():
-            store.set(ack_keys[rank], tokens)
+            store.set(ack_keys[rank], tokens.decode())
             if rank == 0 and store.check(ack_keys) and set(store.multi_get(ack_keys)) == {tokens}:
-                store.set("lip_resnet/go", tokens)
+                store.set("lip_resnet/go", tokens.decode())
             if store.check(["lip_resnet/go"]) and store.get("lip_resnet/go") == tokens:
                 return dist.PrefixStore(hashlib.sha256(tokens).hexdigest(), store)
         time.sleep(0.05)

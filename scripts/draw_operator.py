@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lip_resnet import cli, lip2d
-from lip_resnet.files import write_atomically
+from lip_resnet.files import write_text
 
 FEATURES = [[1.0, 2.0, 1.0], [2.0, 5.0, 6.0], [9.0, 6.0, 5.0]]
 LOGITS = [[0.1, 0.4, 0.2], [0.6, 2.6, 3.0], [0.3, 2.9, 2.4]]
@@ -136,7 +136,7 @@ def main() -> None:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="the SVG file to write")
     options = parser.parse_args()
-    write_atomically(options.output, lambda file: file.write(draw().encode()))
+    write_text(options.output, draw())
 
 
 if __name__ == "__main__":

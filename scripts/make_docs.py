@@ -21,7 +21,7 @@ from lip_resnet import config as recipe_config
 from lip_resnet.config import Config, InputError
 from lip_resnet.evaluation.paper import load_paper, render_table
 from lip_resnet.evaluation.tables import render
-from lip_resnet.files import write_atomically
+from lip_resnet.files import write_text
 from lip_resnet.layers.pooling import DOWNSAMPLING
 
 ROOT = Path(__file__).parents[1]
@@ -144,8 +144,8 @@ def main() -> None:
     for name, sections in PAGES.items():
         path = ROOT / name
         text = refresh(path.read_text(encoding="utf-8"), sections)
-        write_atomically(path, lambda file, text=text: file.write(text.encode()))
-    write_atomically(FIGURE, lambda file: file.write(draw_operator.draw().encode()))
+        write_text(path, text)
+    write_text(FIGURE, draw_operator.draw())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from lip_resnet.config import InputError
 from lip_resnet.evaluation.paper import load_paper
 from lip_resnet.evaluation.rows import read_rows
 from lip_resnet.evaluation.tables import STYLES, build_table, build_wide, render
-from lip_resnet.files import write_atomically
+from lip_resnet.files import write_text
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     if options.format == "csv":  # a CSV table has no notes
         print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     if output is not None:
-        write_atomically(output, lambda file: file.write(text.encode()))
+        write_text(output, text)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from lip_resnet.evaluation.paper import (
 )
 from lip_resnet.evaluation.protocol import reference_protocol
 from lip_resnet.evaluation.rows import read_rows
-from lip_resnet.files import sha256, write_atomically
+from lip_resnet.files import sha256, write_text
 from lip_resnet.models import registry
 from lip_resnet.models.identify import check_finite, identify
 from lip_resnet.models.weights import load_weights
@@ -72,8 +72,8 @@ def main() -> None:
         print(markdown, end="")
         if folder is not None:
             text = json.dumps(report, indent=2) + "\n"
-            write_atomically(folder / "report.md", lambda file: file.write(markdown.encode()))
-            write_atomically(folder / "report.json", lambda file: file.write(text.encode()))
+            write_text(folder / "report.md", markdown)
+            write_text(folder / "report.json", text)
     if not report["ok"]:
         sys.exit(1)
 

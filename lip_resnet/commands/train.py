@@ -1,4 +1,4 @@
-"""``train.py``: builds what a recipe names, opens or continues its run folder, and trains to the end."""
+"""``train.py``: builds what a recipe names, opens or continues the run folder, trains to the end, closes the log."""
 
 import contextlib
 from argparse import Namespace
@@ -27,7 +27,7 @@ from lip_resnet.training.run import Provenance, Run, restore
 
 
 def main(options: Namespace) -> None:
-    """``options`` are ``lip_commands.train_parser``'s."""
+    """Train a recipe; ``options`` are parsed by ``lip_commands.train_parser``. Raises what ``cli.launch`` maps."""
     config = load_config(options.config, options.overrides)
     recipe = Path(options.config)
     folder = Path(options.output or Path("runs") / recipe.resolve().parent.name / recipe.stem)
@@ -37,14 +37,14 @@ def main(options: Namespace) -> None:
             train(config, folder, options.resume, interrupts)
     except (InputError, FloatingPointError):
         raise
-    except Exception as error:  # a signal can also cost a process its peers, if it comes before they all have begun
+    except Exception as error:  # before training, a signal can also show as a lost connection to another process
         if distributed.is_main() and (interrupts.received or isinstance(error, Stopped)):
             run_folder.request_requeue(folder)
         raise
 
 
 def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> None:
-    """Build everything, open or continue the run in ``folder``, and train to the end."""
+    """Build data, network and optimizer, open or continue the run in ``folder``, train to the end, close the log."""
     device = distributed.device()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
@@ -60,26 +60,25 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
     state = build_state(model, config, device)
 
     opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))
-    provenance.datasets = {"train": describe_source(train_source), "val": describe_source(val_source)}
+    provenance.datasets = distributed.on_main(
+        lambda: {"train": describe_source(train_source), "val": describe_source(val_source)}
+    )
     if opened.source is not None:
         restore(state, config, opened.source, provenance)
     assert opened.source or provenance.initial_weights or not config.model.weights
-    total = min(config.train.epochs * len(loader), config.train.max_steps or config.train.epochs * len(loader))
+    all_epochs = config.train.epochs * len(loader)
+    total = min(all_epochs, config.train.max_steps or all_epochs)
     loader.skipped_to = folder / "skipped.txt"
-    environment = {
-        **describe_environment(),
-        "datasets": provenance.datasets,
-        "initial_weights": provenance.initial_weights,
-    }
-    log = runlog.RunLog(folder, config, environment, state.step, state.evaluated, total)
+    sources = {"datasets": provenance.datasets, "initial_weights": provenance.initial_weights}
+    log = runlog.RunLog(folder, config, describe_environment() | sources, state.step, state.evaluated, total)
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
     try:
-        if len(provenance.processes) > 1:
-            opened.notes.append(
-                f"warning: trained by {provenance.processes} processes in turn; batch norm saw other batches"
-            )
         for note in opened.notes:
             log.say(note)
+        if len(provenance.processes) > 1:
+            log.say(
+                f"warning: trained by {provenance.processes} processes in turn: batch norm's batch size has changed"
+            )
         norm_excludes = list(logit_parameters(state.model))
         run = Run(config, state, loader, val_loader, checkpoints, log, total, provenance, norm_excludes)
         if run.finished:
@@ -91,28 +90,29 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
 
 
 def load_initial_weights(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
-    """Put the weights of ``config.weights`` into a model.
+    """Load ``config.weights``, a checkpoint file or run folder, into a model.
 
     Returns:
-        What they were, as ``Provenance.initial_weights``.
+        ``Provenance.initial_weights``.
 
     Raises:
         InputError: no such file, or not weights of this model.
     """
+    assert config.weights is not None
     path = checkpoint.resolve(config.weights)
     payload, digest = distributed.on_main(lambda: (checkpoint.load(path), sha256(path)))
     put_weights(model, payload, str(path), new_head=config.new_head)
     training, processes = None, payload.get("processes")
     if isinstance(processes, list) and processes and all(type(count) is int and count > 0 for count in processes):
-        with contextlib.suppress(InputError):  # a recipe that this version does not know: the file's sha256 must do
-            source = parse_config(payload["config"], str(path))
-            training = describe_training(source, processes, payload.get("initial_weights"))
+        with contextlib.suppress(InputError):  # not a recipe of this version: the file's sha256 identifies the weights
+            recipe = parse_config(payload["config"], str(path))
+            training = describe_training(recipe, processes, payload.get("initial_weights"), payload.get("datasets"))
             training["step"] = payload.get("step")
-    taken = "ema" if "state_dict_ema" in payload and "state_dict" not in payload else "model"
-    return {"training": training, "sha256": digest, "weights": taken}
+    kind = "ema" if "state_dict_ema" in payload and "state_dict" not in payload else "model"
+    return {"training": training, "sha256": digest, "weights": kind}
 
 
 def regularisers(train: TrainConfig) -> dict[str, float]:
-    """The model's keywords that belong to the protocol; a model without them takes no zero either."""
+    """The rates that are keyword arguments of the model; none for a rate of 0, since not every model has them."""
     rates = {"drop_path_rate": train.drop_path, "drop_rate": train.drop}
     return {name: rate for name, rate in rates.items() if rate}

@@ -12,7 +12,7 @@ import timm
 from lip_resnet.config import EFFECTS, Config, Effect, EvalDataConfig, InputError, ModelConfig, Section
 from lip_resnet.evaluation.location import locate
 from lip_resnet.evaluation.testsets import SIDE_OF_C
-from lip_resnet.recipe import parse_config
+from lip_resnet.recipe import parse_section
 
 _KEYS_OF_KIND = {"download": False, "label_column": None, "classes": None}
 """Data keys that belong to one ``data.name``, and their values for the others."""
@@ -63,7 +63,7 @@ def timm_protocol(name: str, pretrained_cfg: dict[str, Any]) -> EvalConfig:
             **{key: resolved[key] for key in ("crop_mode", "interpolation", "mean", "std")},
         },
     }
-    return parse_config(tree, f"--model {name}", EvalConfig)
+    return parse_section(tree, f"--model {name}", EvalConfig)
 
 
 def reference_protocol(model: str, num_classes: int, trained: Config | None = None) -> EvalConfig:
@@ -113,11 +113,14 @@ def adapt(
         tree["data"] |= {"eval_size": side, "eval_resize": side, "crop_mode": "center"}
     tree["data"] |= {key: value for key, value in keys.items() if value is not None}
     tree["precision"] = precision or config.precision
-    return parse_config(tree, "evaluation", EvalConfig), split
+    return parse_section(tree, "evaluation", EvalConfig), split
 
 
 def describe_training(
-    config: Config, processes: list[int], initial_weights: dict[str, Any] | None = None
+    config: Config,
+    processes: list[int],
+    initial_weights: dict[str, Any] | None = None,
+    datasets: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """How weights were trained: every key of the recipe that changes them, except the model and the seed.
 
@@ -126,6 +129,8 @@ def describe_training(
         processes: the number of processes of each part of the training, in order; usually one part.
         initial_weights: the checkpoint's ``initial_weights``. Weights that a run started from are compared by their
             own training where it is known, else by the file's sha256; None (older checkpoints): by the recipe's path.
+        datasets: the checkpoint's ``datasets``. A selection by ``data.classes`` is compared by the digest of the
+            training images' names; None (older checkpoints): by the recipe's path.
     """
     training = {key: value for key, value in config.values(Effect.WEIGHTS).items() if not key.startswith("model.")}
     del training["train.seed"]
@@ -133,6 +138,11 @@ def describe_training(
     if start is not None and isinstance(initial_weights, dict):
         start = initial_weights.get("training") or {"sha256": initial_weights.get("sha256")}
     training |= {"model.weights": start, "model.new_head": config.model.new_head}
+    selection: Any = config.data.classes
+    train_set = datasets.get("train") if isinstance(datasets, dict) else None
+    if selection is not None and isinstance(train_set, dict):
+        selection = train_set.get("names") or selection
+    training["data.classes"] = selection
     # Batch norm sees this many images: with another number of processes it is another experiment.
     shares = [config.optim.accumulate * (1 if config.train.sync_bn else count) for count in processes]
     training["images_per_batch_norm"] = ", then ".join(str(config.data.batch_size // share) for share in shares)

@@ -13,7 +13,7 @@ from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, protocol
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.testsets import EvalSet
-from lip_resnet.files import write_atomically
+from lip_resnet.files import write_text
 
 _REQUIRED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
@@ -63,7 +63,9 @@ def build_row(
     """
     training = None
     if trained:
-        training = protocol.describe_training(trained, payload["processes"], payload.get("initial_weights"))
+        training = protocol.describe_training(
+            trained, payload["processes"], payload.get("initial_weights"), payload.get("datasets")
+        )
     return {
         "model": config.model.name,
         "args": config.model.args,
@@ -88,8 +90,7 @@ def write_row(path: Path, row: dict[str, Any]) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    text = json.dumps(row, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(row, indent=2) + "\n")
 
 
 def read_rows(paths: list[str]) -> list[dict[str, Any]]:

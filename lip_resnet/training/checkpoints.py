@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lip_resnet.checkpoint import load, save
-from lip_resnet.config import InputError
+from lip_resnet.compat import tree_map_only
+from lip_resnet.errors import InputError
 from lip_resnet.files import sync_folder
 
 
 class Checkpoints:
     """A run's ``checkpoints/``: ``last.pt``, ``best.pt`` and the last few by step, written while training goes on.
 
-    ``save`` copies the tensors and returns; a thread writes. One write is under way at most. The names are links to one
-    file, ``step-N.pt``, which is written once.
+    ``save`` copies the tensors to the CPU and returns; a thread writes them, one checkpoint at a time. ``last.pt`` and
+    ``best.pt`` are hard links to ``step-N.pt``, where the file system has links, else copies.
 
     Args:
         folder: the directory.
-        keep: how many of the last to keep, beside the best.
+        keep: how many of the newest to keep, beside the best.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -32,7 +32,7 @@ class Checkpoints:
         self._error: Exception | None = None
 
     def save(self, payload: dict[str, Any], best: bool) -> None:
-        """Start to write ``payload``, whose ``step`` names it; ``best`` makes it ``best.pt`` too.
+        """Start to write ``payload`` as ``step-N.pt``, N its ``step``, and ``last.pt``; if ``best``, also ``best.pt``.
 
         Raises:
             InputError: the previous write failed.
@@ -44,14 +44,14 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether a write has failed that ``wait`` has not reported yet."""
+        """Whether a write has failed and ``wait`` has not reported it yet."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
-            InputError: the write failed; it is reported once.
+            InputError: the write failed; raised once for each failure.
         """
         if self._thread is not None:
             self._thread.join()
@@ -64,17 +64,17 @@ class Checkpoints:
         try:
             path = self.folder / f"step-{payload['step']:08d}.pt"
             save(path, payload)
-            # best first: a kill between the two is then repaired by the evaluation that is done again.
+            # best.pt first: after a kill between the two, the resumed run repeats the evaluation and writes both.
             for name in ["best.pt", "last.pt"] if best else ["last.pt"]:
                 self._link(path, self.folder / name, payload)
-            # By age, not by step: a damaged one that the run had to go back behind must not push out a whole one.
-            others = sorted(set(self._by_step()) - {path}, key=lambda path: path.stat().st_mtime_ns)
+            # By age, not by step: a damaged checkpoint of a later step must not displace an intact one.
+            others = sorted(set(self._step_files()) - {path}, key=lambda path: path.stat().st_mtime_ns)
             for old in others[: max(0, len(others) + 1 - self.keep)]:
                 old.unlink()
             sync_folder(self.folder)
         except OSError as error:
             self._error = InputError(f"{self.folder}: cannot write: {error.strerror}")
-        except Exception as error:  # whatever it is, `wait` raises it where the run can see it
+        except Exception as error:  # raised by `wait`, in the main thread
             self._error = error
 
     @staticmethod
@@ -83,26 +83,26 @@ class Checkpoints:
         temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)
-        except OSError:  # a file system without links, or a full one
+        except OSError:  # the file system has no hard links, or is full
             save(name, payload)
             return
         os.replace(temporary, name)
-        temporary.unlink(missing_ok=True)  # a rename onto a link of the same file leaves both
+        temporary.unlink(missing_ok=True)  # rename(2) does nothing if both names are links to the same file
 
-    def _by_step(self) -> list[Path]:
-        """The files that ``save`` names by their step; a user's own, such as step-best.pt, are not among them."""
+    def _step_files(self) -> list[Path]:
+        """Every ``step-N.pt`` that ``save`` wrote; not a user's own files, such as step-best.pt."""
         return [path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", path.name)]
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that can be read, and a line on each that was skipped.
+        """The newest intact checkpoint, None if there are no checkpoints; and a line on each damaged one.
 
         Raises:
-            InputError: there are checkpoints, and none is whole.
+            InputError: there are checkpoints, and all are damaged.
         """
-        found = [self.folder / "last.pt", *sorted(self._by_step(), reverse=True)]
-        found = [path for path in found if path.exists()]
         skipped = []
-        for path in found:
+        for path in [self.folder / "last.pt", *sorted(self._step_files(), reverse=True)]:
+            if not path.exists():
+                continue
             try:
                 payload = load(path)
             except InputError as error:
@@ -112,11 +112,11 @@ class Checkpoints:
                 return path, skipped
             skipped.append(f"{path}: not a training checkpoint")
         if skipped:
-            raise InputError(f"no checkpoint is whole: {'; '.join(skipped)}")
+            raise InputError(f"no checkpoint is intact: {'; '.join(skipped)}")
         return None, []
 
     def newer_than(self, source: Path) -> Path | None:
-        """A whole checkpoint of a later step than ``source``'s, if there is one.
+        """The newest intact checkpoint, if its step is later than that of ``source``; else None.
 
         Raises:
             InputError: ``source`` cannot be read.
@@ -133,34 +133,39 @@ class Checkpoints:
 def check_entries(
     payload: dict[str, Any], networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, counts: Tensor
 ) -> None:
-    """Refuse of a training checkpoint what ``load_state_dict`` would take without a look, and fail on in the next step.
+    """Check the entries of a training checkpoint that ``load_state_dict`` does not check: it would fail a step later.
 
     Args:
-        networks: by the entry that holds their weights.
-        counts: one process's; ``window`` has a row like it for each.
+        payload: the checkpoint.
+        networks: the modules whose weights it holds, by entry ("model", "ema").
+        optimizer: the optimizer that will load its ``optimizer`` entry.
+        counts: (n,), the counts of one process; the ``window`` entry has a row like it for each process.
 
     Raises:
         KeyError: an entry is missing.
-        ValueError: an entry cannot be right.
+        ValueError: an entry has a wrong type, value or shape.
     """
-    window, processes = payload["window"], payload["processes"]
-    numbers = isinstance(processes, list) and processes and all(type(n) is int and n > 0 for n in processes)
-    sets, done = payload.get("datasets", {}), payload.get("evaluated", 0)
-    evaluated = type(done) is int and type(payload["step"]) is int and 0 <= done <= payload["step"]
-    start = payload.get("initial_weights")
-    rows = isinstance(window, Tensor) and len(window) and window.shape[1:] == counts.shape
-    for entry, right, wanted in (
-        ("step", type(payload["step"]) is int and payload["step"] >= 0, "number of steps"),
-        ("best", type(payload["best"]) in (int, float), "percentage"),
-        ("processes", numbers, "list of numbers of processes"),
-        ("evaluated", evaluated, "step up to this one"),
-        ("skipped", type(payload.get("skipped", 0)) is int, "number of images"),
-        ("datasets", isinstance(sets, dict) and all(isinstance(each, dict) for each in sets.values()), "description"),
-        ("initial_weights", start is None or isinstance(start, dict), "description"),
-        ("window", rows, "table of counts"),
+    step, processes, window = payload["step"], payload["processes"], payload["window"]
+    best, skipped, evaluated = payload["best"], payload.get("skipped", 0), payload.get("evaluated", 0)
+    datasets, initial_weights = payload.get("datasets", {}), payload.get("initial_weights")
+    step_ok = type(step) is int and step >= 0
+    processes_ok = isinstance(processes, list) and processes and all(type(n) is int and n > 0 for n in processes)
+    datasets_ok = isinstance(datasets, dict) and all(isinstance(each, dict) for each in datasets.values())
+    window_ok = isinstance(window, Tensor) and len(window) and window.shape[1:] == counts.shape
+    for entry, valid, allowed in (
+        ("step", step_ok, "a number of steps"),
+        ("best", type(best) in (int, float), "a percentage"),
+        ("processes", processes_ok, "a list of numbers of processes"),
+        ("evaluated", step_ok and type(evaluated) is int and 0 <= evaluated <= step, "a step, at most `step`"),
+        ("skipped", type(skipped) is int, "a number of images"),
+        ("datasets", datasets_ok, "a mapping of descriptions"),
+        ("initial_weights", initial_weights is None or isinstance(initial_weights, dict), "a description"),
+        ("window", window_ok, f"counts of shape (processes, {len(counts)})"),
     ):
-        if not right:
-            raise ValueError(f"{entry} is no {wanted} but a {type(payload[entry]).__name__}")
+        if not valid:
+            given = payload[entry]
+            shown = tuple(given.shape) if isinstance(given, Tensor) else f"{given!r:.80}"
+            raise ValueError(f"{entry} is {shown} ({type(given).__name__}); it must be {allowed}")
     for entry, network in networks.items():
         for name, ours in network.state_dict().items():
             given = payload[entry].get(name)
@@ -170,9 +175,9 @@ def check_entries(
     keys = [key for group in payload["optimizer"]["param_groups"] for key in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(keys) != len(parameters) or not states.keys() <= set(keys):
-        raise ValueError("optimizer: it is of other parameters")
+        raise ValueError(f"optimizer: holds the state of {len(keys)} parameters; it must be of {len(parameters)}")
     for key, parameter in zip(keys, parameters, strict=True):
         for name, value in states.get(key, {}).items():
             fits = isinstance(value, Tensor) and value.shape in ((), parameter.shape)
             if not fits and type(value) not in (int, float, bool, type(None)):
-                raise ValueError(f"optimizer: {name} does not fit the parameter that it is of")
+                raise ValueError(f"optimizer: {name} does not fit its parameter of shape {tuple(parameter.shape)}")

@@ -49,21 +49,22 @@ class TrainState:
     """Images of this process's batches that did not decode and were left out."""
     best: float = -math.inf
     """Highest validation top-1 so far, percent, of the weights that ``train.rules`` names."""
-    left_out: set[int] = field(default_factory=set)
-    """Steps (from 1) whose batches change nothing: those that were not finite before a rollback."""
+    excluded_steps: set[int] = field(default_factory=set)
+    """Steps (from 1) whose batches are not trained on: they were not finite before a rollback."""
     rollbacks: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers for a checkpoint; every process must call it.
+        """Tensors and numbers for a checkpoint. A collective: every process must call it.
 
         Raises:
-            FloatingPointError: a loss since the last log step, or a weight, is not finite; or what the guard raises.
+            FloatingPointError: a loss since the last log step, or a weight, is not finite.
+            Rollback: as ``NonFiniteGuard.check_pending``.
         """
         self.guard.check_pending()
         window = distributed.gather_rows(self.window.sums)
         weights = nn.utils.get_total_norm(self.model.parameters())
         if not window.isfinite().all() or not weights.isfinite():
-            raise FloatingPointError(f"loss or weights are not finite at step {self.step}; no checkpoint holds them")
+            raise FloatingPointError(f"loss or weights are not finite at step {self.step}; they are not saved")
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -76,13 +77,17 @@ class TrainState:
             "best": self.best,
             "nonfinite": {
                 "counters": self.guard.counters,
-                "left_out": sorted(self.left_out),
+                "left_out": sorted(self.excluded_steps),
                 "rollbacks": self.rollbacks,
             },
         }
 
     def load_state_dict(self, payload: dict[str, Any], source: str) -> None:
-        """Take over what ``state_dict`` gave; ``source`` names the file in errors."""
+        """Restore what ``state_dict`` returned; ``source`` names the file in errors.
+
+        Raises:
+            InputError: an entry is missing, or does not fit this recipe.
+        """
         try:
             networks = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
             check_entries(payload, networks, self.optimizer, self.window.sums)
@@ -92,12 +97,12 @@ class TrainState:
             self.optimizer.load_state_dict(payload["optimizer"])
             self.scaler.load_state_dict(payload["scaler"])
             self.step, self.best = payload["step"], payload["best"]
-            # Older checkpoints have none of these.
+            # Older checkpoints lack these.
             self.evaluated = payload.get("evaluated", self.step)
             self.skipped = payload.get("skipped", 0) if distributed.is_main() else 0
             if "nonfinite" in payload:
                 self.guard.counters.copy_(payload["nonfinite"]["counters"])
-                self.left_out = set(payload["nonfinite"]["left_out"])
+                self.excluded_steps = set(payload["nonfinite"]["left_out"])
                 self.rollbacks = payload["nonfinite"]["rollbacks"]
             rows = payload["window"]
             if len(rows) != distributed.world_size():  # continued on another number of processes
@@ -106,7 +111,7 @@ class TrainState:
             self.window.sums.copy_(rows[distributed.rank()])
         except KeyError as error:
             raise InputError(f"{source}: not a training checkpoint: it has no {error}") from error
-        # What torch's own load_state_dict raise on entries of another kind, and check_entries.
+        # Raised by check_entries, and by torch's load_state_dict for entries of a wrong type.
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:400]
             raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from error
@@ -123,14 +128,14 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
         if device.type != "cuda":
             raise InputError("train.sync_bn needs GPUs; this process trains on the CPU")
         model = convert_sync_batchnorm(model)
-    model.to(device, memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
+    model.to(device).to(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
     ema = None if train.ema_decay is None else ModelEmaV3(model, train.ema_decay)
     optimizer = build_optimizer(model, config.optim)
     if train.compile:
         model.compile(mode=train.compile_mode)
     wrapped = model
     if distributed.world_size() > 1:
-        # Every forward takes rank 0's BN buffers, so a checkpoint needs only those.
+        # DDP broadcasts rank 0's BN buffers before every forward: a checkpoint needs only those.
         wrapped = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
@@ -176,15 +181,15 @@ def train_one_epoch(
 ) -> None:
     """Train from ``state.step`` to the end of its epoch, or to ``train.max_steps``.
 
-    Nothing waits for the device between two log steps. All randomness is drawn from (seed, step, rank, part).
+    The host never waits for the device between two log steps. Randomness is a function of (seed, step, rank, part).
 
     Args:
-        norm_excludes: parameters whose gradients can dwarf all others; with clipping, the norm without them is logged
-            too.
-        on_step: called after every optimizer step; True ends the call there.
+        norm_excludes: parameters whose gradients can be far larger than all others; with clipping, the norm without
+            them is logged too.
+        on_step: called after every optimizer step; if it returns True, training ends there.
         on_log: called every ``train.log_every`` steps, and at the epoch's end, with the ``train/`` numbers since the
             last call.
-        on_phase: called when a step comes to "forward", "backward", "update" and "log".
+        on_phase: called with "forward", "backward", "update" and "log" when the phase begins.
 
     Raises:
         FloatingPointError, Rollback: as ``NonFiniteGuard.check_pending`` and ``check_scale``.
@@ -197,16 +202,16 @@ def train_one_epoch(
 
     state.wrapped.train()
     state.optimizer.zero_grad()
-    counts, extra = state.window, {}
-    began = waiting = time.perf_counter()
+    counts, extra = state.window, dict[str, Tensor]()
+    log_start = wait_start = time.perf_counter()
     waited = 0.0
     for batch in prefetch(loader.epoch(epoch, first), device):
-        waited += time.perf_counter() - waiting
+        waited += time.perf_counter() - wait_start
         lr = lr_at(state.step, optim, len(loader), train.epochs)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
 
-        if state.step + 1 not in state.left_out:
+        if state.step + 1 not in state.excluded_steps:
             extra = step(batch, lr)
         state.step += 1
         state.skipped += batch.skipped
@@ -215,7 +220,7 @@ def train_one_epoch(
             on_phase("log")
             state.guard.check_pending()
             sums = counts.reduce()
-            elapsed = time.perf_counter() - began
+            elapsed = time.perf_counter() - log_start
             check_scale(state.scaler, state.step)
             if config.data.on_error == "skip":
                 extra["train/skipped"] = distributed.all_reduce_sum(torch.tensor(state.skipped, device=device))
@@ -233,18 +238,18 @@ def train_one_epoch(
                 }
             )
             counts.reset()
-            began, waited = time.perf_counter(), 0.0
+            log_start, waited = time.perf_counter(), 0.0
         if on_step() or (state.step == end and state.step % len(loader)):
-            break  # in the middle of an epoch
-        waiting = time.perf_counter()
+            break  # before the epoch's end
+        wait_start = time.perf_counter()
 
 
 class TrainStep:
-    """One optimizer step on one ``Batch``: forward, backward and update; nothing changes if it is not finite.
+    """One optimizer step on one ``Batch``: forward, backward and update; a non-finite step changes nothing.
 
     Args:
-        state: of ``build_state``, its modules in training mode; ``state.step`` is read and not advanced.
-        objective: images and targets, and the loss.
+        state: from ``build_state``, its modules in training mode; ``state.step`` is read, not advanced.
+        objective: prepares images and targets, and computes the loss.
         norm_excludes, on_phase: as for ``train_one_epoch``.
     """
 
@@ -257,6 +262,9 @@ class TrainStep:
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.state, self.config, self.objective, self.on_phase = state, config, objective, on_phase
+        self.no_sync = (
+            state.wrapped.no_sync if isinstance(state.wrapped, DistributedDataParallel) else contextlib.nullcontext
+        )
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         without = {id(parameter) for parameter in norm_excludes}
         self.norm_parameters = (
@@ -264,23 +272,24 @@ class TrainStep:
         )
 
     def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
-        """Train on a batch; ``lr``, which the optimizer has already, is for error messages.
+        """Train on a batch; ``lr``, which is already set in the optimizer, is for error messages.
 
-        Returns the gradient norms if gradients are clipped, () on the device.
+        Returns:
+            With clipping, the gradient norms before it by their TensorBoard names, float32 () on the device.
 
         Raises:
             FloatingPointError, Rollback: as ``NonFiniteGuard.check_pending``.
         """
         state, clip, scaler = self.state, self.config.optim.clip_norm, self.state.scaler
-        guard, world, extra = state.guard, distributed.world_size(), {}
+        guard, world, extra = state.guard, distributed.world_size(), dict[str, Tensor]()
         guard.start_step(state.window.sums)
         for part, (images, labels) in enumerate(batch.parts):
             self.on_phase("forward")
             last = part == len(batch.parts) - 1
-            with contextlib.nullcontext() if last or world == 1 else state.wrapped.no_sync():
+            with contextlib.nullcontext() if last else self.no_sync():
                 logits, labels, loss = self._forward(state.wrapped, images, labels, state.step, part)
                 self.on_phase("backward")
-                # DDP averages over processes; this weight makes it the mean over the batch's images, however dealt.
+                # DDP averages over processes; this weight makes that the mean over all images of the batch.
                 scaler.scale(guard.scale_loss(loss, len(labels) * world / batch.size)).backward()
             state.window.add(logits.detach(), labels, loss.detach())
 
@@ -289,7 +298,7 @@ class TrainStep:
         if clip is not None or not scaler.is_enabled():
             scaler.unscale_(state.optimizer)
             norm = _norm(self.parameters)
-        if clip is not None:
+        if clip is not None and norm is not None:
             extra["train/grad_norm"] = norm
             if self.norm_parameters:
                 extra["train/grad_norm_without_logits"] = _norm(self.norm_parameters)
@@ -300,7 +309,7 @@ class TrainStep:
         guard.undo_if(bad)
         if state.ema is not None:
             update_average(state.ema, state.model, bad)
-        guard.enqueue(state.step + 1, lr, bad, batch.parts, self._again(batch, state.step))
+        guard.enqueue(state.step + 1, lr, bad, batch.parts, self._rerun(batch, state.step))
         return extra
 
     def _forward(
@@ -312,8 +321,8 @@ class TrainStep:
         logits = logits.float()
         return logits, labels, self.objective.loss(logits, targets)
 
-    def _again(self, batch: Batch, step: int) -> Callable[[], Iterator[Tensor]]:
-        """The batch's losses by the plain module, with the randomness of step ``step`` (from 0)."""
+    def _rerun(self, batch: Batch, step: int) -> Callable[[], Iterator[Tensor]]:
+        """Computes the batch's losses again, by the plain module and with the randomness of step ``step`` (from 0)."""
         return lambda: (
             self._forward(self.state.model, images, labels, step, part)[2]
             for part, (images, labels) in enumerate(batch.parts)

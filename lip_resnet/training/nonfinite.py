@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lip_resnet import checkpoint, distributed
+from lip_resnet.compat import copy_tensors_, is_compiled, move_towards_, tree_leaves
 from lip_resnet.config import InputError, TrainConfig
 
 CHECK_DELAY_STEPS = 2
 """On a GPU, the host reads a step's flags this many steps later, when the copy has arrived without waiting."""
 MAX_SAVED_BATCHES = 8
-"""Batches with a step that was not finite that each rank saves in a run folder, at most."""
+"""Each rank saves at most this many non-finite batches in a run folder."""
 
 
 class Rollback(Exception):
-    """The run must go back to its newest checkpoint and leave out the step that ``step`` names."""
+    """The run must go back to its newest checkpoint and exclude step ``step`` (from 1) when it comes to it again."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
@@ -49,8 +49,9 @@ class NonFiniteGuard:
     A step whose loss or gradient norm is not finite, on any rank, leaves parameters, optimizer, average, buffers and
     counts as they were.
 
-    A loss that is not finite makes its gradients NaN, and the all-reduce carries them to every rank, so every rank
-    decides alike. Under float16, whose scaler skips overflowing steps as a matter of course, only the loss counts.
+    A non-finite loss makes its gradients NaN, and the all-reduce carries them to every rank, so every rank reaches the
+    same decision. Under float16 only the loss is checked: overflowing gradients are normal there, and the scaler skips
+    those steps.
 
     ``train.on_nonfinite`` says what happens next: ``skip`` warns and goes on; ``stop`` and ``rollback`` undo all later
     steps too, until the host has read the flags, and then raise.
@@ -89,12 +90,16 @@ class NonFiniteGuard:
         return loss * torch.where(bad | self._stopped, self._nan, weight)
 
     def is_bad(self, norm: Tensor | None) -> Tensor:
-        """1.0 () if the step must be undone, else 0.0; ``norm`` is the whole gradient's, None under float16."""
+        """float32 () on the device: 1 if the step must be undone, else 0.
+
+        ``norm`` () is that of the whole gradient; not used under float16.
+        """
         if self._float16:
             bad = self._loss.float()
             if distributed.world_size() > 1:
                 torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         else:
+            assert norm is not None
             bad = (~norm.isfinite()).float()
         if self.config.on_nonfinite != "skip":
             self._stopped |= bad.bool()
@@ -102,13 +107,13 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def undo_if(self, bad: Tensor) -> None:
-        """Buffers and counts as they were when the step began, where ``bad`` is 1."""
+        """Restore buffers and counts to what they were when the step began, where ``bad`` () is 1."""
         undone = bad.bool()
-        sums, flats = self._before
+        sums, buffers = self._before
         self._sums.copy_(torch.where(undone, sums, self._sums))
-        for group, before in zip(self._groups, flats, strict=True):
-            kept = torch.where(undone, before, _flat(group)).split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(group, [flat.view_as(buffer) for flat, buffer in zip(kept, group, strict=True)])
+        for group, before in zip(self._groups, buffers, strict=True):
+            flats = torch.where(undone, before, _flat(group)).split([buffer.numel() for buffer in group])
+            copy_tensors_(group, [flat.view_as(buffer) for flat, buffer in zip(flats, group, strict=True)])
         self.counters += undone
         self.counters[1] *= undone
 
@@ -120,7 +125,14 @@ class NonFiniteGuard:
         parts: list[tuple[Tensor, Tensor]],
         losses: Callable[[], Iterator[Tensor]],
     ) -> None:
-        """Have the flags of optimizer step ``step`` (from 1) read once the device has computed them."""
+        """Queue the flags of optimizer step ``step`` (from 1), to be read once the device has computed them.
+
+        ``rate`` is the learning rate, ``parts`` the (images, labels) of the batch and ``losses`` runs the step's
+        forwards again: they serve the report of a non-finite step.
+
+        Raises:
+            FloatingPointError, Rollback: as ``check_pending``.
+        """
         flags, copied = torch.stack([bad, self.counters[1].float(), self._loss.float()]), None
         if self.device.type == "cuda":
             flags = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
@@ -130,7 +142,7 @@ class NonFiniteGuard:
         self.check_pending(self.check_delay)
 
     def check_pending(self, keep: int = 0) -> None:
-        """Read the flags of all pending steps but the last ``keep``; every process must call it after the same step.
+        """Read the flags of all pending steps but the last ``keep``. A collective: every process calls it after a step.
 
         Raises:
             FloatingPointError: a step was not finite, and ``on_nonfinite`` is stop, or too many in a row were skipped.
@@ -145,7 +157,7 @@ class NonFiniteGuard:
                 self._report(pending, int(in_a_row), bool(own_loss))
 
     def forget_pending(self) -> None:
-        """Drop all flags that are not read yet: the run has gone back to a checkpoint."""
+        """Discard the flags that have not been read: the run has gone back to a checkpoint."""
         self._pending.clear()
         self._stopped.zero_()
 
@@ -154,18 +166,18 @@ class NonFiniteGuard:
         where = diagnose(self.model, pending.losses)
         if where is None and own_loss:
             where = "a loss that was finite when the batch was run again"
-        places = {rank: place for rank, place in enumerate(distributed.gather_objects(where)) if place is not None}
-        if not places:
-            places = dict.fromkeys(range(distributed.world_size()), "the gradients summed over processes")
+        causes = {rank: cause for rank, cause in enumerate(distributed.gather_objects(where)) if cause is not None}
+        if not causes:
+            causes = dict.fromkeys(range(distributed.world_size()), "the gradients summed over processes")
         name = f"step-{pending.step:08d}-rank{{}}.pt"
-        if distributed.rank() in places:
+        if distributed.rank() in causes:
             self._save(pending, name.format(distributed.rank()))
-        text = "; ".join(f"rank {rank}: {place}" for rank, place in list(places.items())[:4])
+        text = "; ".join(f"rank {rank}: {cause}" for rank, cause in list(causes.items())[:4])
         message = f"loss or gradients are not finite at step {pending.step}, learning rate {pending.rate:g}; {text}"
-        if len(places) > 4:
-            message += f"; and {len(places) - 4} more ranks"
+        if len(causes) > 4:
+            message += f"; and {len(causes) - 4} more ranks"
         if self.folder is not None:
-            message += f"; batch: {self.folder / name.format(next(iter(places)))}"
+            message += f"; batch: {self.folder / name.format(next(iter(causes)))}"
         if train.on_nonfinite == "rollback":
             raise Rollback(pending.step, message)
         if train.on_nonfinite == "stop":
@@ -198,7 +210,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def update_average(ema: ModelEmaV3, model: nn.Module, bad: Tensor) -> None:
-    """average += (1 - decay) (weights - average), timm's rule, and nothing where ``bad`` is 1; on the device."""
+    """average += (1 - decay) (weights - average), timm's rule; unchanged where ``bad`` () is 1. On the device."""
     averages, values = [], []
     for average, value in zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True):
         if average.is_floating_point():
@@ -206,44 +218,41 @@ def update_average(ema: ModelEmaV3, model: nn.Module, bad: Tensor) -> None:
             values.append(value)
         else:
             average.copy_(value)
-    change = torch._foreach_sub(values, averages)
-    torch._foreach_mul_(change, (1 - bad) * (1 - ema.decay))
-    torch._foreach_add_(averages, change)
+    move_towards_(averages, values, (1 - bad) * (1 - ema.decay))
 
 
 SMALLEST_SCALE = 2.0**-14
+"""A float16 loss scale below this means that gradients overflow at any scale."""
 
 
 def check_scale(scaler: torch.amp.GradScaler, step: int) -> None:
-    """Under float16 the scaler leaves out steps whose gradients overflow and halves its scale: it may not go on so.
-
-    Waits for the device.
+    """Stop a float16 run whose scaler does nothing but skip steps and halve its scale. Waits for the device.
 
     Raises:
-        FloatingPointError: the scale has sunk below ``SMALLEST_SCALE``: the gradients overflow at any scale.
+        FloatingPointError: the scale is below ``SMALLEST_SCALE``.
     """
     if scaler.is_enabled() and (scale := scaler.get_scale()) < SMALLEST_SCALE:
         raise FloatingPointError(
-            f"gradients overflow at step {step} whatever their scale, which is down to {scale:.3g}: float16's steps no "
-            "longer count; train.precision: bfloat16 has the range of float32"
+            f"gradients overflow at step {step} at any loss scale, even {scale:.3g}: float16 skips every step; use "
+            "train.precision: bfloat16, which has the range of float32"
         )
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
     """One update, unless ``bad`` is 1: then parameters and optimizer stay as they are.
 
-    Fused optimizers read the flag on the device. The others (lamb, lars) make the host wait for it.
+    Fused optimizers read the flag on the device; for the others (lamb, lars) the host waits for it.
     """
-    if scaler.is_enabled():  # its own flag covers ours: a loss that is not finite has made the gradients NaN
+    if scaler.is_enabled():  # its own flag includes ours: a non-finite loss has made the gradients NaN
         one = torch.ones((), device=bad.device)
         before = scaler.scale(one)
         scaler.step(optimizer)
         scaler.update()
-        scaler.update(torch.where(bad.bool(), before, scaler.scale(one)))  # such a loss is not the scale's fault
+        scaler.update(torch.where(bad.bool(), before, scaler.scale(one)))  # keep the scale: the loss was at fault
     elif optimizer.defaults.get("fused"):
-        optimizer.found_inf = bad
+        optimizer.found_inf = bad  # type: ignore[attr-defined]  # read by torch's fused optimizers, as GradScaler sets it
         optimizer.step()
-        del optimizer.found_inf
+        del optimizer.found_inf  # type: ignore[attr-defined]
     elif not bad.item():
         optimizer.step()
 
@@ -251,8 +260,8 @@ def step_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 def diagnose(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> str | None:
     """Run a step's forwards and backwards again and name the first thing that is not finite; None if all is finite.
 
-    In this order: the images, a module's output, the loss, a parameter's gradient (the last parameter's first, as the
-    backward goes). The network stays as it is.
+    In this order: the images, a module's output, the loss, a parameter's gradient (in the order of the backward, the
+    last parameter first). The network is left unchanged.
     """
     first: list[str] = []
 
@@ -265,8 +274,8 @@ def diagnose(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> str | 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, inputs, output: check(output, f"the output of {name or 'the network'}")
 
-    eager = contextlib.nullcontext()
-    if model._compiled_call_impl is not None:
+    eager: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if is_compiled(model):
         eager = torch.compiler.set_stance("force_eager")
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]

@@ -1,4 +1,4 @@
-"""What a step minimises: batches to images and targets, logits to a loss, all of it drawn from (seed, step)."""
+"""What a step minimises: batches to images and targets, logits to a loss; its randomness is a function of the step."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from lip_resnet.data import normalize, to_device
 
 
 class Objective:
-    """Images and targets of a part of a step, and the loss of its logits; the same for the same (step, rank, part)."""
+    """Images and targets of a part of a step, and the loss of its logits: a function of (seed, step, rank, part)."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.train, self.classes, self.device = config.train, config.model.num_classes, device

@@ -1,6 +1,7 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
 import math
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
@@ -14,27 +15,27 @@ _TIMM_NAMES = {"sgd": "momentum", "adamw": "adamw", "lamb": "lamb", "lars": "lar
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimizer over one group, or over two: tensors of two and more dimensions decay, the others do not.
 
-    SGD and AdamW run fused: one pass over the parameters, and no synchronisation under float16's scaler.
+    SGD and AdamW are fused: one pass over the parameters, and no synchronisation under float16's scaler.
     """
     parameters = (
         param_groups_weight_decay(model, config.weight_decay)
         if config.decay == "matrices"
         else [parameter for parameter in model.parameters() if parameter.requires_grad]
     )
-    name, options = _TIMM_NAMES[config.name], {}
+    name, options = _TIMM_NAMES[config.name], dict[str, Any]()
     if config.name in ("sgd", "lars"):
         options["momentum"] = config.momentum
     if config.name in ("adamw", "lamb"):
         options["betas"] = config.betas
     if config.name == "lamb":
-        options["max_grad_norm"] = None  # timm's would clip by itself; clip_norm alone decides
+        options["max_grad_norm"] = None  # no clipping inside the optimizer: clip_norm alone decides
     if config.name in ("sgd", "adamw"):
         options["fused"] = True
     if config.nesterov:
         name = "nesterov"
     optimizer = create_optimizer_v2(parameters, opt=name, lr=config.lr, weight_decay=config.weight_decay, **options)
     if config.name == "sgd" and config.momentum:
-        # torch leaves a momentum that begins in a skipped step (float16's first, as a rule) uninitialised.
+        # If torch's first step is skipped (as float16's usually is), it leaves the momentum uninitialised.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -44,8 +45,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, epochs: int) -> float:
     """The learning rate of optimizer step ``step`` (from 0).
 
-    Warm-up: lr * (step + 1) / warm-up steps. Then either lr * gamma^(milestones passed), the reference's rule, or a
-    cosine or a line from lr, at the end of the warm-up, to min_lr, at step epochs * steps_per_epoch.
+    Warm-up: lr * (step + 1) / (warm-up steps). After it lr * gamma^(milestones passed), the reference code's rule; or a
+    cosine or a straight line from lr, at the end of the warm-up, to min_lr, at step epochs * steps_per_epoch.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup:

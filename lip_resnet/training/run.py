@@ -1,4 +1,4 @@
-"""A run: epochs, evaluations, checkpoints and logs in their order, and what to do when one of them cannot go on."""
+"""A run: the order of epochs, evaluations, checkpoints and logs, and what happens when one of them fails."""
 
 import contextlib
 import math
@@ -10,42 +10,44 @@ import torch
 from torch import nn
 
 from lip_resnet import checkpoint, distributed
-from lip_resnet.config import Config, Effect, InputError, TrainConfig
+from lip_resnet.config import Config, Effect, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader
-from lip_resnet.errors import Stopped
+from lip_resnet.errors import InputError, Stopped
 from lip_resnet.evaluation.evaluate import evaluate
 from lip_resnet.recipe import parse_config
 from lip_resnet.training import run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import TrainState, train_one_epoch, warm_up_ddp
-from lip_resnet.training.interrupts import SAVE, SETTLE, STOP, Interrupts
+from lip_resnet.training.interrupts import REPORT, SAVE, STOP, Interrupts
 from lip_resnet.training.nonfinite import Rollback
 from lip_resnet.training.watchdog import Watchdog
 
 Datasets = dict[str, dict[str, Any]]
-"""What ``describe_source`` says of "train" and "val"."""
+"""``describe_source`` of the splits "train" and "val"."""
 
 
 @dataclass
 class Provenance:
-    """How weights came to be, beside the recipe; stands in every checkpoint and in env.json."""
+    """Where weights come from, beside the recipe; recorded in every checkpoint."""
 
     processes: list[int]
-    """The numbers of processes that have trained them so far, in order."""
+    """The numbers of processes that the run has had so far, in order."""
     datasets: Datasets = field(default_factory=dict)
     initial_weights: dict[str, Any] | None = None
-    """What ``model.weights`` was, if the run started from weights: ``sha256`` of the file; ``weights``, model or ema,
-    that were taken from it; ``training``, their own ``describe_training`` with the ``step``, or None if unknown."""
+    """The weights that the run started from (``model.weights``), None if it started from random ones: ``sha256`` of the
+    file; ``weights``, which were loaded (model or ema); ``training``, their own ``describe_training`` and ``step``, or
+    None if unknown."""
 
 
 def restore(state: TrainState, config: Config, source: Path, provenance: Provenance) -> None:
-    """Continue from a training checkpoint, and from its provenance.
+    """Load a training checkpoint into ``state`` and its provenance into ``provenance``. A collective.
 
-    Rank 0 reads the file, so that all ranks go on from the same one whatever their file systems show them. Where the
-    recipe now evaluates differently, ``best`` is chosen afresh: the old figure and the new ones cannot be compared.
+    Rank 0 reads the file and broadcasts it, so that all ranks continue from the same file even on a file system that
+    shows them different ones. If the recipe's evaluation has changed, ``best`` starts again: old and new accuracies
+    cannot be compared.
 
     Raises:
-        InputError: it is none, or of another recipe, or other data.
+        InputError: not a training checkpoint, or one of another recipe, or of other data.
     """
     payload = distributed.on_main(lambda: checkpoint.load(source))
     earlier = parse_config(payload["config"], str(source)) if "config" in payload else config
@@ -60,21 +62,26 @@ def restore(state: TrainState, config: Config, source: Path, provenance: Provena
 
 
 def check_same_data(theirs: Datasets, ours: Datasets, where: str) -> None:
-    """Refuse to continue on other images: the order of every epoch is drawn over their number.
+    """Refuse to continue with other images: every epoch is a permutation of their indices.
+
+    Args:
+        theirs: what the run was trained on; keys that an older version did not record are not compared.
+        ours: what this start has.
+        where: names the run in errors.
 
     Raises:
-        InputError: with the first thing that differs.
+        InputError: number of images, number of classes or file names differ; names the first.
     """
-    for split, found in ours.items():
-        for what in ("images", "classes", "names"):
-            before, now = theirs.get(split, {}).get(what), found.get(what)
+    for split, dataset in ours.items():
+        for key in ("images", "classes", "names"):
+            before, now = theirs.get(split, {}).get(key), dataset.get(key)
             if before is not None and now is not None and before != now:
-                raise InputError(f"{where} was trained with other data: {what} of {split}: {before}, here {now}")
+                raise InputError(f"{where} was trained with other data: {key} of {split}: {before}, here {now}")
 
 
 @dataclass
 class Run:
-    """The parts of a run, and the order in which they work."""
+    """A run, built from its parts; ``fit`` trains it to the end."""
 
     config: Config
     state: TrainState
@@ -90,22 +97,22 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.state.step >= self.total and not self._unevaluated()
+        """Whether all steps are done and the last evaluation too."""
+        return self.state.step >= self.total and not self._evaluation_is_due()
 
-    def _unevaluated(self) -> bool:
-        """Whether an epoch has ended whose evaluation is due and still to come."""
+    def _evaluation_is_due(self) -> bool:
+        """Whether the step is one after which the recipe evaluates, and this has not been done."""
         step, length = self.state.step, len(self.loader)
-        over = step >= self.total
-        due = over or (step % length == 0 and step // length % self.config.train.eval_every == 0)
+        due = step >= self.total or (step % length == 0 and step // length % self.config.train.eval_every == 0)
         return due and self.state.evaluated < step
 
     def fit(self, interrupts: Interrupts) -> None:
-        """Epoch by epoch: train, evaluate, log, save. Asked to stop, save and leave after the step under way.
+        """Epoch by epoch: train, evaluate, log, save. After a signal, finish the current step, save and stop.
 
         Raises:
-            Stopped: by a signal; everything is saved.
-            InputError: a checkpoint cannot be written, and the recipe says to stop then.
+            Stopped: after a signal; everything is saved.
+            InputError: a file of the run cannot be written, and ``train.on_write_error`` is stop.
+            FloatingPointError: a step was not finite, and the recipe does not let the run continue.
         """
         interrupts.begin()
         train, state = self.config.train, self.state
@@ -116,25 +123,28 @@ class Run:
             Watchdog(self.folder, train.hang_minutes) as self.watchdog,
         ):
             warm_up_ddp(state, self.config)
-            bare = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
-            if bare and (state.step or train.on_nonfinite == "rollback"):
-                self.save()  # continued from another folder's file, or the first steps need something to go back to
+            without_checkpoint = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
+            if without_checkpoint and (state.step or train.on_nonfinite == "rollback"):
+                self.save()  # continued from another folder's file, or a rollback needs a checkpoint from the start
             while not self.finished:
                 try:
-                    stop = self._evaluate(interrupts) if self._unevaluated() else self._epoch(interrupts)
-                except Rollback as found:
-                    self._roll_back(found)
+                    stop = self._evaluate(interrupts) if self._evaluation_is_due() else self._train_epoch(interrupts)
+                except Rollback as rollback:
+                    self._roll_back(rollback)
                     continue
                 if stop and not self.finished:
-                    self._leave(interrupts.received or "a signal to another process")
-            distributed.on_main(self.checkpoints.wait)  # still deaf to signals: the end must be on the disk
+                    distributed.on_main(self._finish_write)
+                    reason = interrupts.received or "a signal to another process"
+                    raise Stopped(f"{reason} at step {state.step}; continue with --resume auto")
+            # Still inside `interrupts`: a signal now must not cost the last checkpoint.
+            distributed.on_main(self.checkpoints.wait)
 
-    def _epoch(self, interrupts: Interrupts) -> bool:
-        """The rest of an epoch; True if it was cut short by a signal."""
+    def _train_epoch(self, interrupts: Interrupts) -> bool:
+        """Train to the end of the epoch; True if a signal asks to stop."""
         train, state = self.config.train, self.state
         epoch, action = state.step // len(self.loader), 0
 
-        def ended() -> bool:
+        def epoch_ended() -> bool:
             return state.step % len(self.loader) == 0 or state.step >= self.total
 
         def on_step() -> bool:
@@ -143,15 +153,15 @@ class Run:
             if self.trace is not None:
                 self.trace.step()
             action = interrupts.after_step(state.step, self.checkpoints.failed)
-            if action == SETTLE:
-                self.watchdog.rest()
-                distributed.on_main(self._settle_write)
-            if action == SAVE and not ended():
+            if action == REPORT:
+                self.watchdog.pause()
+                distributed.on_main(self._finish_write)
+            if action == SAVE and not epoch_ended():
                 self.save()
             self.watchdog.step(state.step + 1)
             return action == STOP
 
-        if not train.compile:  # an epoch's first step may compile, for its images' size
+        if not train.compile:  # the first step of an epoch may compile, for a new image size: it is not timed
             self.watchdog.step(state.step + 1)
         train_one_epoch(
             state,
@@ -160,18 +170,18 @@ class Run:
             norm_excludes=self.norm_excludes,
             on_step=on_step,
             on_log=lambda values: self.log.log(state.step, epoch, values),
-            on_phase=self.watchdog.note,
+            on_phase=self.watchdog.set_phase,
         )
-        self.watchdog.rest()
-        if ended():
-            action = max(action, interrupts.now())  # before the evaluation, which can take minutes
-        # The save after an evaluation will do, unless one is due now.
-        if action in (SAVE, STOP) or (ended() and not self._unevaluated()):
+        self.watchdog.pause()
+        if epoch_ended():
+            action = max(action, interrupts.synchronize())  # before the evaluation, which can take minutes
+        # An epoch's end is saved after its evaluation, if it has one.
+        if action in (SAVE, STOP) or (epoch_ended() and not self._evaluation_is_due()):
             self.save()
         return action == STOP
 
     def _evaluate(self, interrupts: Interrupts) -> bool:
-        """The evaluation after an epoch; True if a signal has come meanwhile."""
+        """Evaluate, log and save; True if a signal asks to stop."""
         state = self.state
         values = self.validate()
         self.log.log(state.step, (state.step - 1) // len(self.loader), values)
@@ -182,32 +192,31 @@ class Run:
         if state.step >= self.total:
             self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in ("top1", "top5")})
         self.save(best=improved)
-        return interrupts.now() == STOP
+        return interrupts.synchronize() == STOP
 
-    def _leave(self, reason: str) -> None:
-        """End for now, with the last checkpoint on the disk."""
-        distributed.on_main(self._settle_write)
-        raise Stopped(f"{reason} at step {self.state.step}; continue with --resume auto")
-
-    def _roll_back(self, found: Rollback) -> None:
-        """Load the newest whole checkpoint, and leave the step out when the run comes to it again."""
+    def _roll_back(self, rollback: Rollback) -> None:
+        """Load the newest intact checkpoint, and exclude the non-finite step from then on."""
         state, limit = self.state, self.config.train.nonfinite_limit
-        self.watchdog.rest()
+        self.watchdog.pause()
         state.guard.forget_pending()
-        left_out, rollbacks = {*state.left_out, found.step}, state.rollbacks + 1
+        excluded_steps, rollbacks = {*state.excluded_steps, rollback.step}, state.rollbacks + 1
         if rollbacks > limit:
-            raise FloatingPointError(f"{found}; rolled back {limit} times already (train.nonfinite_limit)")
-        distributed.on_main(self._settle_write)
+            raise FloatingPointError(f"{rollback}; rolled back {limit} times already (train.nonfinite_limit)")
+        distributed.on_main(self._finish_write)
         source, _ = distributed.on_main(self.checkpoints.newest_whole)
         if source is None:
-            raise FloatingPointError(f"{found}; there is no checkpoint to go back to")
+            raise FloatingPointError(f"{rollback}; there is no checkpoint to go back to")
         restore(state, self.config, source, self.provenance)
-        state.left_out, state.rollbacks = left_out, rollbacks
+        state.excluded_steps, state.rollbacks = excluded_steps, rollbacks
         self.log.rewind(state.step, state.evaluated)
-        self.log.say(f"warning: {found}; back to step {state.step}, without the batch of step {found.step}")
+        self.log.say(f"warning: {rollback}; back to step {state.step}, without the batch of step {rollback.step}")
 
-    def _settle_write(self) -> None:
-        """Wait for the write under way, if any; rank 0 alone."""
+    def _finish_write(self) -> None:
+        """Wait for the checkpoint that is being written, if any; on rank 0 alone.
+
+        Raises:
+            InputError: the write failed, and ``train.on_write_error`` is stop.
+        """
         try:
             self.checkpoints.wait()
         except InputError as error:
@@ -216,8 +225,8 @@ class Run:
             self.log.say(f"warning: {error}; the run goes on, the older checkpoints stay")
 
     def save(self, best: bool = False) -> None:
-        """Start to write a checkpoint, from rank 0; a failed write is told after the next step."""
-        self.watchdog.rest()
+        """Start to write a checkpoint on rank 0; a failure is reported after the next step. A collective."""
+        self.watchdog.pause()
         payload = {
             **self.state.state_dict(),
             "config": self.config.model_dump(mode="json"),
@@ -226,26 +235,33 @@ class Run:
         self.log.sync()
 
         def write() -> None:
-            self._settle_write()
+            self._finish_write()
             self.checkpoints.save(payload, best)
 
         distributed.on_main(write)
 
     def validate(self) -> dict[str, float]:
-        """The val/ numbers, and the val_ema/ numbers where there is an average."""
+        """Loss, top-1 and top-5 (percent) under val/, and those of the average, if there is one, under val_ema/."""
         networks = {"val": self.state.model}
         if self.state.ema is not None:
             networks["val_ema"] = self.state.ema.module
-        data, train, values = self.config.data, self.config.train, {}
-        how = {"precision": train.precision, "channels_last": train.channels_last, "mean": data.mean, "std": data.std}
+        data, train = self.config.data, self.config.train
+        values: dict[str, float] = {}
         for prefix, network in networks.items():
-            result = evaluate(network, self.val_loader, **how)
+            result = evaluate(
+                network,
+                self.val_loader,
+                precision=train.precision,
+                channels_last=train.channels_last,
+                mean=data.mean,
+                std=data.std,
+            )
             values |= {f"{prefix}/{name}": result[name] for name in ("loss", "top1", "top5")}
         return values
 
 
 def profiler(train: TrainConfig, folder: Path) -> contextlib.AbstractContextManager:
-    """torch.profiler over a few steps of rank 0, for TensorBoard; nothing where the recipe asks for none."""
+    """torch.profiler over ``train.profile`` steps of rank 0, for TensorBoard; does nothing where that is 0."""
     if not train.profile or not distributed.is_main():
         return contextlib.nullcontext()
     return torch.profiler.profile(

@@ -1,4 +1,4 @@
-"""The run folder: who may write it, and from which of its checkpoints a run goes on."""
+"""The run folder: which process may write it, and from which of its checkpoints a run continues."""
 
 import fcntl
 import os
@@ -10,22 +10,27 @@ from pathlib import Path
 from typing import TextIO
 
 from lip_resnet import checkpoint
-from lip_resnet.config import Config, Effect, InputError
+from lip_resnet.config import Config, Effect
+from lip_resnet.errors import InputError
 from lip_resnet.recipe import load_config
 from lip_resnet.training.checkpoints import Checkpoints
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-"""Names that ``checkpoint.write_atomically`` gives to half-written files; no other file is removed."""
+"""Names of the temporary files of ``files.write_atomically``; no other file is ever removed."""
 
 
 def check_same_recipe(config: Config, other: Config, where: str) -> None:
-    """Refuse to continue a run under a recipe that trains other weights.
+    """Refuse to continue a run with a recipe that would train other weights.
 
-    Of the keys that change the weights only ``train.max_steps`` may differ: it says where a run stops, not how it
-    gets there.
+    ``train.max_steps``, which only says where a run stops, is the one key with an effect on weights that may differ.
+
+    Args:
+        config: this start's recipe.
+        other: the recipe of the run.
+        where: names the run in errors.
 
     Raises:
-        InputError: the first key that differs.
+        InputError: a key differs; names the first.
     """
     ours, theirs = config.values(Effect.WEIGHTS), other.values(Effect.WEIGHTS)
     for key, value in ours.items():
@@ -42,27 +47,27 @@ class Opened:
     source: Path | None
     """The checkpoint to continue from; None for a fresh start."""
     notes: list[str]
-    """What the user should know: checkpoints that were skipped."""
+    """Lines for the user: which damaged checkpoints were skipped."""
 
 
 def will_continue(folder: Path, resume: str) -> bool:
-    """Whether ``open_run`` will return a checkpoint to continue from, if it does not refuse."""
+    """Whether ``open_run`` would return a checkpoint to continue from, unless it raises."""
     checkpoints = folder / "checkpoints"
     present = (checkpoints / "last.pt").exists() or any(checkpoints.glob("step-*.pt"))
     return present if resume == "auto" else resume != "none"
 
 
 def open_run(folder: Path, config: Config, resume: str) -> Opened:
-    """Decide where a run writes and from which checkpoint it continues; nothing is ever overwritten.
+    """Lock and prepare a run folder, and choose the checkpoint to continue from; no run is ever overwritten.
 
     Args:
         folder: the run folder, new or empty unless ``resume`` continues the run in it.
-        resume: "none" starts; "auto" continues the run in ``folder``, if there is one, from its newest checkpoint that
-            is whole; else a checkpoint's path.
+        resume: "none": start a new run; "auto": continue the run in ``folder``, if there is one, from its newest intact
+            checkpoint; else the path of a checkpoint to continue from.
 
     Raises:
-        InputError: the folder holds another run or other files, another process writes it, or there is nothing to
-            continue from.
+        InputError: the folder holds another run or other files, another process writes it, or the checkpoint to
+            continue from is missing or damaged.
     """
     recipe, checkpoints = folder / "config.yaml", folder / "checkpoints"
     occupied = _is_occupied(folder)
@@ -82,19 +87,19 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
         _locks.append(_lock(folder))
         for written in (folder, checkpoints, folder / "nonfinite"):
             for path in written.glob(".*.tmp"):
-                if _TEMPORARY.fullmatch(path.name):  # of a process that was killed: the lock says that it has ended
+                if _TEMPORARY.fullmatch(path.name):  # left by a killed process; none is alive, since we hold the lock
                     path.unlink()
         (folder / "requeue").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from error
     try:
-        found = Checkpoints(checkpoints, keep=1)
+        existing = Checkpoints(checkpoints, keep=1)
         if source is None:
-            source, skipped = found.newest_whole()
+            source, skipped = existing.newest_whole()
             notes = [f"skipped {line}" for line in skipped]
             if skipped:
                 notes.append(f"continuing from {source}")
-        elif continues and (newer := found.newer_than(source)) is not None:
+        elif continues and (newer := existing.newer_than(source)) is not None:
             raise InputError(
                 f"--resume {resume}: this run has gone on to {newer}; continue with --resume auto, or go back to it "
                 "in another --output"
@@ -106,19 +111,20 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
 
 
 def _is_occupied(folder: Path) -> bool:
-    """Whether there are files of a run or of others; what a start leaves that ended early is nobody's."""
-    nobodys = re.compile(rf"\.lock|requeue|{_TEMPORARY.pattern}")
+    """Whether the folder holds files other than those that a start leaves when it ends before its first step."""
+    leftover = re.compile(rf"\.lock|requeue|{_TEMPORARY.pattern}")
     try:
         files = folder.rglob("*") if folder.is_dir() else [folder] if folder.exists() else []
-        return any(not path.is_dir() and not nobodys.fullmatch(path.name) for path in files)
+        return any(not path.is_dir() and not leftover.fullmatch(path.name) for path in files)
     except OSError as error:
         raise InputError(f"--output {folder}: {error.strerror}") from error
 
 
 def request_requeue(folder: Path) -> None:
-    """Leave a file ``requeue``, which tells launch files that there is more to do; the next start removes it.
+    """Create the file ``requeue``, which tells a launch script to start the command again; the next start removes it.
 
-    A run that was stopped before it opened its folder does so too, unless another process or other files are there.
+    If the run was stopped before ``open_run``, this locks the folder first, and creates nothing if another process has
+    locked it or if it holds files that are not a run's.
     """
     try:
         if not _locks:
@@ -131,20 +137,21 @@ def request_requeue(folder: Path) -> None:
         print(f"warning: {folder / 'requeue'}: cannot write: {error}", file=sys.stderr)
 
 
-LOCK_SECONDS = 15  # longer than orphaned processes live
-_locks: list[TextIO] = []  # held until the process ends, however it ends
+LOCK_SECONDS = 15
+"""How long a process of torchrun waits for the lock: longer than the processes of an earlier start outlive it."""
+_locks: list[TextIO] = []  # open until the process ends: the kernel then releases the locks
 
 
 def _lock(folder: Path) -> TextIO:
-    """Hold the folder until this process ends. torchrun may restart a run while its old processes still die."""
+    """Lock the folder until this process ends. torchrun may restart a run while its old processes are still exiting."""
     file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
-    patience = time.monotonic() + (LOCK_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0)
+    deadline = time.monotonic() + (LOCK_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0)
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except BlockingIOError as error:
-            if time.monotonic() >= patience:
+            if time.monotonic() >= deadline:
                 file.close()
                 raise InputError(f"--output {folder} is being written by another process") from error
             time.sleep(0.2)

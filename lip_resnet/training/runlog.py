@@ -1,4 +1,4 @@
-"""A run's numbers to TensorBoard, metrics.jsonl and the terminal (rank 0 only), and what they depend on."""
+"""Writes a run's numbers to TensorBoard, metrics.jsonl and the terminal, its recipe and its environment; on rank 0."""
 
 import contextlib
 import datetime
@@ -12,16 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lip_resnet import distributed
-from lip_resnet.config import Config, InputError
-from lip_resnet.files import write_atomically
+from lip_resnet.compat import is_tensorboard_thread
+from lip_resnet.config import Config
+from lip_resnet.errors import InputError
+from lip_resnet.files import write_text
 
-EARLIER = 50
-"""Environments of earlier starts that env.json keeps."""
+MAX_EARLIER_ENVIRONMENTS = 50
+"""env.json keeps the environments of this many earlier starts of the run."""
 
 
 class RunLog:
@@ -30,9 +31,13 @@ class RunLog:
     Args:
         folder: the run folder, which ``run_folder.open_run`` has prepared.
         config: the resolved recipe; written as config.yaml and as TensorBoard text.
-        step: where the run starts or continues: lines and events beyond it are dropped.
-        evaluated: the last step whose evaluation is done: that of ``step`` itself may be still to come.
-        total_steps: of the whole run, for the progress bar and the time left.
+        environment: written as env.json.
+        step: where the run starts or continues: lines and events of later steps are dropped.
+        evaluated: the last step that was evaluated; the evaluation of ``step`` itself may still be due.
+        total_steps: of the whole run, for the progress bar and the remaining time.
+
+    Raises:
+        InputError: the files cannot be written.
     """
 
     def __init__(
@@ -42,25 +47,26 @@ class RunLog:
         self.folder, self.total_steps = folder, total_steps
         self.first_step, self.evaluated = step, evaluated
         self.started = time.monotonic()
-        self.config, self.environment, self.refused = config, environment, False
-        self.unwritten, self.earlier = b"", None
+        self.config, self.environment, self.has_failed = config, environment, False
+        self.unwritten = b""
+        self.earlier: list[dict[str, Any]] | None = None
         distributed.on_main(lambda: self._open(config, environment))
 
     def _open(self, config: Config, environment: dict[str, Any]) -> None:
         step = self.first_step
         try:
-            self._write("config.yaml", config.dump())
+            write_text(self.folder / "config.yaml", config.dump())
             path = self.folder / "env.json"
-            if self.earlier is None:  # not after a rollback
+            if self.earlier is None:  # first call: ``rewind`` opens the files again
                 last = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-                self.earlier = [*last.pop("earlier", []), *([last] if last else [])][-EARLIER:]
-            earlier = {"earlier": self.earlier} if self.earlier else {}
-            self._write("env.json", json.dumps({**environment, **earlier}, indent=2) + "\n")
-            kept = [line for line in _read_lines(self.folder / "metrics.jsonl") if self._counts(line)]
-            self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+                self.earlier = [*last.pop("earlier", []), *([last] if last else [])][-MAX_EARLIER_ENVIRONMENTS:]
+            entry = {"earlier": self.earlier} if self.earlier else {}
+            write_text(self.folder / "env.json", json.dumps({**environment, **entry}, indent=2) + "\n")
+            kept = [line for line in _read_lines(self.folder / "metrics.jsonl") if self._is_before_start(line)]
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
             self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
-            # What an earlier start wrote beyond its checkpoint is dropped here too.
-            threading.excepthook = self._quietly(threading.__excepthook__)
+            threading.excepthook = _excepthook_without_tensorboard
+            # purge_step drops the events that an earlier start wrote after its last checkpoint.
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else 0)
             self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
             self.writer.flush()
@@ -69,23 +75,10 @@ class RunLog:
         self.quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=self.quiet)
 
-    def _counts(self, line: dict[str, Any]) -> bool:
-        """Whether a line of metrics.jsonl is of what the run continues from."""
+    def _is_before_start(self, line: dict[str, Any]) -> bool:
+        """Whether a line of metrics.jsonl belongs to the steps before the checkpoint that the run continues from."""
         evaluation = any(name.startswith("val") for name in line)
         return line["step"] <= (self.evaluated if evaluation else self.first_step)
-
-    @staticmethod
-    def _quietly(hook: Callable[[Any], None]) -> Callable[[Any], None]:
-        """TensorBoard's thread both keeps its error for the next call and dies of it with a traceback."""
-
-        def told(args: Any) -> None:
-            if not (issubclass(args.exc_type, OSError) and isinstance(args.thread, _AsyncWriterThread)):
-                hook(args)
-
-        return told
-
-    def _write(self, name: str, text: str) -> None:
-        write_atomically(self.folder / name, lambda file: file.write(text.encode()))
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -93,16 +86,19 @@ class RunLog:
             self.bar.update()
 
     def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Write numbers under their TensorBoard names; ``step`` counts completed optimizer steps.
+        """Write numbers under their TensorBoard tags. A collective: every process must call it.
 
-        Every process must call it.
+        Args:
+            step: completed optimizer steps.
+            epoch: from 0.
+            values: tag -> number; NaN and infinity are null in metrics.jsonl.
 
         Raises:
             InputError: they cannot be written (full disk, no permission), and ``train.on_write_error`` is stop.
         """
 
         def write() -> None:
-            # Infinity and NaN are not JSON.
+            # JSON has no infinity and no NaN.
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self.unwritten += json.dumps({"step": step, "epoch": epoch, **finite}).encode() + b"\n"
             self._append()
@@ -123,7 +119,7 @@ class RunLog:
             self.say(f"epoch {epoch}: {_brief(values)}")
 
     def _append(self) -> None:
-        """To metrics.jsonl: all that is not written yet, or nothing of it, to be tried again with the next line."""
+        """Append all unwritten lines to metrics.jsonl; on an error none of them, so that the next call tries again."""
         rest, end = memoryview(self.unwritten), os.fstat(self.metrics.fileno()).st_size
         try:
             while rest:
@@ -134,32 +130,32 @@ class RunLog:
         self.unwritten = b""
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Let rank 0 write; what a disk refuses ends the run, or is said once and waits for room: the recipe says."""
+        """Call ``write`` on rank 0. A failure ends the run, or is reported once, as ``train.on_write_error`` says."""
 
         def attempt() -> None:
             try:
                 write()
-                self.writer.flush()  # the writer's thread tells its errors only now
+                self.writer.flush()  # raises what the writer's thread has caught
             except OSError as error:
                 message = f"{self.folder}: cannot write the run's numbers: {error.strerror or error}"
                 if self.config.train.on_write_error == "stop":
                     raise InputError(message) from error
-                if not self.refused:
+                if not self.has_failed:
                     self.say(f"warning: {message}; the run goes on, TensorBoard's file ends here")
-                self.refused = True
+                self.has_failed = True
 
         distributed.on_main(attempt)
 
     def sync(self) -> None:
-        """Put the numbers so far on the disk itself: a checkpoint is about to say that they are done."""
+        """fsync metrics.jsonl: called before a checkpoint is written, so that no checkpoint is ahead of it."""
         self._try(lambda: os.fsync(self.metrics.fileno()))
 
     def _time_left(self, step: int) -> str:
         done = step - self.first_step
         if not done or step >= self.total_steps:
             return ""
-        left = (time.monotonic() - self.started) / done * (self.total_steps - step)
-        return f", {datetime.timedelta(seconds=round(left))} left"
+        seconds = (time.monotonic() - self.started) / done * (self.total_steps - step)
+        return f", {datetime.timedelta(seconds=round(seconds))} left"
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -167,7 +163,7 @@ class RunLog:
             self.bar.write(text, file=sys.stderr)
 
     def finish(self, config: Config, final: dict[str, float]) -> None:
-        """Write the hyper-parameters with the final metrics, for TensorBoard's comparison of runs."""
+        """Write the recipe's keys with the final metrics to TensorBoard's HParams tab."""
         flat = {
             f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
             for section, values in config.model_dump(mode="json").items()
@@ -177,21 +173,27 @@ class RunLog:
         self._try(lambda: self.writer.add_hparams(flat, results, run_name="."))
 
     def rewind(self, step: int, evaluated: int) -> None:
-        """Drop the numbers beyond ``step``: the run has gone back to it."""
+        """Drop the numbers of steps after ``step``: the run has gone back to its checkpoint."""
         if self.active:
             self.close()
         self.first_step, self.evaluated = step, evaluated
         distributed.on_main(lambda: self._open(self.config, self.environment))
 
     def close(self) -> None:
-        """Flush and close everything; safe after a failure too."""
+        """Flush and close all files; safe to call after a failed write."""
         if self.active:
             self.bar.close()
-            with contextlib.suppress(OSError):  # said already, when it was written
+            with contextlib.suppress(OSError):  # reported when it was first tried
                 self._append()
             self.metrics.close()
             with contextlib.suppress(OSError):
                 self.writer.close()
+
+
+def _excepthook_without_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """No traceback for an OSError in TensorBoard's thread: the writer raises it again in the main thread."""
+    if not (issubclass(args.exc_type, OSError) and is_tensorboard_thread(args.thread)):
+        threading.__excepthook__(args)
 
 
 def _brief(values: dict[str, float]) -> str:
@@ -199,7 +201,7 @@ def _brief(values: dict[str, float]) -> str:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a kill can have cut the last one short."""
+    """The complete lines of a metrics.jsonl, whose last one may be truncated by a kill."""
     if not path.is_file():
         return []
     lines = []

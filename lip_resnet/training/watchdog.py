@@ -1,4 +1,4 @@
-"""Runs that hang: every process's stacks in the run folder, one line that says which rank and where, and an end."""
+"""Ends a run that hangs: the stacks of every process in the run folder, and one line that names rank and place."""
 
 import faulthandler
 import json
@@ -9,31 +9,33 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lip_resnet import distributed
-from lip_resnet.config import InputError
+from lip_resnet.compat import stack_frames
+from lip_resnet.errors import InputError
 from lip_resnet.files import write_atomically
 
-EXIT = 124
-NATIVE = 60.0
-"""Seconds after which faulthandler takes over."""
+EXIT_CODE = 124
+"""As of ``timeout``."""
+FAULTHANDLER_SECONDS = 60.0
+"""If the watchdog's thread cannot run, faulthandler ends the process this long after the limit."""
 PHASES = ("loading", "forward", "backward", "update", "log")
-"""Of a step, in order."""
+"""The phases of a step, in order."""
 
 
 class Watchdog:
     """A context in which a step that takes too long ends the process.
 
-    A thread watches the main one. It writes ``hang-rankN.txt``: a line of JSON, then the stacks of all threads. The
-    lowest rank that can still speak prints who is behind the others. Where even that thread cannot run, because native
-    code holds the interpreter, Python's own faulthandler prints the stacks a minute later and ends the process.
+    A thread watches the main thread. It writes ``hang-rankN.txt``: a line of JSON, then the stacks of all threads. The
+    lowest rank that still responds prints which ranks are behind the others. If native code holds the interpreter lock,
+    so that the thread cannot run, Python's faulthandler prints the stacks a minute later and ends the process.
 
-    It watches from ``step`` to ``rest``: evaluations, checkpoints and compilations take their time.
+    The clock runs from ``step`` to ``pause``: evaluations, checkpoints and compilations are not timed.
 
     Args:
         folder: the run folder, which all processes share.
-        minutes: the longest time for a step; 0 watches nothing.
+        minutes: the longest time that a step may take; 0 disables the watchdog.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
@@ -56,36 +58,38 @@ class Watchdog:
             self._thread.join()
 
     def step(self, step: int) -> None:
-        """Optimizer step ``step`` begins, or the one before has ended: the clock starts again."""
+        """Restart the clock: optimizer step ``step`` (from 1) begins."""
         self._step, self._phase, self._since = step, 0, time.monotonic()
 
-    def note(self, phase: str) -> None:
-        """The step has come to one of ``PHASES``."""
+    def set_phase(self, phase: str) -> None:
+        """The step has entered a phase, one of ``PHASES``."""
         self._phase = PHASES.index(phase)
 
-    def rest(self) -> None:
-        """Watch nothing until the next ``step``."""
+    def pause(self) -> None:
+        """Stop the clock until the next ``step``."""
         self._since = None
 
     def _watch(self) -> None:
-        # faulthandler's timer must lie with a thread that beats: while it does, the timer never fires.
+        # This thread keeps postponing faulthandler's timer, which fires only if the thread cannot run.
         try:
             while not self._closed.wait(self._poll):
                 since = self._since
                 if since is None:
                     faulthandler.cancel_dump_traceback_later()
                     continue
-                faulthandler.dump_traceback_later(self.limit + NATIVE, exit=True)
+                faulthandler.dump_traceback_later(self.limit + FAULTHANDLER_SECONDS, exit=True)
                 if time.monotonic() - since > self.limit:
                     try:
-                        self._end(time.monotonic() - since)
-                    finally:  # whatever could not be told
-                        os._exit(EXIT)
+                        self._report(time.monotonic() - since)
+                    finally:  # the process ends even if the report fails
+                        os._exit(EXIT_CODE)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _end(self, seconds: float) -> None:
-        frame = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])[-1]
+    def _report(self, seconds: float) -> None:
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        frame = traceback.extract_stack(stack_frames()[main_thread])[-1]
         mine = {
             "rank": distributed.rank(),
             "step": self._step,
@@ -107,38 +111,40 @@ class Watchdog:
             write_atomically(self.folder / f"hang-rank{distributed.rank()}.txt", write)
         except InputError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
-        time.sleep(2 * self._poll + 1)  # the others' clocks end a little later
-        told = {**_told(self.folder, self._launch), distributed.rank(): mine}
-        if distributed.rank() == min(told):
-            print(self._line(told), file=sys.stderr, flush=True)
+        time.sleep(2 * self._poll + 1)  # the other ranks' watchdogs expire a little later
+        reports = {**_read_reports(self.folder, self._launch), distributed.rank(): mine}
+        if distributed.rank() == min(reports):
+            print(self._summarize(reports), file=sys.stderr, flush=True)
         else:
-            time.sleep(self._poll + 1)  # the launcher ends the others once one has left
+            time.sleep(self._poll + 1)  # torchrun kills all ranks when one exits: let that rank print first
 
-    def _line(self, told: dict[int, dict]) -> str:
-        silent = [rank for rank in range(distributed.world_size()) if rank not in told]
-        places = {rank: (each["step"], PHASES.index(each["phase"])) for rank, each in told.items()}
-        behind = sorted(rank for rank, place in places.items() if place == min(places.values()))
-        # Side by side in one phase: those that are inside a collective wait for those that are not.
-        behind = [rank for rank in behind if not told[rank]["waits"]] or behind
+    def _summarize(self, reports: dict[int, dict[str, Any]]) -> str:
+        silent = [rank for rank in range(distributed.world_size()) if rank not in reports]
+        progress = {rank: (report["step"], PHASES.index(report["phase"])) for rank, report in reports.items()}
+        behind = sorted(rank for rank, reached in progress.items() if reached == min(progress.values()))
+        # Among ranks in the same phase, those inside a collective wait for the others.
+        behind = [rank for rank in behind if not reports[rank]["waits"]] or behind
         text = f"error: no step has ended for {self.limit:g} s; "
         if silent:
             text += f"rank {', '.join(map(str, silent))} does not answer; "
-        elif len(behind) < len(told) or len(told) == 1:
+        elif len(behind) < len(reports) or len(reports) == 1:
             text += f"rank {', '.join(map(str, behind))} hangs; "
         else:
             text += "no rank is behind the others; "
         for rank in behind[:4]:
-            each = told[rank]
-            text += f"rank {rank} ({each['host']}) is at step {each['step']}, {each['phase']}, in {each['where']}; "
+            report = reports[rank]
+            text += (
+                f"rank {rank} ({report['host']}) is at step {report['step']}, {report['phase']}, in {report['where']}; "
+            )
         return text + f"stacks: {self.folder}/hang-rank*.txt"
 
 
-def _told(folder: Path, launch: float) -> dict[int, dict]:
-    """What the ranks of this launch have written, by rank."""
-    found = {}
+def _read_reports(folder: Path, launch: float) -> dict[int, dict[str, Any]]:
+    """The first lines of this launch's hang files, by rank."""
+    reports = {}
     for path in folder.glob("hang-rank*.txt"):
         with open(path, encoding="utf-8") as file:
-            each = json.loads(file.readline())
-        if each["launch"] == launch:
-            found[each["rank"]] = each
-    return found
+            report = json.loads(file.readline())
+        if report["launch"] == launch:
+            reports[report["rank"]] = report
+    return reports
