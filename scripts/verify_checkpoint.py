@@ -95,7 +95,7 @@ def check_accuracy(model: nn.Module, network: Network, trained: Config | None, o
     verdict = compare_counts(result, published)
     say(f"published top-1 {published.top1:,}, top-5 {published.top5:,} ({paper.sources[published.source]})")
     top1, top5 = result["correct1"] - published.top1, result["correct5"] - published.top5
-    say(f"apart     top-1 {top1:+d}, top-5 {top5:+d} images")
+    say(f"diff      top-1 {top1:+d}, top-5 {top5:+d} images")
     environment = describe_environment() | {"pillow": PIL.__version__}
     names = ("python", "torch", "torchvision", "timm", "pillow", "cuda", "hardware")
     say("versions  " + ", ".join(f"{name} {environment[name]}" for name in names if environment[name]))

@@ -23,15 +23,16 @@ def main(options: Namespace) -> None:
     if options.pretrained and not options.model:
         raise InputError("--pretrained needs --model NAME")
     names = testsets.choose(options.dataset, options.partial)
-    outputs = [rows.row_path(options.checkpoint, options.output, name, alone=len(names) == 1) for name in names]
+    several = len(names) > 1
+    outputs = [rows.row_path(options.checkpoint, options.output, name, several) for name in names]
 
     payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
     trained = parse_config(payload["config"], options.checkpoint) if "config" in payload else None
     ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
     recipe = choose_protocol(options, payload, trained)
     keys = ("precision", "eval_size", "eval_resize", "crop_mode", "interpolation", "eval_batch_size", "workers")
-    changes, alone = {key: getattr(options, key) for key in keys}, len(names) == 1
-    plans = [adapt(recipe, name, options.data, alone=alone, kind=options.data_name, **changes) for name in names]
+    changes = {key: getattr(options, key) for key in keys}
+    plans = [adapt(recipe, name, options.data, several=several, kind=options.data_name, **changes) for name in names]
     configs = [config for config, _ in plans]
     sets = [
         testsets.open_set(name, config.data, split, config.model.num_classes, options.partial)

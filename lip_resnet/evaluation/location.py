@@ -22,7 +22,7 @@ _FOLDERS = {
 """Test set -> names that its folder may have, where there are others than its own."""
 
 
-def locate(data: str, test_set: str | None = None, alone: bool = True, kind: str | None = None) -> tuple[dict, str]:
+def locate(data: str, test_set: str | None = None, several: bool = False, kind: str | None = None) -> tuple[dict, str]:
     """The keys ``name`` and ``root`` of a set, and its split (folder below the root).
 
     Args:
@@ -30,7 +30,7 @@ def locate(data: str, test_set: str | None = None, alone: bool = True, kind: str
             shards; the URL of such shards; a folder of Parquet files; or for another ``kind`` its ``data.root``. For a
             test set its folder, or a directory that holds it under its name.
         test_set: one of ``testsets.IMAGES``; None for a validation set.
-        alone: whether ``data`` may be the test set itself, not only the directory that holds it.
+        several: whether ``data`` must be the directory of several test sets, not one of them.
         kind: the ``data.name`` of a validation set, from the recipe or --data-name. For None, "folder" and "shards" the
             content of ``data`` decides.
 
@@ -58,7 +58,7 @@ def locate(data: str, test_set: str | None = None, alone: bool = True, kind: str
         raise InputError(f"--data {root} is not a directory; {expected}")
     if test_set is not None:
         folders = [root / folder for folder in _FOLDERS.get(test_set, (test_set,))]
-        folder = next((folder for folder in folders if folder.is_dir()), root if alone else None)
+        folder = next((folder for folder in folders if folder.is_dir()), None if several else root)
         if folder is None:
             raise InputError(f"--data {root} has no {folders[0].name}/; for several sets it must hold each by its name")
         root = folder

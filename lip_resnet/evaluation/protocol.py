@@ -83,7 +83,7 @@ def adapt(
     test_set: str | None = None,
     data: str | None = None,
     *,
-    alone: bool = True,
+    several: bool = False,
     kind: str | None = None,
     precision: str | None = None,
     **keys: Any,
@@ -93,7 +93,7 @@ def adapt(
     Args:
         test_set: one of ``testsets.IMAGES``; None for the recipe's validation set.
         data: --data; None: the recipe's ``data.root``.
-        alone: whether ``data`` may be the test set itself, not only the folder that holds it.
+        several: whether ``data`` must be the directory of several test sets, not one of them.
         kind: --data-name, the ``data.name`` of the images at ``data``; None: the recipe's.
         precision, keys: overrides of ``precision`` and of keys of ``data``; None: unchanged.
 
@@ -102,7 +102,7 @@ def adapt(
     """
     tree, split = config.model_dump(), "val"
     if data is not None:
-        location, split = locate(data, test_set, alone, kind or config.data.name)
+        location, split = locate(data, test_set, several, kind or config.data.name)
         tree["data"] |= location | ({} if location["name"] == config.data.name else _KEYS_OF_KIND)
     elif kind is not None:
         raise InputError(f"--data-name {kind} belongs to --data DIR")

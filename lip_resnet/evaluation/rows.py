@@ -18,18 +18,18 @@ from lip_resnet.files import write_text
 _REQUIRED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
 
-def row_path(checkpoint: str | None, output: str | None, test_set: str | None, alone: bool) -> Path | None:
+def row_path(checkpoint: str | None, output: str | None, test_set: str | None, several: bool) -> Path | None:
     """The file of a set's row: ``output``, or in the run folder ``checkpoint``; None where it is not written.
 
     Args:
-        alone: whether ``output`` is the file of the only row; else it is the directory of several rows.
+        several: whether ``output`` is the directory of several rows, not the file of one.
 
     Raises:
         InputError: the file exists, or its directory does not.
     """
     run, path = Path(checkpoint or ""), Path(output) if output else None
     file = "eval.json" if test_set in (None, "imagenet") else f"eval-{test_set}.json"
-    if path is not None and not alone:
+    if path is not None and several:
         if not path.is_dir():
             raise InputError(f"--output {path} is not a directory; for several sets it must be one")
         path = path / file
@@ -116,7 +116,7 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
             raise InputError(f"{path}: not JSON") from error
         missing = [key for key in _REQUIRED if key not in row] if isinstance(row, dict) else list(_REQUIRED)
         if missing:
-            raise InputError(f"{path}: not a row of eval.py; it lacks {', '.join(missing)}")
+            raise InputError(f"{path}: not a row of eval.py; missing keys: {', '.join(missing)}")
         if row["protocol"].get("training"):
             row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"])
         rows.append(row)

@@ -52,7 +52,7 @@ def save_run(path: Path, **changes: object) -> Path:
     return path
 
 
-def test_rules_of_training_do_not_bind_an_evaluation(score, tmp_path):
+def test_constraints_of_training_do_not_apply_to_evaluation(score, tmp_path):
     """float16 training needs a fused optimizer; a float16 evaluation has no optimizer."""
     path = save_run(tmp_path / "run.pt", optim__name="lamb", data__name="synthetic", data__images=40)
     row = score("--checkpoint", path, "--precision", "float16")

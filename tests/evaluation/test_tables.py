@@ -128,7 +128,7 @@ def test_fine_tuned_weights_are_compared_by_what_they_started_from(ours, theirs,
     assert not words or words in notes[0]
 
 
-def test_a_start_from_weights_is_not_one_from_none():
+def test_pretrained_and_random_starts_have_no_delta():
     _, notes = table([tuned("lip_resnet50", 98.0, UNKNOWN), row("resnet50", 97.0)])
     assert "model.weights: started from a file of unknown training against random weights" in notes[0]
 
@@ -154,7 +154,7 @@ def test_unknown_training_has_no_delta():
     assert "unknown training" in notes[0]
 
 
-def test_paper_figures_stand_beside_imagenet():
+def test_paper_figures_are_shown_beside_imagenet():
     ours = row("lip_resnet50", 78.2)
     ours["images"], ours["protocol"]["classes"] = 50000, 1000
     lines, _ = table([ours])
@@ -199,7 +199,7 @@ def test_bad_rows(tmp_path):
     for name, text, words in (
         ("a.json", "no json", "not JSON"),
         ("b.json", "[1]", "not a row"),
-        ("c.json", json.dumps({"model": "x"}), "lacks top1"),
+        ("c.json", json.dumps({"model": "x"}), "missing keys: top1"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=words):
@@ -241,7 +241,7 @@ def test_rows_of_other_images_are_not_seeds_of_each_other():
     assert lines["resnet50"]["seeds"] == "1"
 
 
-def test_batch_norm_sees_what_its_process_sees():
+def test_images_per_batch_norm():
     config = small_config(optim__accumulate=4)
     assert protocol.describe_training(config, [2])["images_per_batch_norm"] == "8"
     assert protocol.describe_training(config, [2, 1])["images_per_batch_norm"] == "8, then 16"

@@ -224,8 +224,8 @@ def corrupt(root: Path, side: int = 224) -> Path:
     Image.new("RGB", (side, side)).save(picture)
     for number, name in enumerate((*alexnet, *extra)):
         for severity in range(1, 6):
-            place = root / ("archive" if number % 2 else ".") / name / str(severity)
-            fill(place, ["n01440764", "n01443537"], [picture])
+            folder = root / ("archive" if number % 2 else ".") / name / str(severity)
+            fill(folder, ["n01440764", "n01443537"], [picture])
     picture.unlink()
     return root
 
@@ -339,7 +339,7 @@ def test_refusals(capsys, monkeypatch, sets, weights, tmp_path, images):
 
 
 def test_shards_are_recognised_by_the_folder_s_content(image_folder, tmp_path, monkeypatch, capsys):
-    """The same images as class folders and as shards, by --data alone: the same counts."""
+    """The same images as class folders and as shards, recognised by --data: the same counts."""
     shards = tmp_path / "shards" / "val"
     shards.mkdir(parents=True)
     (shards / "classes.txt").write_text("ant\nbee\ncat\n")
@@ -366,9 +366,9 @@ def test_shards_are_recognised_by_the_folder_s_content(image_folder, tmp_path, m
 
 def test_where_rows_go(tmp_path):
     """A run folder has one row file per set; rows of a bare weight file go to --output only."""
-    names = {name: row_path(str(tmp_path), None, name, alone=False).name for name in (None, "imagenet", "imagenet-c")}
+    names = {name: row_path(str(tmp_path), None, name, several=True).name for name in (None, "imagenet", "imagenet-c")}
     assert names == {None: "eval.json", "imagenet": "eval.json", "imagenet-c": "eval-imagenet-c.json"}
     bare = str(tmp_path / "bare.pth")
-    assert row_path(bare, None, "imagenet-c", alone=True) is None
-    assert row_path(bare, str(tmp_path), "imagenet-a", alone=False) == tmp_path / "eval-imagenet-a.json"
-    assert row_path(bare, str(tmp_path / "row.json"), "imagenet-a", alone=True) == tmp_path / "row.json"
+    assert row_path(bare, None, "imagenet-c", several=False) is None
+    assert row_path(bare, str(tmp_path), "imagenet-a", several=True) == tmp_path / "eval-imagenet-a.json"
+    assert row_path(bare, str(tmp_path / "row.json"), "imagenet-a", several=False) == tmp_path / "row.json"

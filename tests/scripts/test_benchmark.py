@@ -139,7 +139,7 @@ def test_a_step_that_trains_differently_fails(monkeypatch, tmp_path):
     }
 
 
-def test_wrong_networks_are_noticed(monkeypatch):
+def test_wrong_networks_are_refused(monkeypatch):
     """Other numbers than the textbook network's, or other operations."""
 
     def coarse():
@@ -237,7 +237,7 @@ def test_the_page_of_measurements(tmp_path):
     assert "predicted" not in tables.performance(tmp_path)
 
 
-def test_the_command_for_gpus_is_understood(monkeypatch, tmp_path):
+def test_the_command_for_gpus_parses(monkeypatch, tmp_path):
     loop, command = tables.performance(tmp_path).splitlines()[-3:-1]
     for what in loop.split(" in ")[1].removesuffix("; do").split():
         monkeypatch.setattr(sys, "argv", shlex.split(command.replace("$what", what).replace("${what}", what))[1:])

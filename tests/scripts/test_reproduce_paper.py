@@ -219,11 +219,11 @@ def test_weights(run, small, tmp_path, image_folder, parquet):
     load_weights(model, path)
     protocol = reference_protocol("lip_densenet121", 3)
     top1 = evaluate_reference(model, protocol, str(image_folder), 0, 11)["correct1"]
-    for option, apart, code, words in (
+    for option, offset, code, words in (
         ("--checkpoints", 0, 0, "agrees (counts: identical)"),
         ("--weights", 26, 1, "OFF (counts: differs)"),  # the option's earlier name
     ):
-        small({"correct": {"source": "readme", "top1": top1 + apart, "top5": 11}}, images=11, classes=3)
+        small({"correct": {"source": "readme", "top1": top1 + offset, "top5": 11}}, images=11, classes=3)
         data = (image_folder,) if option == "--checkpoints" else (parquet, "--data-name", "huggingface")
         got, out, _ = run(option, f"lip_densenet121={path}", "--workers", 0, "--data", *data)
         assert (got, words in out) == (code, True), out

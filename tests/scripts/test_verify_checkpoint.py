@@ -196,8 +196,8 @@ def test_verdicts(run, monkeypatch, tmp_path, densenet, image_folder, parquet):
     top1, top5 = count_by_hand(densenet, image_folder / "val")
     assert (top5, 0 < top1 < 11) == (11, True)
     export = tmp_path / "export"
-    for apart, code, verdict in (((0, 0), 0, "identical"), ((25, -1), 0, "within 25 images"), ((0, 26), 1, "differs")):
-        path = figures(tmp_path / "paper.yaml", top1 + apart[0], top5 + apart[1], 11)
+    for offset, code, verdict in (((0, 0), 0, "identical"), ((25, -1), 0, "within 25 images"), ((0, 26), 1, "differs")):
+        path = figures(tmp_path / "paper.yaml", top1 + offset[0], top5 + offset[1], 11)
         monkeypatch.setattr(verify_checkpoint, "FIGURES", path)
         data = {"identical": image_folder, "within 25 images": image_folder / "val", "differs": parquet}[verdict]
         arguments = ("--export", export) if verdict == "differs" else ()
@@ -205,7 +205,7 @@ def test_verdicts(run, monkeypatch, tmp_path, densenet, image_folder, parquet):
         assert got == code, out
         assert f"verdict   {verdict}\n" in out
         assert f"top-1 {top1}, top-5 11 of 11" in out
-        assert f"apart     top-1 {-apart[0]:+d}, top-5 {-apart[1]:+d} images" in out
+        assert f"diff      top-1 {-offset[0]:+d}, top-5 {-offset[1]:+d} images" in out
         assert f"torch {torch.__version__}" in out
     assert not export.exists()
 
