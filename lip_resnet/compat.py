@@ -5,6 +5,7 @@ Nothing else in the package imports a private name of another library.
 
 import sys
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only  # torch 2.11 to 2.14
 
 __all__ = [
     "copy_tensors_",
+    "disown_workers",
     "feature_indices",
     "functorch_is_active",
     "is_compiled",
     "is_tensorboard_thread",
+    "loader_workers",
     "move_towards_",
     "stack_frames",
     "torchvision_files",
@@ -76,3 +79,17 @@ def torchvision_files(dataset: Any) -> list[tuple[Any, int]] | None:
 def stack_frames() -> dict[int, FrameType]:
     """The current frame of every thread by its identifier; CPython 3.10 to 3.14."""
     return sys._current_frames()
+
+
+def loader_workers(iterator: Any) -> list[BaseProcess]:
+    """The processes of a DataLoader's multiprocessing iterator; torch 2.11 to 2.14."""
+    return iterator._workers
+
+
+def disown_workers(iterator: Any) -> None:
+    """Let a DataLoader's iterator neither watch its workers nor wait for them; torch 2.11 to 2.14."""
+    from torch.utils.data._utils import signal_handling
+
+    if not iterator._shutdown:
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set, iterator._shutdown = False, True

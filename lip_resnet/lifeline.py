@@ -8,14 +8,14 @@ import threading
 import time
 
 SECONDS = 1.0
-"""Between two looks at the parent."""
+"""Between two checks of the parent."""
 
 
 def exit_with_parent() -> None:
     """End this process within seconds of the end of the process that started it.
 
-    A process killed by SIGKILL cannot tell its children: torchrun's ranks would train on without it, and loader
-    workers would wait for ever for room in a pipe that nobody reads.
+    A process killed by SIGKILL cannot end its children: torchrun's ranks would train on without it, and loader workers
+    would block on a full pipe for ever.
 
     For a child of ``multiprocessing``, the parent is the process that called ``Process.start()``. Under ``forkserver``
     the operating system's parent is the fork server instead, which lives as long as any of its children.
@@ -23,10 +23,10 @@ def exit_with_parent() -> None:
     parent, started_by = multiprocessing.parent_process(), os.getppid()
 
     def watch() -> None:
-        # With fork, a sibling can inherit the pipe behind is_alive() and keep it open; the parent's id changes anyway.
+        # Under fork, a sibling can inherit the pipe behind is_alive() and keep it open: so getppid() is checked too.
         while os.getppid() == started_by and (parent is None or parent.is_alive()):
             time.sleep(SECONDS)
-        with contextlib.suppress(OSError, ValueError):  # whoever read our errors may be gone too
+        with contextlib.suppress(OSError, ValueError):  # the reader of stderr may have ended too
             if parent is None:
                 print(f"process {os.getpid()}: its parent {started_by} is gone; exiting", file=sys.stderr, flush=True)
         os._exit(1)

@@ -1,7 +1,7 @@
-"""Look at every image of a data set:  python scripts/check_dataset.py DIR
+"""Decode every image of a data set:  python scripts/check_dataset.py DIR
 
-Counts, class order, and each file decoded as training and evaluation would; bad files are listed. A set without any
-gets DIR/fingerprint.json, which runs and rows then carry.
+Prints the numbers of images and classes, and lists the files that training and evaluation cannot decode. If there are
+none, it writes DIR/fingerprint.json, which runs and rows then record.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.data.decode import BadImage, check_scan, decode_exact
 from lip_resnet.data.fingerprint import FILE, digest, names_of
-from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.base import Encoded
 from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.sources.shards import Shards
 from lip_resnet.evaluation import testsets
@@ -28,18 +28,17 @@ from lip_resnet.files import write_atomically
 
 _IMAGENET = {"train": 1_281_167, "val": 50_000}
 
+_source: Encoded  # in each worker process
 
-_source: Encoded | None = None  # of each process
 
-
-def _begin(source: Encoded) -> None:
+def _init_worker(source: Encoded) -> None:
     global _source
     _source = source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends the others
 
 
-def look(index: int) -> tuple[int, str, str | None]:
-    """(bytes, sha256, what is wrong) of one image."""
+def check_image(index: int) -> tuple[int, str, str | None]:
+    """(bytes, sha256, error) of one image; (0, "", the line of the error) of one that does not decode."""
     path = _source.path(index)
     try:
         data = _source.read(index)
@@ -50,26 +49,26 @@ def look(index: int) -> tuple[int, str, str | None]:
     return len(data), hashlib.sha256(data).hexdigest(), None
 
 
-def open_split(root: Path) -> Encoded:
-    """Class folders or shards, whichever a directory holds."""
+def open_split(root: Path) -> Folder | Shards:
+    """The class folders or shards of a directory."""
     if layout(root) == "shards":
         return Shards(root)
     return Folder(root, sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
 
 
-def look_at_all(source: Encoded, workers: int) -> list[tuple[int, str, str | None]]:
-    """``look`` at every image, in processes.
+def check_images(source: Encoded, workers: int) -> list[tuple[int, str, str | None]]:
+    """``check_image`` of every image, in processes.
 
     Raises:
         InputError: a process was killed.
     """
-    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(source,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=_init_worker, initargs=(source,)) as pool:
         try:
-            found = pool.map(look, range(len(source)), chunksize=32)
-            return list(tqdm(found, total=len(source), unit="image", desc=source.root.name, disable=None))
+            results = pool.map(check_image, range(len(source)), chunksize=32)
+            return list(tqdm(results, total=len(source), unit="image", desc=source.root.name, disable=None))
         except BrokenProcessPool as error:
             raise InputError(
-                f"{source.root}: a process was killed, perhaps for want of memory; try fewer --workers than {workers}"
+                f"{source.root}: a process was killed, perhaps out of memory; try fewer --workers than {workers}"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -77,18 +76,18 @@ def look_at_all(source: Encoded, workers: int) -> list[tuple[int, str, str | Non
 
 
 def check_split(root: Path, workers: int) -> tuple[Encoded, dict[str, object], list[str], list[str]]:
-    """One split -> (its images, its entry of the fingerprint, bad files, files that no reader will take for images)."""
+    """One split -> (its images, its entry of the fingerprint, errors of bad files, files without an image's suffix)."""
     source = open_split(root)
-    names, seen = names_of(source), look_at_all(source, workers)
-    bad = [problem for _, _, problem in seen if problem]
+    names, results = names_of(source), check_images(source, workers)
+    bad = [error for _, _, error in results if error]
     lines = (
-        b"%s %d %s" % (name, size, checksum.encode()) for name, (size, checksum, _) in zip(names, seen, strict=True)
+        b"%s %d %s" % (name, size, checksum.encode()) for name, (size, checksum, _) in zip(names, results, strict=True)
     )
     entry = {
         "images": len(source),
         "classes": len(source.classes),
         "class_order": digest(map(os.fsencode, source.classes)),
-        "bytes": sum(size for size, _, _ in seen),
+        "bytes": sum(size for size, _, _ in results),
         "names": digest(names),
         "content": digest(lines),
     }
@@ -105,8 +104,8 @@ def main() -> None:
     parser.add_argument(
         "root", type=Path, help="the directory that holds train/, val/ or both: class folders or shards"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    parser.add_argument("--output", type=Path, help=f"where the fingerprint goes (default: DIR/{FILE})")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument("--output", type=Path, help=f"file of the fingerprint (default: DIR/{FILE})")
     options = parser.parse_args()
     output = options.output or options.root / FILE
     if options.workers < 1:
@@ -115,8 +114,8 @@ def main() -> None:
         raise InputError(f"--output {output}: {output.parent} is not a directory")
     splits = [split for split in ("train", "val") if (options.root / split).is_dir()]
     if not splits:
-        above = "; give the directory above it" if options.root.resolve().name in ("train", "val") else ""
-        raise InputError(f"{options.root} holds neither train/ nor val/{above}")
+        hint = "; give the directory above it" if options.root.resolve().name in ("train", "val") else ""
+        raise InputError(f"{options.root} holds neither train/ nor val/{hint}")
     entries, problems = {}, []
     for split in splits:
         source, entry, bad, ignored = check_split(options.root / split, options.workers)
@@ -125,13 +124,15 @@ def main() -> None:
         for line in bad:
             print(f"bad: {line}")
         for path in ignored:
-            print(f"ignored, its name is no image's: {path}")
+            print(f"ignored, not an image's suffix: {path}")
         problems += bad
         if list(source.classes) == testsets.wnids():
-            whole = entry["images"] == _IMAGENET[split]
-            print(f"{split}: ImageNet has {_IMAGENET[split]} images" + ("" if whole else ": this set is another"))
+            complete = entry["images"] == _IMAGENET[split]
+            print(
+                f"{split}: ImageNet has {_IMAGENET[split]} images" + ("" if complete else ", this set another number")
+            )
     if len({entry["class_order"] for entry in entries.values()}) > 1:
-        raise InputError(f"{options.root}: the classes of train/ and val/ differ, so labels would not agree")
+        raise InputError(f"{options.root}: the classes of train/ and val/ differ, so their labels do too")
     if problems:
         raise InputError(f"{options.root}: {len(problems)} bad files, listed above; the first is {problems[0]}")
     text = json.dumps(entries, indent=2) + "\n"

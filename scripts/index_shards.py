@@ -1,6 +1,6 @@
-"""Index tar shards, to be read behind a URL:  python scripts/index_shards.py DIR/train DIR/val
+"""Index tar shards before they are uploaded:  python scripts/index_shards.py DIR/train DIR/val
 
-Writes DIR/train/index.npz and so on, to be put beside the shards; `prepare_imagenet.py --format shards` does so itself.
+Writes DIR/train/index.npz and so on, to be uploaded with the shards. `prepare_imagenet.py --format shards` does too.
 """
 
 from pathlib import Path

@@ -1,11 +1,12 @@
 """ImageNet's archives to folders or shards:  python scripts/prepare_imagenet.py --archives DIR --output DIR/imagenet
 
 Reads ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as they were downloaded, each
-once from front to back, and writes every image straight to its place. A killed run goes on with the same command.
-With --effect FOLDER instead, it measures on the images there what --longest and --quality would do.
+once, as a stream, without intermediate copies. The same command continues a run that was killed.
+With --effect FOLDER it writes nothing, but measures what --longest and --quality do to the images there.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -16,15 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from scipy.io import loadmat
+from bench import reencoding
 from torchvision.datasets.imagenet import ARCHIVE_META
 from tqdm import tqdm
 
 from lip_resnet import cli
 from lip_resnet.config import InputError
-from lip_resnet.data import reencoding
 from lip_resnet.data.sources.index import write_index
 from lip_resnet.files import write_atomically
 
@@ -33,16 +33,19 @@ _PER_SHARD = 1000
 _BYTES = {"train": 147_897_477_120, "val": 6_744_924_160}  # of the official archives
 _CLASS, _TRAIN, _VAL = r"n\d{8}\.tar", r"n\d{8}_\d+\.JPEG", r"ILSVRC2012_val_(\d{8})\.JPEG"
 
+Member = tuple[str, str, BinaryIO, int]
+"""An image of an archive: class, file name, its data, bytes."""
+Encode = Callable[[bytes, str], bytes]
+"""(an image file's bytes, its name) -> the re-encoded file's bytes."""
+T = TypeVar("T")
+
 
 class _Hashed(io.RawIOBase):
-    """A file that is read once, front to back, hashed and shown on a progress bar as it goes."""
+    """A file that is read as a stream, with its md5 and a progress bar."""
 
     def __init__(self, path: Path) -> None:
         self.file, self.md5 = open(path, "rb"), hashlib.md5()  # noqa: SIM115 (closed by close())
         self.bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=None)
-
-    def readable(self) -> bool:
-        return True
 
     def read(self, size: int = -1) -> bytes:
         data = self.file.read(size)
@@ -56,19 +59,19 @@ class _Hashed(io.RawIOBase):
         super().close()
 
 
-def read_archive(path: Path, visit: Callable[[tarfile.TarFile], None]) -> str:
-    """Let ``visit`` read a tar file as a stream; the md5 of the whole file.
+def read_archive(path: Path, read: Callable[[tarfile.TarFile], T]) -> tuple[T, str]:
+    """What ``read`` returns for a tar file, which it reads as a stream; and the md5 of the whole file.
 
     Raises:
-        InputError: it is not there, or not a tar file.
+        InputError: the file is missing, or not a whole tar file.
     """
     try:
         with _Hashed(path) as file:
             with tarfile.open(fileobj=file, mode="r|*" if path.suffix == ".gz" else "r|") as archive:
-                visit(archive)
-            while file.read(1 << 20):  # what tar does not need counts too
+                value = read(archive)
+            while file.read(1 << 20):  # the md5 covers the bytes after the archive's end too
                 pass
-            return file.md5.hexdigest()
+            return value, file.md5.hexdigest()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except (tarfile.TarError, EOFError) as error:
@@ -79,19 +82,21 @@ def read_devkit(path: Path) -> tuple[str, list[str], list[str]]:
     """The devkit's md5, the classes (WordNet IDs) sorted, and the class of every validation image in order.
 
     Raises:
-        InputError: it is not the devkit.
+        InputError: it is not the devkit, or scipy is not installed.
     """
-    files: dict[str, bytes] = {}
-    wanted = {f"{_DATA}/meta.mat", f"{_DATA}/ILSVRC2012_validation_ground_truth.txt"}
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise InputError(f'the devkit needs scipy: pip install "lip-resnet[data]" ({error})') from error
 
-    def visit(archive: tarfile.TarFile) -> None:
-        for member in archive:
-            if member.name in wanted:
-                files[member.name] = archive.extractfile(member).read()
+    needed = {f"{_DATA}/meta.mat", f"{_DATA}/ILSVRC2012_validation_ground_truth.txt"}
 
-    md5 = read_archive(path, visit)
-    if set(files) != wanted:
-        raise InputError(f"{path}: not ImageNet's devkit; it lacks {min(wanted - set(files))}")
+    def read(archive: tarfile.TarFile) -> dict[str, bytes]:
+        return {member.name: archive.extractfile(member).read() for member in archive if member.name in needed}
+
+    files, md5 = read_archive(path, read)
+    if set(files) != needed:
+        raise InputError(f"{path}: not ImageNet's devkit; it lacks {min(needed - set(files))}")
     synsets = loadmat(io.BytesIO(files[f"{_DATA}/meta.mat"]), squeeze_me=True)["synsets"]
     # The leaves are the classes; the other synsets are the hierarchy above them.
     names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if not row["num_children"]}
@@ -99,8 +104,8 @@ def read_devkit(path: Path) -> tuple[str, list[str], list[str]]:
     return md5, sorted(names.values()), [names[int(number)] for number in truth]
 
 
-def train_images(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, BinaryIO, int]]:
-    """(class, file name, its data, bytes) of the archive of archives."""
+def train_images(archive: tarfile.TarFile, path: Path) -> Iterator[Member]:
+    """The images of the archive of one archive a class."""
     for member in archive:
         if not re.fullmatch(_CLASS, member.name):
             raise InputError(f"{path}: not ImageNet's training archive; it holds {member.name!r}")
@@ -111,22 +116,18 @@ def train_images(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, st
                 yield member.name[:9], image.name, inner.extractfile(image), image.size
 
 
-def val_images(archive: tarfile.TarFile, path: Path, truth: list[str]) -> Iterator[tuple[str, str, BinaryIO, int]]:
-    """(class, file name, its data, bytes) of the flat archive; the classes are the devkit's."""
+def val_images(archive: tarfile.TarFile, path: Path, truth: list[str]) -> Iterator[Member]:
+    """The images of the flat archive, with the devkit's classes."""
     for member in archive:
-        found = re.fullmatch(_VAL, member.name)
-        if found is None or not 1 <= int(found[1]) <= len(truth):
+        match = re.fullmatch(_VAL, member.name)
+        if match is None or not 1 <= int(match[1]) <= len(truth):
             raise InputError(f"{path}: not ImageNet's validation archive; it holds {member.name!r}")
-        yield truth[int(found[1]) - 1], member.name, archive.extractfile(member), member.size
+        yield truth[int(match[1]) - 1], member.name, archive.extractfile(member), member.size
 
 
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """A place to write a file, which gets its name when it is whole.
-
-    Raises:
-        InputError: it cannot be written; nothing of it stays.
-    """
+    """The path of a temporary file that is renamed to ``path`` at the end, or removed if it cannot be written."""
     part = path.with_suffix(".part")
     try:
         try:
@@ -136,8 +137,10 @@ def _written(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
             raise
     except OSError as error:
-        again = "; what is written stays, and the same command goes on from there"
-        raise InputError(f"--output: cannot write {path}: {error.strerror or error}{again}") from error
+        raise InputError(
+            f"--output: cannot write {path}: {error.strerror or error}; what is written stays, and the same command "
+            "continues from there"
+        ) from error
 
 
 def _make(folder: Path) -> None:
@@ -147,84 +150,82 @@ def _make(folder: Path) -> None:
         raise InputError(f"--output: cannot make {folder}: {error.strerror or error}") from error
 
 
-class Writer:
-    """Writes images beside each other in threads; an existing file is whole and is left as it is."""
+def write_folder(images: Iterator[Member], folder: Path, encode: Encode | None) -> dict[str, int]:
+    """Write every image to folder/class/name; a file that exists is whole, and is left as it is.
 
-    def __init__(self, folder: Path, longest: int | None, quality: int) -> None:
-        self.folder, self.longest, self.quality = folder, longest, quality
-        self.images, self.classes = 0, set()
-        self.pending: deque[Future] = deque()
-
-    def write_all(self, images: Iterator[tuple[str, str, BinaryIO, int]]) -> None:
-        """Every image to folder/class/name."""
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            for label, name, file, size in images:
-                path = self.folder / label / name
-                if label not in self.classes:
-                    _make(path.parent)
-                    self.classes.add(label)
-                self.images += 1
-                # A re-encoded file's size is not known, but only whole files ever get their name.
-                if path.is_file() and (self.longest or path.stat().st_size == size):
-                    continue
-                self.pending.append(threads.submit(self._write, path, file.read()))
-                while len(self.pending) > 256:
-                    self.pending.popleft().result()
-            while self.pending:
-                self.pending.popleft().result()
-
-    def _write(self, path: Path, data: bytes) -> None:
-        if self.longest:
-            data = reencoding.shrink(data, path.name, self.longest, self.quality)
-        with _written(path) as part:
-            part.write_bytes(data)
+    Returns:
+        The number of ``images`` and ``classes``.
+    """
+    classes: set[str] = set()
+    pending: deque[Future] = deque()
+    count = 0
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for label, name, file, size in images:
+            count += 1
+            path = folder / label / name
+            if label not in classes:
+                _make(path.parent)
+                classes.add(label)
+            # A re-encoded file's size is not known, but only whole files ever get their name.
+            if path.is_file() and (encode or path.stat().st_size == size):
+                continue
+            pending.append(threads.submit(_write_image, path, file.read(), encode))
+            if len(pending) > 256:
+                pending.popleft().result()
+        for write in pending:
+            write.result()
+    return {"images": count, "classes": len(classes)}
 
 
-class ShardWriter(Writer):
-    """Writes tar shards in WebDataset layout, in the archive's order; an existing shard is whole and is left as it is.
+def _write_image(path: Path, data: bytes, encode: Encode | None) -> None:
+    data = encode(data, path.name) if encode else data
+    with _written(path) as part:
+        part.write_bytes(data)
+
+
+def write_shards(images: Iterator[Member], folder: Path, encode: Encode | None, classes: list[str]) -> dict[str, int]:
+    """Write tar shards in WebDataset layout, in the archive's order, with classes.txt and their index beside them; a
+    shard that exists is whole, and is left as it is.
 
     Args:
-        classes: every class, sorted: a label is a place among them.
+        classes: every class, sorted: a label is an index in this list.
+
+    Returns:
+        The number of ``images`` and ``classes``.
     """
+    _make(folder)
+    names = "".join(f"{name}\n" for name in classes).encode()
+    write_atomically(folder / "classes.txt", lambda file: file.write(names))
+    labels = {name: label for label, name in enumerate(classes)}
+    batch: list[tuple[str, int, Future[bytes]]] = []
+    present: set[str] = set()
+    count = 0
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for label, name, file, _ in images:
+            path = folder / f"{count // _PER_SHARD:06}.tar"
+            count += 1
+            present.add(label)
+            if not path.is_file():
+                data = file.read()
+                encoded = threads.submit(encode, data, name) if encode else threads.submit(bytes, data)
+                batch.append((name, labels[label], encoded))
+            if batch and count % _PER_SHARD == 0:
+                _write_shard(path, batch)
+                batch = []
+        if batch:
+            _write_shard(path, batch)
+    write_index(folder)
+    return {"images": count, "classes": len(present)}
 
-    def __init__(self, folder: Path, longest: int | None, quality: int, classes: list[str]) -> None:
-        super().__init__(folder, longest, quality)
-        self.labels = {name: label for label, name in enumerate(classes)}
 
-    def write_all(self, images: Iterator[tuple[str, str, BinaryIO, int]]) -> None:
-        """Every image to folder/NNNNNN.tar, _PER_SHARD in each, and where each lies to the index beside them."""
-        _make(self.folder)
-        names = "".join(f"{name}\n" for name in self.labels).encode()
-        write_atomically(self.folder / "classes.txt", lambda file: file.write(names))
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            batch: list[tuple[str, str, Future]] = []
-            for label, name, file, _ in images:
-                path = self._shard(self.images)
-                self.images += 1
-                self.classes.add(label)
-                if not path.is_file():
-                    batch.append((label, name, threads.submit(self._encode, file.read(), name)))
-                if batch and self.images % _PER_SHARD == 0:
-                    self._close(path, batch)
-            if batch:
-                self._close(path, batch)
-        write_index(self.folder)
-
-    def _shard(self, image: int) -> Path:
-        return self.folder / f"{image // _PER_SHARD:06}.tar"
-
-    def _encode(self, data: bytes, name: str) -> bytes:
-        return reencoding.shrink(data, name, self.longest, self.quality) if self.longest else data
-
-    def _close(self, path: Path, batch: list[tuple[str, str, Future]]) -> None:
-        with _written(path) as part, tarfile.open(part, "w") as archive:
-            for label, name, encoded in batch:
-                key = name.removesuffix(".JPEG")
-                for suffix, data in (("jpg", encoded.result()), ("cls", str(self.labels[label]).encode())):
-                    member = tarfile.TarInfo(f"{key}.{suffix}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-        batch.clear()
+def _write_shard(path: Path, images: list[tuple[str, int, Future[bytes]]]) -> None:
+    with _written(path) as part, tarfile.open(part, "w") as archive:
+        for name, label, encoded in images:
+            key = name.removesuffix(".JPEG")
+            for suffix, data in (("jpg", encoded.result()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
 
 
 def check(path: Path, md5: str, any_archive: bool) -> None:
@@ -236,16 +237,16 @@ def check(path: Path, md5: str, any_archive: bool) -> None:
     official = dict(ARCHIVE_META.values())[path.name]
     if md5 != official and not any_archive:
         raise InputError(
-            f"{path}: its md5 is {md5}, the official archive's {official}: it is damaged, or another; what was written "
-            "of it cannot be trusted (--any-archive accepts it)"
+            f"{path}: its md5 is {md5}, the official archive's {official}: it is damaged, or another one; do not use "
+            "what was written of it (--any-archive accepts it)"
         )
 
 
 def check_there(paths: dict[str, Path], any_archive: bool) -> None:
-    """All archives are there, and as long as the official ones: that takes no reading.
+    """Check that all archives exist and have the official sizes, before hours of reading.
 
     Raises:
-        InputError: one is not.
+        InputError: one is missing, or has another size.
     """
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
@@ -268,9 +269,9 @@ def parse() -> Any:
     parser.add_argument("--quality", type=int, default=90, help="of re-encoded JPEG files (default: 90)")
     parser.add_argument("--any-archive", action="store_true", help="accept archives with other checksums")
     parser.add_argument(
-        "--effect", type=Path, metavar="FOLDER", help="write nothing: measure re-encoding (of 500) on the images there"
+        "--effect", type=Path, metavar="FOLDER", help="write nothing; measure re-encoding (to 500) on the images there"
     )
-    parser.add_argument("--rounds", type=int, default=9, help="of --effect's timing (default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="of the timing of --effect (default: 9)")
     options = parser.parse_args()
     for key, low, high in (("longest", 1, None), ("quality", 1, 95), ("rounds", 2, None)):
         value = getattr(options, key)
@@ -283,47 +284,49 @@ def parse() -> Any:
 
 def main() -> None:
     options = parse()
+    longest = options.longest or (500 if options.effect else None)
+    encode = functools.partial(reencoding.shrink, longest=longest, quality=options.quality) if longest else None
     if options.effect:
-        longest = options.longest or 500
-        result = reencoding.measure(options.effect, longest, options.quality, options.rounds)
+        result = reencoding.measure(options.effect, encode, options.rounds)
         print(reencoding.render(result, longest, options.quality))
         return
     paths = {key: options.archives / name for key, (name, _) in ARCHIVE_META.items()}
     check_there(paths, options.any_archive)
-    encoding = {
-        "format": options.format,
-        "longest": options.longest,
-        "quality": options.quality if options.longest else None,
-    }
+    quality = options.quality if options.longest else None
+    encoding = {"format": options.format, "longest": options.longest, "quality": quality}
     record = options.output / "prepared.json"
     done = _begun(record) or {"encoding": encoding}
     if done["encoding"] != encoding:
-        raise InputError(f"--output {options.output} was begun with {done['encoding']}; choose another")
+        raise InputError(
+            f"--output {options.output} holds images written with {done['encoding']}, not {encoding}; choose another"
+        )
     _make(options.output)
     _save(record, done)
 
     md5, classes, truth = read_devkit(paths["devkit"])
     check(paths["devkit"], md5, options.any_archive)
-    for split in ("val", "train"):
+    images = {
+        "val": lambda archive: val_images(archive, paths["val"], truth),
+        "train": lambda archive: train_images(archive, paths["train"]),
+    }
+    write = functools.partial(write_shards, classes=classes) if options.format == "shards" else write_folder
+    for split in images:
         if split in done:
             print(f"{split}: {done[split]['images']} images, already done")
             continue
-        path, arguments = paths[split], (options.output / split, options.longest, options.quality)
-        writer = ShardWriter(*arguments, classes) if options.format == "shards" else Writer(*arguments)
 
-        def visit(archive: tarfile.TarFile, split: str = split, path: Path = path, writer: Writer = writer) -> None:
-            images = train_images(archive, path) if split == "train" else val_images(archive, path, truth)
-            writer.write_all(images)
+        def read(archive: tarfile.TarFile, split: str = split) -> dict[str, int]:
+            return write(images[split](archive), options.output / split, encode)
 
-        md5 = read_archive(path, visit)
-        check(path, md5, options.any_archive)
-        done[split] = {"images": writer.images, "classes": len(writer.classes), "md5": md5}
+        counts, md5 = read_archive(paths[split], read)
+        check(paths[split], md5, options.any_archive)
+        done[split] = {**counts, "md5": md5}
         _save(record, done)
-        print(f"{split}: {writer.images} images of {len(writer.classes)} classes")
+        print(f"{split}: {counts['images']} images of {counts['classes']} classes")
 
 
 def _begun(record: Path) -> dict[str, Any] | None:
-    """What an earlier call has done, None for nothing."""
+    """The record of an earlier call; None if there is none."""
     try:
         done = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
         if done is None or isinstance(done["encoding"], dict):
@@ -331,7 +334,7 @@ def _begun(record: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise InputError(
-        f"{record}: damaged; remove it, and the same command reads the archives again, leaving whole files"
+        f"{record}: damaged; remove it: the same command then reads the archives again, and keeps the files written"
     )
 
 

@@ -1,7 +1,7 @@
-"""Bytes of an image file to RGB pixels, or an error that names the file: nothing is ever guessed or replaced.
+"""Bytes of an image file to RGB pixels, or an error that names the file; no image is ever replaced by another.
 
-Two decoders. PIL is the measure, for every format. simplejpeg (libjpeg-turbo) is for JPEG files in a hurry: its pixels
-equal PIL's, and it can stop at the last row that a crop needs. It also reports damage that PIL passes over in silence.
+Two decoders. PIL is the reference, for every format. simplejpeg (libjpeg-turbo) decodes JPEG files faster to the same
+pixels, can stop at the last row that a crop needs, and reports damage that PIL ignores.
 """
 
 import io
@@ -14,16 +14,16 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lip_resnet.config import InputError
 
-# libjpeg's words for data that cannot be what the encoder wrote. Its other warnings (bytes after the image, an odd
-# version number) leave the pixels whole.
+# libjpeg's warnings about compressed data that no encoder writes. Its other warnings (bytes after the image, an unknown
+# version number) do not affect the pixels.
 _DAMAGE = ("premature end of data segment", "bad Huffman code", "bad arithmetic code", "instead of RST")
-_END = b"\xff\xd9"  # the marker with which a JPEG ends
+_END = b"\xff\xd9"  # the marker EOI, with which a JPEG ends
 _EXTRANEOUS = "extraneous bytes before marker"
 _PIL_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
-_MCU = 16  # rows; the tallest block of any JPEG that simplejpeg's colours can have
+_MCU = 16  # rows of the tallest minimum coded unit (MCU) of the JPEG files that are decoded in part
 
 
 class BadImage(InputError):
@@ -47,20 +47,23 @@ def read_file(path: str) -> bytes:
 
 
 def decode_exact(data: bytes, path: str) -> Image.Image:
-    """PIL's RGB image, as torchvision's ImageFolder gives it: EXIF orientation is ignored, a palette's transparency is
-    dropped, an animation gives its first frame. Only 16-bit gray differs: scaled to 8 bits, where PIL would clip.
+    """PIL's RGB image, as torchvision's ImageFolder loads it: EXIF orientation is ignored, a palette's transparency is
+    dropped, an animation gives its first frame. Only 16-bit gray differs: it is scaled to 8 bits, where PIL clips.
+
+    Args:
+        path: the image's name, for errors.
 
     Raises:
-        BadImage: it does not decode, or has more than twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+        BadImage: it does not decode, or has more pixels than twice ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise BadImage(f"{path}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which hides truncated files")
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
             image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
-            raise BadImage(f"{path}: cannot decode this image: its {image.mode} pixels have no range")
+            raise BadImage(f"{path}: cannot decode this image: pixels of mode {image.mode} have no known range")
         return image.convert("RGB")
     except BadImage:
         raise
@@ -73,14 +76,18 @@ def decode_exact(data: bytes, path: str) -> Image.Image:
 def check_scan(data: bytes, path: str) -> bool:
     """Decode a JPEG's whole scan, at an eighth of its size, for damage that PIL does not report; skip other formats.
 
+    Args:
+        path: the image's name, for errors.
+
     Returns:
-        Whether it is a JPEG that libjpeg has nothing to say about: any decoder may have it. PIL must judge the others.
+        Whether it is a JPEG that libjpeg decodes without a warning, so that any decoder may be used. PIL must decode
+        the others.
 
     Raises:
-        BadImage: the compressed data is damaged. (Some damage still decodes as if it were an image: nobody can tell.)
+        BadImage: the compressed data is damaged. (Damage that decodes without a warning cannot be detected.)
     """
     whole = simplejpeg.is_jpeg(data)
-    if not whole:  # simplejpeg knows no JPEG with bytes behind its end
+    if not whole:  # simplejpeg does not recognise a JPEG with bytes after its end
         data = data[: data.rfind(_END) + len(_END)]
         if not simplejpeg.is_jpeg(data):
             return False
@@ -95,18 +102,18 @@ def check_scan(data: bytes, path: str) -> bool:
 
 
 def _refuse_damage(message: str, path: str) -> None:
-    if any(word in message for word in _DAMAGE):
+    if any(warning in message for warning in _DAMAGE):
         raise BadImage(f"{path}: cannot decode this image: {message}")
 
 
 class JpegDecoder:
-    """Decodes into one buffer that grows as needed: fresh memory costs more than the copy out of it."""
+    """Decodes into one buffer that grows as needed: allocating costs more than copying the result."""
 
     def __init__(self) -> None:
         self.buffer = np.empty(0, np.uint8)
 
     def read_size(self, data: bytes) -> tuple[int, int] | None:
-        """(height, width) from the header; None for what PIL must decode: other formats, CMYK, giant images."""
+        """(height, width) from the header; None for what PIL must decode: other formats, CMYK, oversized images."""
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
@@ -119,7 +126,7 @@ class JpegDecoder:
         """The image's first ``rows`` rows, or more, (height, width, 3) uint8; valid until the next call.
 
         Returns:
-            None where simplejpeg refuses and PIL must decide.
+            None if simplejpeg does not decode it: PIL must.
 
         Raises:
             BadImage: the compressed data of these rows is damaged.
@@ -128,28 +135,28 @@ class JpegDecoder:
         needed = height * width * 3
         if len(self.buffer) < needed:
             self.buffer = np.empty(needed, np.uint8)
-        kept = -(-rows // _MCU) * _MCU + _MCU  # one block more: colours of the last row are interpolated with the next
+        kept = -(-rows // _MCU) * _MCU + _MCU  # one MCU more: colours of the last row are interpolated with the next
         field = _find_height(data) if kept < height else None
-        cut = data
+        patched: bytes | bytearray = data
         if field is not None:
-            cut = bytearray(data)
-            cut[field : field + 2] = struct.pack(">H", kept)
+            patched = bytearray(data)
+            patched[field : field + 2] = struct.pack(">H", kept)
         try:
-            return simplejpeg.decode_jpeg(cut, "RGB", buffer=self.buffer)
+            return simplejpeg.decode_jpeg(patched, "RGB", buffer=self.buffer)
         except ValueError as error:
             message = str(error)
         _refuse_damage(message, path)
-        if field is not None and _EXTRANEOUS in message:  # all rows are decoded; what is left over is the rest
+        if field is not None and _EXTRANEOUS in message:  # the rows are decoded; the rest of the scan is extraneous
             return self.buffer[: kept * width * 3].reshape(kept, width, 3)
         return None
 
 
 def _find_height(data: bytes) -> int | None:
-    """Where a JPEG's header states its height, if its rows follow each other in one scan (baseline, interleaved).
+    """The offset of the height in a JPEG's header, if one scan holds all components (baseline, interleaved); else None.
 
-    A decoder that is told a smaller height decodes the rows up to it, the same to the bit, and stops.
+    With a smaller height there, a decoder decodes the rows up to it, bit for bit the same, and stops.
     """
-    at, frame = 2, None
+    at, frame = 2, -1
     while at + 10 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:  # padding
@@ -160,7 +167,6 @@ def _find_height(data: bytes) -> int | None:
         elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # progressive, lossless, arithmetic
             return None
         elif marker == 0xDA:
-            one_scan = frame is not None and data[at + 4] == data[frame + 9]
-            return frame + 5 if one_scan else None
+            return frame + 5 if frame >= 0 and data[at + 4] == data[frame + 9] else None
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     return None

@@ -1,4 +1,4 @@
-"""Which data a number was measured on: digests for the records of runs and rows."""
+"""Digests of a set, which runs and rows record: on which data a number was measured."""
 
 import hashlib
 import json
@@ -7,15 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lip_resnet.data.sources.arrays import Arrays
-from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.base import Arrays, Encoded, Source
 
 FILE = "fingerprint.json"
 """Written by scripts/check_dataset.py into the directory that holds train/ and val/."""
 
 
 def digest(lines: Iterable[bytes]) -> str:
-    """sha256 of lines."""
+    """sha256 of lines, each with a line feed after it, as "sha256:" and hexadecimal digits."""
     total = hashlib.sha256()
     for line in lines:
         total.update(line + b"\n")
@@ -23,26 +22,25 @@ def digest(lines: Iterable[bytes]) -> str:
 
 
 def names_of(source: Encoded) -> list[bytes]:
-    """Every image as class/file (or shard:key), in the order of the set: its name relative to the set's root."""
+    """Every image's name relative to the root, class/file or shard:key, in the order of the set."""
     prefix, names = os.fsencode(f"{source.root}/"), source.names
     relative = [name.removeprefix(prefix) for name in names]
     if isinstance(source.root, Path):  # neither a URL nor a table
         segments = b"/%s/" % b"/".join(relative)
         if not all(name.startswith(prefix) for name in names) or any(
             segment in segments for segment in (b"//", b"/./", b"/../")
-        ):  # e.g. a key of a shard
+        ):  # such as in the key of a shard
             return [os.fsencode(os.path.relpath(os.fsdecode(name), source.root)) for name in names]
     return relative
 
 
-def describe_source(source: Any) -> dict[str, Any]:
-    """Images, classes, and a digest of what a set holds.
+def describe_source(source: Source) -> dict[str, Any]:
+    """The fingerprint of a set. It takes a second for a million images: with several processes, call it on one of them.
 
-    ``names`` covers a folder's class and file names in order; ``content`` the files' bytes too, where check_dataset.py
-    has read them all and no name has changed since (else None). Pictures in memory are digested themselves; synthetic
-    noise has nothing to digest.
-
-    It takes a second for a million images: with several processes, call it on one of them.
+    Returns:
+        ``images`` and ``classes``: how many; ``names``: digest of the images' names in order; ``content``: digest of
+        the files' bytes too, if check_dataset.py has recorded it and no name has changed since, else None. Images in
+        memory have the digest of their pixels and labels as ``content`` and no ``names``; synthetic noise has neither.
     """
     description: dict[str, Any] = {"images": len(source), "classes": len(source.classes)}
     if isinstance(source, Arrays):
@@ -55,9 +53,9 @@ def describe_source(source: Any) -> dict[str, Any]:
 
 
 def _recorded(split: Path) -> dict[str, str]:
-    """The digests that check_dataset.py has left beside a split: names -> content."""
+    """The digests that check_dataset.py has recorded beside a split: of the names -> of the content."""
     try:
         splits = json.loads((split.parent / FILE).read_text(encoding="utf-8"))
         return {entry["names"]: entry["content"] for entry in splits.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours: the names must do
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, or not of this format
         return {}

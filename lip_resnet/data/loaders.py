@@ -1,13 +1,13 @@
-"""Samples to batches, dealt to processes.
+"""Samples to batches, divided among processes.
 
-The sampler yields what names a sample's randomness, (epoch, index, repeat), so a sample's pixels depend on nothing
-else: not on the number of workers or processes, nor on where a run was resumed.
+The sampler yields (epoch, index, repeat), from which a sample's augmentation is derived. So its pixels depend on
+nothing else: not on the number of workers or processes, nor on where a run was resumed.
 """
 
 import math
 import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from lip_resnet import distributed, seeding
 from lip_resnet.config import DataConfig, EvalDataConfig, InputError
 from lip_resnet.data.decode import BadImage
 from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Parcel, on_this_gpu
-from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.base import Encoded, Label, Samples, prefetch_samples
 from lip_resnet.data.transforms import TrainTransform, eval_transform
 from lip_resnet.data.workers import PREFETCH_FACTOR, BufferPool, DeferredBatchSampler, InFlightSamples, start_loader
 
@@ -32,72 +32,70 @@ class Batch:
     """One optimizer step's share of this process."""
 
     parts: list[tuple[Tensor, Tensor]]
-    """(images (b, 3, H, W) uint8 in channels-last order, labels (b,) int64), one pair for each accumulated part."""
+    """(images (b, 3, H, W) uint8, channels-last; labels (b,) int64), one pair for each accumulated part."""
     size: int
-    """Images of the step over all processes, those included that ``data.on_error: skip`` has left out."""
+    """Images of the step over all processes, including skipped ones."""
     skipped: int
-    """Images that it has left out of this share."""
+    """Images of this share that ``data.on_error: skip`` has left out."""
 
 
 class _Packet(NamedTuple):
-    """What a worker sends: a batch in a shared buffer or in a tensor of its own, or the line that says why not."""
+    """A batch as a worker sends it."""
 
-    images: Tensor | None = None
-    """(b, H, W, 3) uint8; None where it lies in buffer ``slot``."""
-    labels: np.ndarray | None = None
-    slot: int | None = None
-    side: int = 0
-    skipped: tuple[str, ...] = ()
+    images: Tensor | Parcel | int
+    """(b, H, W, 3) uint8; or the number of the shared buffer that holds them; or a parcel, for ``decode: gpu``."""
+    labels: np.ndarray
+    """(b,) int64."""
+    side: int
+    """H and W."""
+    skipped: tuple[str, ...]
     """A line for each image left out."""
-    error: str | None = None
-    parcel: Parcel | None = None
-    """The images, for ``decode: gpu``."""
 
 
 class _TrainBatches(Dataset):
-    """A request, (slot, [(epoch, index, repeat), ...]), to a packet.
+    """A request, (number of a shared buffer or None, [(epoch, index, repeat), ...]), to a packet or an error's line.
 
     A sample's augmentation is drawn from (seed, epoch, index, repeat) alone.
     """
 
     def __init__(
-        self, source: Any, config: DataConfig, seed: int, memory: Tensor | None, in_flight: InFlightSamples
+        self, source: Samples, config: DataConfig, seed: int, memory: Tensor | None, in_flight: InFlightSamples
     ) -> None:
         self.source, self.config, self.seed, self.memory, self.in_flight = source, config, seed, memory, in_flight
         self.transform = TrainTransform(config)
 
-    def __getitems__(self, request: tuple[int | None, list[tuple[int, int, int]]]) -> _Packet:
+    def __getitems__(self, request: tuple[int | None, list[tuple[int, int, int]]]) -> _Packet | str:
         slot, keys = request
         side = self.config.size_at(keys[0][0])
         shape = (len(keys), side, side, 3)
         packer = Packer(side) if self.config.decode == "gpu" else None
-        if slot is None:
+        if slot is None or self.memory is None:
             images = torch.empty(shape, dtype=torch.uint8)
         else:
             images = self.memory[slot, : math.prod(shape)].view(shape)
-        labels, skipped = [], []
-        _prefetch(self.source, [index for _, index, _ in keys])
+        labels: list[Label] = []
+        skipped: list[str] = []
+        prefetch_samples(self.source, [index for _, index, _ in keys])
         for epoch, index, repeat in keys:
             self.in_flight.begin(index)
             seed = seeding.derive("augment", self.seed, epoch, index, repeat)
             try:
                 labels.append(self._load(index, seed, images[len(labels)], packer))
-            except InputError as error:  # a server that fails is no bad image
+            except InputError as error:  # only bad images are skipped, not the failure of a server
                 if self.config.on_error == "stop" or not isinstance(error, BadImage):
-                    return _Packet(error=str(error))
+                    return str(error)
                 skipped.append(str(error))
         self.in_flight.end()
-        done = len(labels)
-        packed = np.array(labels, dtype=np.int64)
+        sent: Tensor | Parcel | int = images[: len(labels)] if slot is None else slot
         if packer is not None:
-            return _Packet(labels=packed, parcel=packer.seal(), skipped=tuple(skipped))
-        return _Packet(images[:done] if slot is None else None, packed, slot, side, tuple(skipped))
+            sent = packer.seal()
+        return _Packet(sent, np.array(labels, dtype=np.int64), side, tuple(skipped))
 
-    def _load(self, index: int, seed: int, out: Tensor, packer: Packer | None) -> int:
+    def _load(self, index: int, seed: int, out: Tensor, packer: Packer | None) -> Label:
         source = self.source
         if isinstance(source, Encoded):
             data, label = source.read(index), source.label(index)
-            if packer is not None and self._leave_encoded(index, data, seed, packer):
+            if packer is not None and self._leave_encoded(source, index, data, seed, packer):
                 return label
             if self.transform.data(data, source.path(index), seed, out):
                 source.check(index, data)
@@ -111,31 +109,26 @@ class _TrainBatches(Dataset):
             packer.add_pixels(out)
         return label
 
-    def _leave_encoded(self, index: int, data: bytes, seed: int, packer: Packer) -> bool:
-        """Pack a JPEG as it is, if it is for the GPU; nvJPEG would decode a damaged scan without a word."""
+    def _leave_encoded(self, source: Encoded, index: int, data: bytes, seed: int, packer: Packer) -> bool:
+        """Pack an encoded JPEG if it is for the GPU. It is checked: nvJPEG decodes damaged scans without an error."""
         drawn = self.transform.draw(data, seed)
-        if drawn is None or not packer.takes(data, drawn[0]) or not self.source.check(index, data):
+        if drawn is None or not packer.takes(data, drawn[0]) or not source.check(index, data):
             return False
-        packer.add_file(data, self.source.path(index), *drawn)
+        packer.add_file(data, source.path(index), *drawn)
         return True
 
 
-def _prefetch(source: Any, indices: Sequence[int]) -> None:
-    """Announce a batch to a source that can request its images all at once."""
-    if hasattr(source, "prefetch"):
-        source.prefetch(indices)
-
-
 class _EvalBatches(Dataset):
-    """A request, (None, range of indices), to a batch: every image by PIL, and any that does not decode is an error."""
+    """A request, (None, range of indices), to (images, labels) or an error's line. PIL decodes every image."""
 
-    def __init__(self, source: Any, config: EvalDataConfig, in_flight: InFlightSamples) -> None:
+    def __init__(self, source: Samples, config: EvalDataConfig, in_flight: InFlightSamples) -> None:
         self.source, self.in_flight, self.transform = source, in_flight, eval_transform(config)
 
     def __getitems__(self, request: tuple[None, range]) -> tuple[Tensor, Tensor] | str:
-        images, labels = [], []
+        images: list[Tensor] = []
+        labels: list[Label] = []
         _, indices = request
-        _prefetch(self.source, indices)
+        prefetch_samples(self.source, indices)
         for index in indices:
             self.in_flight.begin(index)
             try:
@@ -151,12 +144,11 @@ class _EvalBatches(Dataset):
 class _TrainSampler:
     """This process's parts of every global batch of an epoch, from a given step on.
 
-    The order of an epoch is a permutation drawn from (seed, epoch); global batch b is its b-th piece, cut into
+    The order of an epoch is a permutation drawn from (seed, epoch); global batch b is its b-th section, divided into
     processes x accumulate consecutive parts. So a global batch holds the same samples on any number of processes.
 
-    With repeats, a batch is the permutation's next batch_size / repeats samples, first each once, then each once more,
-    and so on: the repeats of a sample fall to different parts where there are as many. An epoch has as many steps as
-    without.
+    With repeats, a batch is the permutation's next batch_size / repeats samples, the whole list ``repeats`` times: the
+    repeats of a sample are in different parts if there are as many parts. An epoch has as many steps as without.
     """
 
     def __init__(self, samples: int, config: DataConfig, parts: int, seed: int) -> None:
@@ -183,18 +175,21 @@ class _TrainSampler:
 
 
 class TrainLoader:
-    """Optimizer steps of an epoch, as this process sees them.
+    """This process's share of every optimizer step of an epoch; its workers start at once.
 
     Args:
-        decoder: for ``decode: gpu``; by default, this process's GPU.
+        source: the training images.
+        accumulate: parts of a process's share, each a batch of its own: ``optim.accumulate``.
+        seed: of orders and augmentations: ``train.seed``.
+        decoder: for ``decode: gpu``; None for this process's GPU.
 
     Raises:
-        InputError: the batch does not divide, or the last one would leave a part with fewer than 2 images; there is
-            nothing to decode with.
+        InputError: ``data.batch_size`` does not divide by processes x accumulate, a part of the last batch would have
+            fewer than 2 images, or ``decode: gpu`` has no GPU or library.
     """
 
     def __init__(
-        self, source: Any, config: DataConfig, accumulate: int, seed: int, decoder: BatchDecoder | None = None
+        self, source: Samples, config: DataConfig, accumulate: int, seed: int, decoder: BatchDecoder | None = None
     ) -> None:
         world, batch_size, samples = distributed.world_size(), config.batch_size, len(source)
         parts = world * accumulate
@@ -220,7 +215,7 @@ class TrainLoader:
         self.in_flight = InFlightSamples(config.workers)
         self.pool = None
         if config.workers and config.decode != "gpu":
-            # As many as the workers can fill, and as the caller can hold while it waits.
+            # As many as the workers can fill in advance, and as the caller can hold while it waits for the next.
             buffers = PREFETCH_FACTOR * config.workers + 2 * accumulate + 1
             self.pool = BufferPool(buffers, -(-batch_size // parts) * config.sizes[-1] ** 2 * 3)
         memory = None if self.pool is None else self.pool.memory
@@ -233,10 +228,11 @@ class TrainLoader:
         return self.sampler.steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The steps of an epoch from ``first_step`` on.
+        """The steps of an epoch, counted from 0, from ``first_step`` on.
 
         Raises:
-            InputError: an image does not decode (``data.on_error: stop``), too few of a part do, or a worker died.
+            InputError: an image does not decode (``data.on_error: stop``), fewer than 2 of a part do (``skip``), or a
+                worker died.
         """
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
         packets = _packets(self.loader, self.in_flight, self.source)
@@ -247,8 +243,6 @@ class TrainLoader:
         next(packets, None)  # runs the loader to its end, which keeps its workers for the next epoch
 
     def _unpack(self, packet: _Packet) -> tuple[Tensor, Tensor]:
-        if packet.error is not None:
-            raise InputError(packet.error)
         for line in packet.skipped:
             self._skip(line)
         decoded = len(packet.labels)
@@ -256,12 +250,14 @@ class TrainLoader:
             raise InputError(
                 f"data.on_error: of one part of a batch, {decoded} images decode and {len(packet.skipped)} do not"
             )
-        if packet.parcel is not None:
-            return self.decoder(packet.parcel), torch.from_numpy(packet.labels)
-        images = packet.images
-        if images is None:
-            images = self.pool.lend(packet.slot, (decoded, packet.side, packet.side, 3))
-        return images.permute(0, 3, 1, 2), torch.from_numpy(packet.labels)
+        images, labels = packet.images, torch.from_numpy(packet.labels)
+        if isinstance(images, Parcel):
+            assert self.decoder is not None
+            return self.decoder(images), labels
+        if isinstance(images, int):
+            assert self.pool is not None
+            images = self.pool.lend(images, (decoded, packet.side, packet.side, 3))
+        return images.permute(0, 3, 1, 2), labels
 
     def _skip(self, line: str) -> None:
         self.skipped[line] = self.skipped.get(line, 0) + 1
@@ -275,29 +271,40 @@ class TrainLoader:
                     tqdm.write(f"warning: {self.skipped_to}: cannot write: {error.strerror}", file=sys.stderr)
 
 
-def _packets(loader: DataLoader, in_flight: InFlightSamples, source: Any) -> Iterator[Any]:
+def _packets(loader: DataLoader, in_flight: InFlightSamples, source: Samples) -> Iterator[Any]:
+    """The workers' packets.
+
+    Raises:
+        InputError: one is the line of an error, or a worker died.
+    """
     try:
-        yield from loader
+        for packet in loader:
+            if isinstance(packet, str):
+                raise InputError(packet)
+            yield packet
     except RuntimeError as error:
         death = in_flight.explain(error, source)
         if death is None:
             raise
         for child in multiprocessing.active_children():
-            # The other workers may wait for ever for a lock that the dead one held.
+            # The other workers may be waiting for a lock that the dead one held.
             if child.pid in in_flight.pids():
                 child.kill()
         raise death from error
 
 
 class EvalLoader:
-    """Every image of a set once, over all processes: batches are cut from the set's order and dealt whole to ranks.
+    """Every image of a set once, over all processes: batches in the set's order, each read by one process.
+
+    Iterating yields (images (b, 3, H, W) uint8, labels (b,) int64, or (b, K) of a set with several right classes).
 
     Raises, while it is read:
-        InputError: an image does not decode, whatever ``data.on_error`` says, or a worker died.
+        InputError: an image does not decode (``data.on_error`` is for training alone), or a worker died.
     """
 
-    def __init__(self, source: Any, config: EvalDataConfig) -> None:
-        self.source, self.batch_size, self.batches = source, config.eval_batch_size, []
+    def __init__(self, source: Samples, config: EvalDataConfig) -> None:
+        self.source, self.batch_size = source, config.eval_batch_size
+        self.batches: list[range] = []
         self.choose(range(len(source)))
         self.in_flight = InFlightSamples(config.workers)
         dataset = _EvalBatches(source, config, self.in_flight)
@@ -305,7 +312,7 @@ class EvalLoader:
         self.loader = start_loader(dataset, sampler, config.workers, pin=torch.cuda.is_available())
 
     def choose(self, images: range) -> None:
-        """Read these images of the source alone from now on, as if they were the whole set."""
+        """From now on, read only these images of the source."""
         self.samples = len(images)
         starts = range(0, self.samples, self.batch_size)[distributed.rank() :: distributed.world_size()]
         self.batches[:] = [images[start : start + self.batch_size] for start in starts]
@@ -316,6 +323,5 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for packet in _packets(self.loader, self.in_flight, self.source):
-            if isinstance(packet, str):
-                raise InputError(packet)
-            yield tuple(packet)
+            images, labels = packet
+            yield images, labels

@@ -1,4 +1,4 @@
-"""Batches to the device ahead of time."""
+"""Asynchronous copies of batches to the device."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -10,10 +10,10 @@ from lip_resnet.data.loaders import Batch
 
 
 def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, on a GPU already: the next one is copied on a stream of its own, from pinned memory, while the
-    step before it computes. On the CPU they pass through.
+    """The same batches on ``device``: on a GPU, the next batch is copied from pinned memory on a side stream while the
+    current step computes; on the CPU they pass through.
 
-    What ``batches`` does on the GPU for itself, decoding, is on that stream too.
+    GPU work of ``batches`` itself (``decode: gpu``) is on the side stream too.
     """
     if device.type != "cuda":
         yield from batches
@@ -37,10 +37,10 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         stream = torch.cuda.current_stream(device)
         stream.wait_event(copied)
         for images, labels in batch.parts:
-            images.record_stream(stream)  # or the allocator could give the memory away before this stream has read it
+            images.record_stream(stream)  # or the allocator could reuse the memory before this stream has read it
             labels.record_stream(stream)
         return batch
 
     source = iter(batches)
     while (ready := pull()) is not None:
-        yield release(*ready)  # the caller only enqueues its step: the next batch is copied while the GPU computes
+        yield release(*ready)  # the caller only enqueues its step: the next copy overlaps with it

@@ -1,4 +1,4 @@
-"""Images to (H, W, 3) uint8 on the CPU, and uint8 batches to normalised floats on the device."""
+"""Images to uint8 pixels on the CPU, and uint8 batches to normalised floats on the device."""
 
 import math
 from typing import Any
@@ -18,10 +18,14 @@ from lip_resnet.data.decode import JpegDecoder, decode_exact
 
 
 class TrainTransform:
-    """The reference's random resized crop and flip, and what the recipe adds.
+    """The reference's random resized crop and flip, and the recipe's further augmentations.
 
-    Every draw comes from torch's, numpy's and Python's CPU generators, which each sample seeds for itself. Both ways
-    of decoding draw the same numbers in the same order as torchvision's RandomResizedCrop and RandomHorizontalFlip.
+    Random numbers come from the CPU generators of torch, numpy and Python, which are seeded for each sample. Every
+    ``data.decode`` draws the same numbers in the same order as torchvision's RandomResizedCrop and
+    RandomHorizontalFlip.
+
+    Raises:
+        InputError: ``data.rand_augment`` is not a string that timm accepts.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -46,8 +50,8 @@ class TrainTransform:
         """A PIL image -> ``out`` (size, size, 3) uint8, by PIL."""
         seeding.reseed(seed)
         top, left, height, width = self.crop_box(image.height, image.width)
-        side = list(out.shape[:2])
-        image = v2.functional.resized_crop(image, top, left, height, width, side, self.interpolation)
+        size = list(out.shape[:2])
+        image = v2.functional.resized_crop(image, top, left, height, width, size, self.interpolation)
         if torch.rand(1) < self.config.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         self._finish(image, out)
@@ -67,7 +71,7 @@ class TrainTransform:
         return True
 
     def draw(self, data: bytes, seed: int) -> tuple[tuple[int, int, int, int], bool] | None:
-        """The crop box and flip that ``data`` would take of a JPEG file; None for what PIL must decode."""
+        """(crop box, flip) that the method ``data`` draws for a JPEG file; None for what PIL must decode."""
         size = self.decoder.read_size(data)
         if size is None:
             return None
@@ -75,19 +79,19 @@ class TrainTransform:
         return self.crop_box(*size), bool(torch.rand(1) < self.config.flip)
 
     def _fast(self, data: bytes, path: str, seed: int, out: Tensor) -> bool:
-        size = self.decoder.read_size(data)
-        if size is None:
+        shape = self.decoder.read_size(data)
+        if shape is None:
             return False
         seeding.reseed(seed)
-        top, left, height, width = self.crop_box(*size)
-        pixels = self.decoder.decode(data, path, size, top + height)
+        top, left, height, width = self.crop_box(*shape)
+        pixels = self.decoder.decode(data, path, shape, top + height)
         if pixels is None:
             return False
-        crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-        # (1, 3, h, w) whose strides, that of the 1 included, are channels-last: torch's kernel for uint8 needs that.
-        crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
-        mode, side = self.config.interpolation, tuple(out.shape[:2])
-        resized = functional.interpolate(crop, side, mode=mode, align_corners=False, antialias=True)
+        pixels = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+        # (1, 3, h, w) with channels-last strides, also in the dimension of 1, which torch's uint8 kernel requires.
+        crop = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+        mode, size = self.config.interpolation, tuple(out.shape[:2])
+        resized = functional.interpolate(crop, size, mode=mode, align_corners=False, antialias=True)
         if torch.rand(1) < self.config.flip:
             resized = resized.flip(-1)
         out.copy_(resized[0].permute(1, 2, 0))
@@ -104,16 +108,16 @@ class TrainTransform:
         out.copy_(pixels.permute(1, 2, 0))
 
     def crop_box(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of a random crop: torchvision's ``RandomResizedCrop``, draw for draw."""
+        """(top, left, height, width) of a random crop, with the draws of torchvision's ``RandomResizedCrop``."""
         scale, (lowest, highest) = self.config.crop_scale, self.config.crop_ratio
         for _ in range(10):
             area = height * width * torch.empty(1).uniform_(*scale).item()
             ratio = torch.exp(torch.empty(1).uniform_(*self.log_ratio)).item()
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                top = torch.randint(0, height - h + 1, size=(1,)).item()
-                left = torch.randint(0, width - w + 1, size=(1,)).item()
-                return top, left, h, w
+                top = torch.randint(0, height - h + 1, size=(1,))
+                left = torch.randint(0, width - w + 1, size=(1,))
+                return int(top), int(left), h, w
         w, h = width, height
         if width / height < lowest:
             h = round(width / lowest)
@@ -125,7 +129,7 @@ class TrainTransform:
 def eval_transform(config: EvalDataConfig) -> v2.Transform:
     """PIL image -> (3, eval_size, eval_size) uint8: resized as ``crop_mode`` says, then cropped at the centre.
 
-    The three modes are those of timm's ``transforms_imagenet_eval``; ``center`` is the reference's protocol.
+    The modes are those of timm's ``transforms_imagenet_eval``; ``center`` is the reference's protocol.
     """
     side, interpolation = config.eval_resize, InterpolationMode(config.interpolation)
     crop: Any = v2.CenterCrop(config.eval_size)
@@ -135,7 +139,8 @@ def eval_transform(config: EvalDataConfig) -> v2.Transform:
         resize = v2.Resize((side, side), interpolation)
     else:
         resize = ResizeKeepRatio(side, longest=1.0, interpolation=config.interpolation)
-        crop = CenterCropOrPad(config.eval_size, fill=[round(255 * value) for value in config.mean])
+        red, green, blue = (round(255 * value) for value in config.mean)
+        crop = CenterCropOrPad(config.eval_size, fill=(red, green, blue))
     return v2.Compose([resize, crop, v2.PILToTensor()])
 
 

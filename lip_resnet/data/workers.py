@@ -1,4 +1,4 @@
-"""What the training process and its loader workers share: batch buffers, and which sample each worker is reading.
+"""Loader workers: how they start and end, and the memory that they share with the training process.
 
 Workers start when their loader is built, not when it is first read: a process that is forked after autograd,
 TensorBoard and progress bars have started threads can inherit a lock that is never released.
@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torch.utils.data._utils import signal_handling
 
-from lip_resnet import lifeline
+from lip_resnet import compat, lifeline
 from lip_resnet.config import InputError
+from lip_resnet.data.sources.base import Samples, name_sample
 
 PREFETCH_FACTOR = 2
 """Batches requested in advance from each worker."""
 
 
 class BufferPool:
-    """Reusable batch buffers in shared memory: allocating shared memory anew is mostly page faults.
+    """Reusable batch buffers in shared memory: the page faults of new shared memory would cost more than the batch.
 
-    A buffer is in use from ``acquire`` until nothing in this process refers to the tensor that ``lend`` gave; a caller
-    may keep batches as long as it likes. When no buffer is free, the worker allocates a tensor for its batch.
+    A buffer is in use from ``acquire`` until the tensor that ``lend`` returns is no longer referenced in this process;
+    a caller may keep batches as long as it likes. When no buffer is free, the worker allocates a tensor for its batch.
 
     Args:
         buffers: how many.
@@ -39,7 +39,8 @@ class BufferPool:
 
     def __init__(self, buffers: int, size: int) -> None:
         self.memory = torch.empty((buffers, size), dtype=torch.uint8).share_memory_()
-        self.free, self.lent = list(range(buffers)), set()
+        self.free = list(range(buffers))
+        self.lent: set[int] = set()
 
     def reset(self) -> None:
         """Free the buffers of batches that were requested and never delivered; only while the workers are idle."""
@@ -62,7 +63,7 @@ class BufferPool:
 
 
 class InFlightSamples:
-    """The sample that each worker is reading, in shared memory: it can be named after the worker's death.
+    """The sample that each worker is reading, in shared memory, so that the image can be named if the worker dies.
 
     Args:
         workers: how many.
@@ -86,27 +87,23 @@ class InFlightSamples:
         """The workers that have begun to read a sample."""
         return {pid for pid, _ in self.table.tolist() if pid > 0}
 
-    def explain(self, error: RuntimeError, source: Any) -> InputError | None:
+    def explain(self, error: RuntimeError, source: Samples) -> InputError | None:
         """torch's message about a dead worker, with the names of the images; None for any other error."""
         match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)", " ".join(str(error).split()))
         if match is None:
             return None
         pids = {int(pid) for pid in match[1].split(",")}
-        names = [_name(source, index) for pid, index in self.table.tolist() if pid in pids and index >= 0]
+        names = [name_sample(source, index) for pid, index in self.table.tolist() if pid in pids and index >= 0]
         when = f"while it read {', '.join(names)}" if names else "before it read an image"
         return InputError(f"data.workers: a loader process (pid {match[1]}){match[2]} {when}")
-
-
-def _name(source: Any, index: int) -> str:
-    return source.path(index) if hasattr(source, "path") else f"sample {index}"
 
 
 class DeferredBatchSampler:
     """A batch sampler that yields nothing until ``started`` is set, so that workers can start without any work.
 
     Args:
-        batches: what names the samples of each batch.
-        pool: where batches go; None for tensors that the workers allocate.
+        batches: for each batch, the keys of its samples.
+        pool: the buffers for batches; None for tensors that the workers allocate.
     """
 
     def __init__(self, batches: Iterable[Any], pool: BufferPool | None = None) -> None:
@@ -121,10 +118,10 @@ class DeferredBatchSampler:
 
 
 def start_loader(dataset: Dataset, sampler: DeferredBatchSampler, workers: int, pin: bool) -> DataLoader:
-    """A DataLoader whose workers run already; ``dataset.__getitems__`` makes a batch of what ``sampler`` yields."""
-    loader = DataLoader(
+    """A DataLoader whose workers run already; ``dataset.__getitems__`` turns an item of ``sampler`` into a batch."""
+    loader: DataLoader = DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=sampler,  # type: ignore[arg-type]  # the stub demands lists; the loader passes on any item
         num_workers=workers,
         collate_fn=_identity,
         prefetch_factor=PREFETCH_FACTOR if workers else None,
@@ -134,13 +131,13 @@ def start_loader(dataset: Dataset, sampler: DeferredBatchSampler, workers: int, 
     )
     if workers:
         iterator = iter(loader)
-        atexit.register(_kill_workers, os.getpid(), weakref.ref(iterator), iterator._workers)
+        atexit.register(_kill_workers, os.getpid(), weakref.ref(iterator), compat.loader_workers(iterator))
     sampler.started = True
     return loader
 
 
 def _init_worker(_: int) -> None:
-    """Ignore the signals that a terminal or scheduler sends to every process: the training process acts on them."""
+    """Ignore the signals that a terminal or scheduler sends to every process: the training process handles them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     lifeline.exit_with_parent()
@@ -150,17 +147,16 @@ def _kill_workers(process: int, reference: weakref.ref, workers: list[BaseProces
     """End a loader's workers when Python exits: multiprocessing would send SIGTERM, which they ignore, and wait.
 
     Args:
-        process: the id of the process that started them; a fork of it inherits this hook, but not the workers.
-        reference: to torch's iterator over the loader.
+        process: id of the process that started them; a fork of it inherits this hook, but not the workers.
+        reference: to the loader's iterator.
         workers: its processes.
     """
     iterator = reference()
     if os.getpid() != process:
         return
-    if iterator is not None and not iterator._shutdown:
-        # torch's SIGCHLD handler would report the workers' end as an error, its own shutdown wait for them.
-        signal_handling._remove_worker_pids(id(iterator))
-        iterator._worker_pids_set, iterator._shutdown = False, True
+    if iterator is not None:
+        # Else torch's SIGCHLD handler reports the workers' end as an error, and its own shutdown waits for them.
+        compat.disown_workers(iterator)
     for worker in workers:
         if worker.is_alive():
             worker.kill()

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import read_file
 from lip_resnet.data.sources import build_sources
-from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.base import Encoded
 from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.transforms import eval_transform
 
@@ -147,7 +147,7 @@ class RealLabels(Encoded):
         """An image's bytes."""
         return self.source.read(self.kept[index])
 
-    def label(self, index: int) -> list[int]:  # type: ignore[override]  # collated to labels (B, K)
+    def label(self, index: int) -> list[int]:
         """An image's classes, padded with -1."""
         return self._correct[index].tolist()
 
@@ -223,7 +223,9 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
         source = build_sources(config, num_classes, (split,))[0]
         if list(source.classes) != known:
             raise InputError(f"--dataset {name}: the classes of {root} are not ImageNet's")
-        source = RealLabels(source) if name == "imagenet-real" else source
+        if name == "imagenet-real":
+            assert isinstance(source, Encoded)  # sets with ImageNet's class names are files
+            source = RealLabels(source)
         return EvalSet(name, source, config, _whole(source), protocol=protocol)
     subset = _subset(name)
     _check_classes(name, root, subset)

@@ -1,7 +1,7 @@
 """``benchmark.py data``: images per second of loaders.
 
-Our loader, exact and fast, beside timm's (uint8) and torchvision's (float32), on the same files with the same workers
-and batch: random resized crops of 224 with flips.
+Our loader, timm's (uint8) and torchvision's (float32), with the same files, workers and batch size: random resized
+crops of 224 with flips.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def make_photographs(folder: Path, count: int = 40) -> None:
     for index in range(count):
         spectrum = np.fft.rfft2(random.normal(size=(3, 375, 500))) / frequency**1.1
         pixels = np.fft.irfft2(spectrum, s=(375, 500)).transpose(1, 2, 0)
-        pixels = pixels @ np.array([[1, 0.9, 0.8], [0.1, 0, -0.1], [0.1, -0.1, 0]])  # colours that go together
+        pixels = pixels @ np.array([[1, 0.9, 0.8], [0.1, 0, -0.1], [0.1, -0.1, 0]])  # correlated channels
         pixels = (pixels - pixels.mean()) / pixels.std() * 50 + 120
         pixels[random.integers(100, 250) :, random.integers(100, 350) :] += random.uniform(-60, 60, 3)
         pixels += random.normal(size=(375, 500, 1)) * 7
@@ -46,10 +46,10 @@ def make_photographs(folder: Path, count: int = 40) -> None:
 
 
 def link_images(source: Path, root: Path, images: int) -> tuple[int, float]:
-    """Links in root/a to the images below ``source``, each as often as it takes; (files, their mean bytes).
+    """Make ``images`` links in root/a to the images below ``source``, repeating them; (files linked, their mean bytes).
 
     Raises:
-        InputError: there is no image.
+        InputError: ``source`` has no images.
     """
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)[:images]
     if not files:
@@ -62,9 +62,9 @@ def link_images(source: Path, root: Path, images: int) -> tuple[int, float]:
 
 
 def contenders(root: Path, workers: int, batch: int) -> dict[str, Callable[[], int]]:
-    """Name -> a function that loads one epoch and returns its images; the workers of each persist."""
+    """Name -> a function that loads one epoch and returns the number of images; workers persist between epochs."""
     decoders = ["fast", "exact", *(["gpu"] if _gpu() else [])]
-    found = {
+    functions = {
         f"ours, decode: {decode}": ours(root, workers, batch, decode) for decode in decoders
     }  # ours start their workers at once, the others at their first epoch
     timm_loader = create_loader(
@@ -79,7 +79,7 @@ def contenders(root: Path, workers: int, batch: int) -> dict[str, Callable[[], i
         num_workers=workers,
         device=torch.device("cpu"),
         pin_memory=False,
-    ).loader  # the inner loader: what follows it is normalisation on the device
+    ).loader  # the inner loader, without timm's normalisation on the device
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(224),
@@ -92,13 +92,13 @@ def contenders(root: Path, workers: int, batch: int) -> dict[str, Callable[[], i
     torchvision_loader = DataLoader(
         ImageFolder(str(root), transform), batch, True, num_workers=workers, persistent_workers=True, drop_last=True
     )
-    found[_BASELINE] = lambda: sum(len(labels) for _, labels in timm_loader)
-    found["torchvision, float32"] = lambda: sum(len(labels) for _, labels in torchvision_loader)
-    return found
+    functions[_BASELINE] = lambda: sum(len(labels) for _, labels in timm_loader)
+    functions["torchvision, float32"] = lambda: sum(len(labels) for _, labels in torchvision_loader)
+    return functions
 
 
 def ours(root: Path, workers: int, batch: int, decode: str) -> Callable[[], int]:
-    """One epoch after the other of our loader."""
+    """A function that loads the next epoch of our loader and returns the number of images."""
     config = DataConfig(root=str(root), batch_size=batch, workers=workers, decode=decode, last_batch="drop")
     loader, epochs = TrainLoader(Folder(root, ["a"]), config, 1, 0), iter(range(1_000_000))
 
@@ -112,30 +112,30 @@ def ours(root: Path, workers: int, batch: int, decode: str) -> Callable[[], int]
 
 
 def _gpu() -> bool:
-    """Whether ``decode: gpu`` can be measured here."""
+    """Whether this machine can measure ``decode: gpu``."""
     return torch.cuda.is_available() and installed()
 
 
 def measure(functions: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Images per second of every function in every round; the order turns, and a first round is not counted."""
+    """Images per second of every function in every round; the order rotates, and a warm-up round is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for number in range(rounds + 1):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            began = time.perf_counter()
+            start = time.perf_counter()
             images = functions[name]()
             if number:
-                rates[name].append(images / (time.perf_counter() - began))
+                rates[name].append(images / (time.perf_counter() - start))
     return rates
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lowest quarter, median, highest quarter."""
+    """(25th, 50th, 75th percentile)."""
     return tuple(np.percentile(values, (25, 50, 75)).tolist())
 
 
 def compare_pixels(root: Path, other: str = "fast", images: int = 200) -> dict[str, float]:
-    """|other - exact| of 255 over the same crops: on average, and the average of the worst image."""
+    """Mean |other - exact| of the same crops, levels of 255: over all images, and of the worst image."""
     means = []
     loaders = []
     for decode in ("exact", other):
@@ -148,10 +148,10 @@ def compare_pixels(root: Path, other: str = "fast", images: int = 200) -> dict[s
 
 
 def data_rows(options: argparse.Namespace) -> Iterator[Row]:
-    """A row for each loader, [quartile, median, quartile] over the rounds; two workers against one; fast against exact.
+    """A row for each loader, with quartiles over the rounds; then two workers against one, and pixels against exact.
 
     Raises:
-        InputError: there are no images, or fewer a round than a batch.
+        InputError: there are no images, or --images is smaller than a batch.
     """
     if options.images < options.batch:
         raise InputError(f"--images {options.images}; it must be at least the batch, {options.batch}")

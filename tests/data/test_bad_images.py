@@ -1,4 +1,4 @@
-"""Broken and unusual files: decoded rightly or refused with the path, left out only on request, never replaced."""
+"""Damaged and unusual files: decoded correctly or refused with the path, skipped only on request, never replaced."""
 
 import json
 import os
@@ -59,8 +59,8 @@ def expected(kind: str) -> tuple[np.ndarray, float]:
     return whole(), 0 if "PNG" in kind else 3
 
 
-def test_the_table_is_whole(outcomes):
-    """No kind is forgotten, and each is refused or decoded by all three readers alike."""
+def test_the_table_is_complete(outcomes):
+    """Every kind is in it, and each is refused or decoded by all three readers alike."""
     for kind, ways in outcomes.items():
         assert set(ways) == {"exact", "fast", "validation"}
         for way, result in ways.items():
@@ -78,7 +78,7 @@ def test_refused_with_the_path(outcomes, kind):
         assert "\n" not in str(error)
 
 
-def test_decoded_rightly(outcomes):
+def test_decoded_correctly(outcomes):
     for kind in outcomes.keys() - REFUSED.keys():
         pixels, loss = expected(kind)
         read = np.asarray(outcomes[kind]["validation"]).astype(float)
@@ -94,11 +94,11 @@ def test_extra_bytes_are_no_damage():
     data = bad_images.encode(bad_images.photograph(), quality=95)
     check_scan(data[:-2] + b"\0" * 50 + data[-2:], "x")
     check_scan(data + b"more", "x")
-    check_scan(b"no JPEG", "x")  # PIL's to judge
+    check_scan(b"no JPEG", "x")  # PIL decodes or refuses it
 
 
 def test_hiding_truncation_is_refused(monkeypatch):
-    """Some library may set PIL's switch that pads truncated files with gray."""
+    """A library may have set PIL's option that pads truncated files with gray."""
     data = bad_images.encode(bad_images.photograph())
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(BadImage, match="LOAD_TRUNCATED_IMAGES"):
@@ -128,7 +128,7 @@ def train_loader(config: DataConfig) -> TrainLoader:
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipped_images_leave_a_gap(damaged, image_folder, capfd, tmp_path, workers, decode):
+def test_skipped_images_make_the_batch_smaller(damaged, image_folder, capfd, tmp_path, workers, decode):
     config = settings(damaged, on_error="skip", workers=workers, decode=decode)
     loader = train_loader(config)
     loader.skipped_to = tmp_path / "skipped.txt"
@@ -156,7 +156,7 @@ def test_validation_always_stops(damaged, workers):
         list(EvalLoader(build_sources(config, 3)[1], config))
 
 
-def test_a_part_of_broken_images_stops(damaged):
+def test_a_part_without_two_good_images_stops(damaged):
     for path in (damaged / "train").glob("*/*.JPEG"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match="0 images decode and 23 do not"):
@@ -186,7 +186,7 @@ class Deadly(Dataset):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_dead_worker_says_what_it_read(split):
+def test_a_dead_worker_s_image_is_named(split):
     config = settings(Path("."), batch_size=4, eval_batch_size=4, workers=2)
     batches = TrainLoader(Deadly(), config, 1, 0).epoch(0) if split == "train" else EvalLoader(Deadly(), config)
     with pytest.raises(InputError, match=r"loader process \(pid \d+\).*while it read image_5\.JPEG"):

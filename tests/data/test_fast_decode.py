@@ -1,4 +1,4 @@
-"""The fast decoder against PIL and torchvision, and what workers share."""
+"""The fast decoder against PIL and torchvision, and the buffers that workers share."""
 
 import io
 import os
@@ -49,7 +49,7 @@ def test_crops_are_torchvision_s_draw_for_draw(size):
         after = torch.rand(1)
         seeding.reseed(seed)
         assert transform.crop_box(*size) == tuple(expected[key] for key in ("top", "left", "height", "width"))
-        assert torch.equal(torch.rand(1), after)  # no draw more, no draw less
+        assert torch.equal(torch.rand(1), after)  # the same number of draws
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -106,7 +106,7 @@ def test_fast_pixels_are_close_to_exact(interpolation):
 @pytest.mark.parametrize(
     "extras", [{"rand_augment": "rand-m7-mstd0.5"}, {"color_jitter": 0.4}, {"random_erasing": 1.0}]
 )
-def test_fast_draws_the_same_extras(extras):
+def test_fast_draws_the_same_augmentations(extras):
     """The same augmentation as exact: on average less than half a level apart, where another would differ by tens."""
     data, outs = jpeg(photograph(150, 200)), []
     for decode in ("exact", "fast"):
@@ -149,8 +149,8 @@ def pixels_of(batches: list) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_kept_batches_stay_as_they_were(photographs, workers):
-    """Buffers are used again only when nobody refers to them: a whole epoch, kept, is right."""
+def test_kept_batches_do_not_change(photographs, workers):
+    """Buffers are reused only when they are no longer referenced: the batches of an epoch can all be kept."""
     alone = loader(photographs, decode="fast")
     shared = loader(photographs, decode="fast", workers=workers)
     for epoch in range(3):

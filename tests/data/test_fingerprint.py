@@ -1,4 +1,4 @@
-"""The digest of a set's names: as it has always been, and quick."""
+"""The digest of a set's names: unchanged since the first version, and fast."""
 
 import hashlib
 import os
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from lip_resnet.data import describe_source
-from lip_resnet.data.sources.named import Files
+from lip_resnet.data.sources.base import Files
 
 
 @pytest.mark.parametrize(
     "names",
     [
         ["a/1.JPEG", "b/line\nfeed.JPEG", "b/\udcff.JPEG"],
-        ["0.tar:./1", "0.tar:a//2", "0.tar:a/./3", "0.tar:a/../4", "0.tar:b/"],  # a key of a shard is anything
+        ["0.tar:./1", "0.tar:a//2", "0.tar:a/./3", "0.tar:a/../4", "0.tar:b/"],  # a shard's key can be anything
         ["a/1", "../elsewhere/2"],
         [],
     ],
@@ -22,8 +22,8 @@ from lip_resnet.data.sources.named import Files
 @pytest.mark.parametrize(
     "root", [Path("/data/train"), Path("train"), Path(), Path("../x"), Path("/"), "s3://x", "hub/x"]
 )
-def test_names_are_digested_as_ever(root, names):
-    """Relative paths by os.path, each with a line feed: the digests of old runs stay right."""
+def test_digests_of_names_do_not_change(root, names):
+    """Relative paths by os.path, each with a line feed: the digests of old runs stay valid."""
     samples = [(f"{root}/{name}", 0) for name in names]
     lines = names if isinstance(root, str) else [os.path.relpath(path, root) for path, _ in samples]
     source = Files(root, ["a"], samples)

@@ -1,4 +1,4 @@
-"""What holds for every format: the same samples on any number of processes and workers, after a resume; flat memory."""
+"""Every format: the same samples on any number of processes and workers and after a resume; constant memory."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ from lip_resnet.data.transforms import eval_transform
 from lip_resnet.recipe import load_config
 
 FORMATS = ["folder", "shards", "remote", "huggingface", "digits"]
-LINUX = Path("/proc/self/statm").exists()  # where memory and open files can be seen
+LINUX = Path("/proc/self/statm").exists()  # which shows memory and open files
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def test_ranks_workers_and_resume(roots, monkeypatch, kind):
     assert sorted(index for part in sampler for _, index, _ in part) == list(range(len(source)))
     assert len(expected) == len(source)
     for world, workers in ((1, 1), (1, 3), (2, 0), (2, 3), (3, 1), (3, 0)):
-        found = []
+        seen = []
         for rank in range(world):
             as_rank(monkeypatch, rank, world)
-            found += pixels(list(TrainLoader(source, config(roots, kind, workers=workers), 1, 0).epoch(3)))
-        assert sorted(found) == sorted(expected)
+            seen += pixels(list(TrainLoader(source, config(roots, kind, workers=workers), 1, 0).epoch(3)))
+        assert sorted(seen) == sorted(expected)
     as_rank(monkeypatch, 0, 1)
     resumed = TrainLoader(build_sources(config(roots, kind), len(source.classes))[0], config(roots, kind), 1, 0)
     assert pixels(list(resumed.epoch(3, 1))) == expected[config(roots, kind).batch_size :]

@@ -1,4 +1,4 @@
-"""decode: gpu by nvImageCodec's CPU backend: the same calls as on a GPU, whose own pixels only a GPU can show."""
+"""decode: gpu with nvImageCodec's CPU backend: the calls are those of a GPU, the pixels those of libjpeg-turbo."""
 
 import importlib.util
 import io
@@ -110,10 +110,10 @@ def test_batches_are_fast_s(folder, workers, interpolation):
     ours = loader(settings(folder, **changes))
     theirs = loader(settings(folder, **{**changes, "decode": "fast"}))
     for epoch in (0, 1):
-        found = [part for batch in ours.epoch(epoch) for part in batch.parts]
+        parts = [part for batch in ours.epoch(epoch) for part in batch.parts]
         expected = [part for batch in theirs.epoch(epoch) for part in batch.parts]
-        assert len(found) == len(expected) == 2
-        for (images, labels), (images_fast, labels_fast) in zip(found, expected, strict=True):
+        assert len(parts) == len(expected) == 2
+        for (images, labels), (images_fast, labels_fast) in zip(parts, expected, strict=True):
             assert torch.equal(labels, labels_fast)
             assert images.dtype == torch.uint8
             assert images.shape == images_fast.shape == (11, 3, (48, 32)[epoch], (48, 32)[epoch])
@@ -125,38 +125,38 @@ def test_batches_are_fast_s(folder, workers, interpolation):
 
 
 @needs_library
-def test_what_is_handed_over(folder):
-    """JPEG files stay encoded, with torchvision's crop and flip; what a GPU does not take is fast's to the bit."""
+def test_what_workers_send(folder):
+    """JPEG files are sent encoded, with torchvision's crop and flip; other images decoded, bit for bit as by fast."""
     config = settings(folder)
     ours, flips = loader(config), set()
     transform = TrainTransform(settings(folder, decode="fast"))
     ours.sampler.epoch = 0
     for keys in ours.sampler:
-        parcel = ours.loader.dataset.__getitems__((None, keys)).parcel
+        parcel = ours.loader.dataset.__getitems__((None, keys)).images
         for (epoch, index, repeat), piece in zip(keys, parcel.pieces, strict=True):
             name = Path(ours.source.path(index)).stem
-            held = parcel.data[piece.start : piece.end].numpy().tobytes()
+            sent = parcel.data[piece.start : piece.end].numpy().tobytes()
             seed = seeding.derive("augment", 7, epoch, index, repeat)
             expected = torch.empty(48, 48, 3, dtype=torch.uint8)
             transform.data(CONTENTS[name], name, seed, expected)
             left_encoded = name in FOR_THE_GPU and min(transform.draw(CONTENTS[name], seed)[0][2:]) >= 8
             assert left_encoded == (piece.box is not None)
             if left_encoded:
-                assert held == CONTENTS[name]
+                assert sent == CONTENTS[name]
                 top, left, height, width = piece.box
-                pixels = np.asarray(Image.open(io.BytesIO(held)).convert("RGB"))[
+                pixels = np.asarray(Image.open(io.BytesIO(sent)).convert("RGB"))[
                     top : top + height, left : left + width
                 ]
                 crop = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
-                wanted = functional.interpolate(crop, (48, 48), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-                assert torch.equal(wanted.flip(1) if piece.flip else wanted, expected)
+                resized = functional.interpolate(crop, (48, 48), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+                assert torch.equal(resized.flip(1) if piece.flip else resized, expected)
                 flips.add(piece.flip)
             else:
-                assert held == expected.numpy().tobytes()
+                assert sent == expected.numpy().tobytes()
     assert flips == {True, False}
 
 
-def test_which_crops_are_the_worker_s():
+def test_which_crops_workers_decode():
     packer, data = Packer(8), CONTENTS["444"]
     assert packer.takes(data, (0, 0, 512, 8))
     for box in ((0, 0, 513, 8), (0, 0, 512, 7), (0, 0, 7, 512)):
@@ -174,17 +174,17 @@ def bad_folder(tmp_path) -> Path:
 @needs_library
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_files_are_refused_like_everywhere(bad_folder, workers):
-    """nvImageCodec decodes truncated files and damaged scans without a word: the workers look first."""
+    """nvImageCodec decodes truncated files and damaged scans without an error, so workers check each file first."""
     crop = {"crop_scale": (1.0, 1.0), "crop_ratio": (0.01, 100.0), "flip": 0.0}  # a crop need not meet the damage
     changes = {"batch_size": 21, "on_error": "skip", "workers": workers, **crop}
     listed, pixels = {}, {}
     for decode in ("exact", "fast", "gpu"):
-        found = loader(settings(bad_folder, decode=decode, **changes))
-        for epoch in (0, 1):  # the second time, a file has been looked at
-            (batch,) = found.epoch(epoch)
-        listed[decode] = sorted(line.split(":")[0] for line in found.skipped)
-        assert set(found.skipped.values()) == {2}
-        assert len(found.skipped) == 11
+        reader = loader(settings(bad_folder, decode=decode, **changes))
+        for epoch in (0, 1):  # the second time, a file has been checked
+            (batch,) = reader.epoch(epoch)
+        listed[decode] = sorted(line.split(":")[0] for line in reader.skipped)
+        assert set(reader.skipped.values()) == {2}
+        assert len(reader.skipped) == 11
         pixels[decode] = batch.parts[0][0]
         assert len(pixels[decode]) == 10
     assert listed["gpu"] == listed["exact"] == listed["fast"]
@@ -204,12 +204,12 @@ def test_stopping_names_the_file(folder, tmp_path, kind):
         batches(settings(tmp_path, batch_size=3))
 
 
-def test_the_scan_check_says_who_may_decode(tmp_path):
+def test_the_scan_check_says_which_files_any_decoder_may_decode(tmp_path):
     paths = bad_images.make_files(tmp_path)
     for kind in ("gray JPEG", "progressive JPEG", "EXIF orientation"):
         assert check_scan(paths[kind].read_bytes(), kind)
     for kind in ("truncated", "header only", "text file", "PNG"):
-        assert not check_scan(paths[kind].read_bytes(), kind)  # PIL's to judge
+        assert not check_scan(paths[kind].read_bytes(), kind)  # PIL decodes or refuses it
 
 
 @needs_library
@@ -217,18 +217,20 @@ def test_pil_decodes_what_the_gpu_refuses(folder, monkeypatch, capfd):
     expected = batches(settings(folder))
     ours = loader(settings(folder))
     monkeypatch.setattr(ours.decoder, "_decode", lambda files, boxes: [None] * len(files))
-    found = [part for batch in ours.epoch(0) for part in batch.parts]
-    for (images, labels), (wanted, wanted_labels) in zip(found, expected, strict=True):
-        assert torch.equal(images, wanted)
-        assert torch.equal(labels, wanted_labels)
+    parts = [part for batch in ours.epoch(0) for part in batch.parts]
+    for (images, labels), (expected_images, expected_labels) in zip(parts, expected, strict=True):
+        assert torch.equal(images, expected_images)
+        assert torch.equal(labels, expected_labels)
     assert ours.decoder.refused > len(FOR_THE_GPU)
-    assert capfd.readouterr().err.count("PIL decodes what the GPU's decoder refuses") == 1
+    assert capfd.readouterr().err.count("PIL decodes images that the GPU's decoder refuses") == 1
 
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs nvImageCodec: pip install .*nvimgcodec.*decode: fast"):
-        BatchDecoder(CPU, "bilinear")
+    for version, package in (("13.0", r"lip-resnet\[gpu_decode\]"), ("12.8", r"nvidia-nvimgcodec-cu12\[nvjpeg\]")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(InputError, match=f'needs nvImageCodec: pip install "{package}"; .*decode: fast'):
+            BatchDecoder(CPU, "bilinear")
 
 
 def test_without_a_gpu(folder, monkeypatch):

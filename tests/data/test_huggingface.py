@@ -1,4 +1,4 @@
-"""Hugging Face tables: the files' own bytes, whatever the columns and splits are called."""
+"""Hugging Face tables: the images of the Parquet files, and the columns and splits that are accepted."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def settings(root: Path, **changes: object) -> DataConfig:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_table_is_its_folder(image_folder, parquet, workers):
+def test_a_table_gives_the_batches_of_its_folder(image_folder, parquet, workers):
     ours, theirs = settings(parquet, workers=workers), folder_config(image_folder, decode="fast")
     tables, folders = build_sources(ours, 3), build_sources(theirs, 3)
     assert [source.classes for source in tables] == [["ant", "bee", "cat"]] * 2
@@ -36,16 +36,16 @@ def test_a_table_is_its_folder(image_folder, parquet, workers):
 def test_every_image_once(parquet, monkeypatch, world, workers):
     config = settings(parquet, batch_size=12, workers=workers)
     source = build_sources(config, 3)[0]
-    found, expected = [], []
+    seen, expected = [], []
     for rank in range(world):
         as_rank(monkeypatch, rank, world)
         for batch in TrainLoader(source, config, 1, 0).epoch(0):
-            found += [image.numpy().tobytes() for image in batch.parts[0][0]]
+            seen += [image.numpy().tobytes() for image in batch.parts[0][0]]
     as_rank(monkeypatch, 0, 1)
     for batch in TrainLoader(source, settings(parquet, batch_size=23), 1, 0).epoch(0):
         expected += [image.numpy().tobytes() for image in batch.parts[0][0]]
-    assert sorted(found) == sorted(expected)
-    assert len(set(found)) == 23
+    assert sorted(seen) == sorted(expected)
+    assert len(set(seen)) == 23
 
 
 def one(image_folder: Path, root: Path, name: str = "train", **more: object) -> DataConfig:
@@ -79,7 +79,7 @@ def test_columns(image_folder, parquet, tmp_path):
     assert "needs one column of images" in refusal(settings(blind))
 
 
-def test_what_is_no_set(tmp_path, monkeypatch):
+def test_a_dataset_that_does_not_exist(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert "data.root: cannot load" in refusal(settings(tmp_path / "none"))

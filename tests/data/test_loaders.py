@@ -1,4 +1,4 @@
-"""Files to batches: what is read, in which order, with which pixels, and what is refused."""
+"""Files to batches: which images, in which order, with which pixels, and which input is refused."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_digits_split_is_fixed_stratified_and_complete():
 
 
 def test_evaluation_is_the_reference_s_protocol(image_folder):
-    """Resize the shorter side with PIL, cut the centre: by hand, pixel for pixel."""
+    """Resize the shorter side with PIL, crop the centre: by hand, pixel for pixel."""
     config = folder_config(image_folder)
     source = build_sources(config, 3, ("val",))[0]
     images = torch.cat([images for images, _ in EvalLoader(source, config)])
@@ -117,7 +117,7 @@ def test_every_training_image_once_an_epoch(image_folder):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_evaluation_deals_every_image_once(image_folder, monkeypatch, world):
+def test_evaluation_reads_every_image_once(image_folder, monkeypatch, world):
     config = folder_config(image_folder, eval_batch_size=2)
     source = build_sources(config, 3, ("val",))[0]
     labels = []

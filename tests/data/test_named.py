@@ -1,4 +1,4 @@
-"""torchvision's sets by name, from tiny copies of what they look like on a disk."""
+"""torchvision's sets by name, from small imitations of their files."""
 
 import csv
 import gzip
@@ -158,7 +158,7 @@ def settings(name: str, root: Path, **changes: object) -> DataConfig:
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The sets' true checksums and sizes are not these copies'."""
+    """Accept the imitations' checksums and numbers of images."""
     for kind in (datasets.CIFAR10, datasets.SVHN, datasets.STL10):
         monkeypatch.setattr(kind, "_check_integrity", lambda self: Path(self.root).exists())
     for module in (datasets.cifar, datasets.flowers102):
@@ -172,7 +172,7 @@ def test_every_name_is_known_to_recipes():
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_set_is_torchvision_s(tiny, tmp_path, name):
+def test_images_and_labels_are_torchvision_s(tiny, tmp_path, name):
     """The same images with the same labels as torchvision's own class gives; every one once in training."""
     LAYOUTS[name](tmp_path)
     config = settings(name, tmp_path)
@@ -192,14 +192,14 @@ def test_a_set_is_torchvision_s(tiny, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_set_that_is_not_there(tmp_path, name):
+def test_a_missing_set(tmp_path, name):
     with pytest.raises(InputError, match=rf"does not hold {name}'s train; data\.download: true fetches it") as caught:
         build_sources(settings(name, tmp_path), 10)
     assert "\n" not in str(caught.value)
 
 
-def test_a_set_that_is_not_whole(tiny, tmp_path):
-    """A download that was killed while it unpacked: torchvision takes it for the set."""
+def test_an_incomplete_set(tiny, tmp_path):
+    """A download that was killed while it unpacked: torchvision accepts it."""
     LAYOUTS["imagenette"](tmp_path)
     next((tmp_path / "imagenette2" / "train").rglob("*.JPEG")).unlink()
     with pytest.raises(InputError, match=r"holds 5 images of imagenette's train, the whole set 6"):

@@ -1,4 +1,4 @@
-"""Shards behind a URL are the folders they were made from; a server that fails ends the run and names itself."""
+"""Shards behind a URL give the same batches as the folders they were made from; a server's failure names its URL."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from lip_resnet.evaluation import testsets
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_url_is_its_folder(image_folder, served, workers):
+def test_a_url_gives_the_batches_of_its_folder(image_folder, served, workers):
     server, url = served
     ours, theirs = (
         folder_config(url, name="shards", decode="fast", workers=workers),
@@ -31,12 +31,12 @@ def test_a_url_is_its_folder(image_folder, served, workers):
     for mine, other in zip(EvalLoader(far[1], ours), EvalLoader(near[1], theirs), strict=True):
         assert torch.equal(mine[0], other[0])
         assert torch.equal(mine[1], other[1])
-    assert len(server.asked) == 23 + (23 - 3 * 4) + 11  # one request an image, none twice
+    assert len(server.requests) == 23 + (23 - 3 * 4) + 11  # one request an image, none twice
     assert far[0].path(7) == f"{url}/train/0005.tar:ant_9"
     assert describe_source(far[0])["images"] == 23
 
 
-@pytest.mark.parametrize("failures", [["500"], ["cut", "500"], ["500", "cut", "cut"]])
+@pytest.mark.parametrize("failures", [["500"], ["truncated", "500"], ["500", "truncated", "truncated"]])
 def test_a_server_may_fail_twice_in_a_row(served, failures, capfd):
     server, url = served
     settings = folder_config(url, name="shards", batch_size=1)
@@ -54,8 +54,8 @@ def test_a_server_may_fail_twice_in_a_row(served, failures, capfd):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_a_server_lacks_is_never_skipped(served, workers):
-    """A cut shard, one that was replaced, one that has gone, and a server that sends whole files."""
+def test_damaged_and_missing_shards_are_never_skipped(served, workers):
+    """A truncated shard, a replaced one, a missing one, and a server that sends whole files."""
     server, url = served
     settings = folder_config(url, name="shards", on_error="skip", workers=workers)
     source = build_sources(settings, 3, ("train",))[0]
@@ -75,7 +75,10 @@ def test_what_a_server_lacks_is_never_skipped(served, workers):
     shard.write_bytes(whole[: len(whole) // 2])
     assert re.search(rf"{url}/train/0010\.tar: (the server gave \d+ bytes where|cannot read from byte)", refusal())
     shard.write_bytes(whole[512:] + bytes(512))
-    assert re.search(r"train/0010\.tar:\w+: not at its place; the shard is not the one that was indexed", refusal())
+    assert re.search(
+        r"train/0010\.tar:\w+: its tar header is another; the shard is not the one that was indexed",
+        refusal(),
+    )
     shard.unlink()
     assert f"there is no {url}/train/0010.tar" in refusal()
     shard.write_bytes(whole)
@@ -85,7 +88,7 @@ def test_what_a_server_lacks_is_never_skipped(served, workers):
     assert len(list(TrainLoader(source, settings, 1, 0).epoch(0))) == 6
 
 
-def test_what_must_lie_beside_remote_shards(served, tmp_path):
+def test_index_and_classes_beside_remote_shards(served, tmp_path):
     server, url = served
     settings = folder_config(url, name="shards")
     (server.root / "train" / "classes.txt").unlink()
@@ -104,20 +107,18 @@ def test_what_must_lie_beside_remote_shards(served, tmp_path):
 def test_every_image_once(served, monkeypatch, world, workers):
     settings = folder_config(served[1], name="shards", batch_size=12, workers=workers)
     source = build_sources(settings, 3, ("train",))[0]
-    found = []
+    seen = []
     for rank in range(world):
         as_rank(monkeypatch, rank, world)
         for batch in TrainLoader(source, settings, 1, 0).epoch(1):
             for images, labels in batch.parts:
-                found += [
-                    (label, image.numpy().tobytes()) for image, label in zip(images, labels.tolist(), strict=True)
-                ]
+                seen += [(label, image.numpy().tobytes()) for image, label in zip(images, labels.tolist(), strict=True)]
     as_rank(monkeypatch, 0, 1)
     alone = folder_config(served[1], name="shards", batch_size=23)
     ((images, labels),) = next(TrainLoader(source, alone, 1, 0).epoch(1)).parts
     expected = [(label, image.numpy().tobytes()) for image, label in zip(images, labels.tolist(), strict=True)]
-    assert sorted(found) == sorted(expected)
-    assert len(set(found)) == 23
+    assert sorted(seen) == sorted(expected)
+    assert len(set(seen)) == 23
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset layout are the folders they were made from, sample for sample."""
+"""Tar shards in WebDataset layout give the samples of the folders they were made from."""
 
 import tarfile
 from pathlib import Path
@@ -23,7 +23,7 @@ def shard_folder(image_folder, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_are_their_folders(image_folder, shard_folder, workers):
+def test_shards_give_the_batches_of_their_folders(image_folder, shard_folder, workers):
     folder, shards = (
         folder_config(image_folder, decode="fast"),
         folder_config(shard_folder, name="shards", decode="fast", workers=workers),
@@ -41,7 +41,7 @@ def test_shards_are_their_folders(image_folder, shard_folder, workers):
         assert torch.equal(mine[0], other[0])
 
 
-def test_an_image_s_name_is_its_place(shard_folder):
+def test_an_image_s_name_is_shard_and_key(shard_folder):
     source = build_sources(folder_config(shard_folder, name="shards"), 3)[0]
     assert source.path(7) == f"{shard_folder}/train/0005.tar:./000007"
     described = describe_source(source)
@@ -49,14 +49,14 @@ def test_an_image_s_name_is_its_place(shard_folder):
     assert described["names"].startswith("sha256:")
 
 
-def test_a_cut_shard_names_the_image(shard_folder, tmp_path):
+def test_a_truncated_shard_names_the_image(shard_folder, tmp_path):
     (tmp_path / "train").mkdir()
     copy = tmp_path / "train" / "0000.tar"
     data = (shard_folder / "train" / "0000.tar").read_bytes()
     copy.write_bytes(data)
     settings = folder_config(tmp_path, name="shards")
     source = build_sources(settings, 1, ("train",))[0]  # shard 0 holds the first class alone
-    copy.write_bytes(data[: len(data) // 2])  # cut after it was indexed
+    copy.write_bytes(data[: len(data) // 2])  # truncated after it was indexed
     with pytest.raises(InputError, match=r"0000\.tar:\./00000\d: cannot read this image: \d+ bytes, the shard says"):
         list(TrainLoader(source, folder_config(tmp_path, name="shards", batch_size=5), 1, 0).epoch(0))
 
@@ -108,7 +108,7 @@ def test_shards_are_indexed_once(image_folder, tmp_path, scans):
         assert mine.samples == other.samples
         assert torch.equal(mine._places, other._places)
     assert not (tmp_path / "cache").exists()
-    (root / "train" / "0000.tar").touch()  # changed, for all that anyone knows
+    (root / "train" / "0000.tar").touch()  # another modification time
     build_sources(settings, 3)
     assert len(scans) == 5 + 3 + 5
     (root / "train" / "0000.tar").unlink()
@@ -118,7 +118,7 @@ def test_shards_are_indexed_once(image_folder, tmp_path, scans):
         assert build_sources(settings, 3)[1].samples == first[1].samples
 
 
-def test_an_index_that_cannot_lie_beside_its_shards(image_folder, tmp_path, scans, monkeypatch):
+def test_an_index_that_cannot_be_written_beside_its_shards(image_folder, tmp_path, scans, monkeypatch):
     """A read-only disk: the index goes to the cache; without a cache either, the shards are read each time."""
     root = tmp_path / "set"
     root.mkdir()
@@ -147,7 +147,7 @@ def test_indexing_by_hand(image_folder, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{tmp_path}/train/index.npz: 23 images\n"
 
 
-def test_keys_that_do_not_go_together():
+def test_keys_that_exclude_each_other():
     for changes, words in (
         ({"name": "shards"}, "root is missing"),
         ({"classes": "x"}, "classes needs data.name: folder"),

@@ -1,4 +1,4 @@
-"""Loader workers on every start method: the same pixels, a quiet end, and no worker that outlives its parent."""
+"""Loader workers on every start method: the same pixels, no output at exit, no worker that outlives its parent."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-# A process with a loader read to its end, one half-read, one never read and a child of the user's own, which leaves;
-# and its fork, which is killed.
+# A process that exits with a loader read to its end, one half-read, one never read and a child of the user's own; and a
+# fork of it that is killed.
 SCRIPT = """
 import json, multiprocessing, os, signal, sys, time
 
@@ -27,7 +27,7 @@ def main(method, folder):
     multiprocessing.set_start_method(method)
     multiprocessing.set_forkserver_preload(["lip_resnet.data"])
     killed = os.fork() == 0
-    if killed:  # Python's resource tracker complains of what a killed process leaves
+    if killed:  # Python's resource tracker warns about a killed process's resources
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     whole = TrainLoader(train, shared, 1, 0)
     if not killed:

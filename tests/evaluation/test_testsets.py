@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 import eval as eval_command
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import EvalLoader, describe_source
-from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.base import Encoded
 from lip_resnet.evaluation import metrics, testsets
 from lip_resnet.evaluation.rows import row_path
 

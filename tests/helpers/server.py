@@ -1,4 +1,4 @@
-"""An HTTP server of files with range requests, which can fail, stall and count."""
+"""An HTTP server of files with range requests, which counts requests and fails on demand."""
 
 import http.server
 import re
@@ -7,17 +7,18 @@ from pathlib import Path
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a directory with range requests, as badly as it is told."""
+    """Serves a directory with range requests."""
 
     daemon_threads = True
-    request_queue_size = 128  # connections that come at once; those beyond it would wait for a minute
+    request_queue_size = 128  # simultaneous connections; those beyond it would wait for a minute
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.ranges = root, True
-        self.asked: list[str] = []
-        self.failures: list[str] = []  # what becomes of the next requests for shards: "500", "cut"
-        self.concurrent = self.most = self.awaited = 0  # requests for shards; none is answered before so many have come
+        self.requests: list[str] = []  # paths of the requests for shards
+        self.failures: list[str] = []  # answers to the next requests for shards: "500", "truncated"
+        # Requests for shards: now, at most, and how many must be waiting before the first is answered.
+        self.concurrent = self.most = self.awaited = 0
         self.changed = threading.Condition()
 
     def wait_for_others(self) -> None:
@@ -39,11 +40,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         data, status = path.read_bytes(), 200
         if path.suffix == ".tar":
-            self.server.asked.append(self.path)
+            self.server.requests.append(self.path)
             self.server.wait_for_others()
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if found and self.server.ranges:
-            data, status = data[int(found[1]) : int(found[2]) + 1], 206 if int(found[1]) < len(data) else 416
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if match and self.server.ranges:
+            data, status = data[int(match[1]) : int(match[2]) + 1], 206 if int(match[1]) < len(data) else 416
         failure = self.server.failures.pop(0) if path.suffix == ".tar" and self.server.failures else None
         if failure == "500":
             self.send_error(500)
@@ -51,8 +52,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if failure == "cut" else data)
-        self.close_connection = failure == "cut"
+        self.wfile.write(data[: len(data) // 2] if failure == "truncated" else data)
+        self.close_connection = failure == "truncated"
 
     def do_HEAD(self) -> None:
         self.send_error(405)

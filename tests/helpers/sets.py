@@ -1,4 +1,4 @@
-"""Small sets of images in every layout, and ranks without processes."""
+"""Small sets of images in every layout, and ranks simulated in one process."""
 
 import io
 import pickle
@@ -51,8 +51,8 @@ def table(paths: list[Path], labels: str = "label", kind: object = None, **more:
         labels: [names.index(path.parent.name) for path in paths],
         **more,
     }
-    found = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    return found.cast_column(labels, kind or datasets.ClassLabel(names=names))
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    return rows.cast_column(labels, kind or datasets.ClassLabel(names=names))
 
 
 IMAGES = {"train": 6, "val": 4}

@@ -16,9 +16,9 @@ from lip_resnet import cli
 
 def run(monkeypatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "data", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_:
         cli.launch(benchmark.main)
-    return left.value.code
+    return exit_.value.code
 
 
 def test_figures_follow_from_the_rounds(monkeypatch, image_folder, tmp_path):
@@ -49,7 +49,7 @@ def test_figures_follow_from_the_rounds(monkeypatch, image_folder, tmp_path):
     assert run(monkeypatch, "--images", 0) == 2
 
 
-def test_made_photographs_are_like_imagenet_s(tmp_path):
+def test_made_photographs_have_imagenet_s_sizes(tmp_path):
     make_photographs(tmp_path / "made", 4)
     files = sorted((tmp_path / "made").iterdir())
     assert {Image.open(path).size for path in files} == {(500, 375)}

@@ -18,6 +18,7 @@ import numpy as np
 import prepare_imagenet
 import pytest
 from helpers import small_config
+from helpers.sets import add
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets.imagenet import ARCHIVE_META
@@ -30,12 +31,6 @@ CLASSES = ("n01440764", "n02105855", "n15075141")
 TRUTH = [3, 1, 2, 1, 3]  # ILSVRC2012_IDs of the validation images
 
 
-def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
-
-
 def image_bytes(number: int, side: int = 40) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return bad_images.encode(Image.fromarray(pixels).resize((side + number, side), 3), quality=95)
@@ -43,7 +38,7 @@ def image_bytes(number: int, side: int = 40) -> bytes:
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
-    """The three archives, three classes of four images, and what must come of them: path -> bytes."""
+    """The three archives, three classes of four images, and the files expected: path -> bytes."""
     folder, expected = tmp_path_factory.mktemp("archives"), {}
     with tarfile.open(folder / ARCHIVE_META["train"][0], "w") as outer:
         for label, name in enumerate(CLASSES):
@@ -80,9 +75,9 @@ def archives(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
 
 def run(monkeypatch, module, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_:
         cli.launch(module.main)
-    return left.value.code
+    return exit_.value.code
 
 
 def written(root: Path) -> dict[str, bytes]:
@@ -102,17 +97,17 @@ def test_archives_to_folders(monkeypatch, archives, tmp_path):
     assert [label + 1 for _, label in by_file] == TRUTH
 
 
-def test_a_kill_is_survived(monkeypatch, archives, tmp_path):
+def test_a_killed_run_is_continued(monkeypatch, archives, tmp_path):
     folder, expected = archives
     arguments = ("--archives", folder, "--output", tmp_path, "--any-archive")
-    write = prepare_imagenet.Writer._write
+    write = prepare_imagenet._write_image
 
-    def slow(self, path, data):
+    def slow(*arguments):
         time.sleep(0.1)
-        write(self, path, data)
+        write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_imagenet.Writer, "_write", slow)
+        patch.setattr(prepare_imagenet, "_write_image", slow)
         process = multiprocessing.get_context("fork").Process(target=run, args=(patch, prepare_imagenet, *arguments))
         process.start()
         deadline = time.monotonic() + 60
@@ -155,12 +150,12 @@ def test_archives_to_shards(monkeypatch, archives, tmp_path):
     config = DataConfig(name="shards", root=str(tmp_path), batch_size=1)
     for split, source in zip(("train", "val"), build_sources(config, 3), strict=True):
         assert source.classes == list(CLASSES)
-        found = {}
+        contents = {}
         for index, label in enumerate(source.targets):
             name = source.path(index).split(":")[-1]
-            found[f"{split}/{CLASSES[label]}/{name}.JPEG"] = source.read(index)
-        assert found == {name: data for name, data in expected.items() if name.startswith(split)}
-    # A killed run: one shard is missing and the record too. The others are left as they are.
+            contents[f"{split}/{CLASSES[label]}/{name}.JPEG"] = source.read(index)
+        assert contents == {name: data for name, data in expected.items() if name.startswith(split)}
+    # A killed run: one shard and the record are missing. The other shards are not written again.
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards}
     shards[1].unlink()
     (tmp_path / "prepared.json").unlink()
@@ -189,7 +184,7 @@ def test_wrong_archives_are_refused(monkeypatch, archives, tmp_path, capsys):
 
 
 def test_wrong_sizes_and_checksums_are_refused_before_and_after_reading(monkeypatch, archives, tmp_path, capsys):
-    """The official archives' sizes are looked at first: a download that was cut short costs no hours."""
+    """The archives' sizes are checked first: hours of reading a truncated download would be lost."""
     folder = archives[0]
     paths = {key: folder / name for key, (name, _) in ARCHIVE_META.items()}
     arguments = ("--archives", folder, "--output", tmp_path / "out")
@@ -205,16 +200,16 @@ def test_wrong_sizes_and_checksums_are_refused_before_and_after_reading(monkeypa
 
 @pytest.mark.parametrize("layout", ["folder", "shards"])
 def test_a_full_disk(monkeypatch, archives, tmp_path, capsys, layout):
-    """The line names the file that could not be written, what is written stays, and the same command goes on."""
+    """The line names the file that could not be written, what is written stays, and the same command continues."""
     folder, expected = archives
     arguments = ("--archives", folder, "--output", tmp_path, "--any-archive", "--format", layout)
     monkeypatch.setattr(prepare_imagenet, "_PER_SHARD", 5)
-    replace, left = prepare_imagenet.os.replace, [3 if layout == "folder" else 1]
+    replace, room = prepare_imagenet.os.replace, [3 if layout == "folder" else 1]
 
     def full(source, target):
         if Path(source).suffix == ".part":
-            left[0] -= 1
-            if left[0] < 0:
+            room[0] -= 1
+            if room[0] < 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 
@@ -242,7 +237,7 @@ def test_wrong_flags(monkeypatch, archives, tmp_path, capsys, flags, words):
     assert words in capsys.readouterr().err
 
 
-def test_a_damaged_record_and_a_place_that_cannot_be_made(monkeypatch, archives, tmp_path, capsys):
+def test_a_damaged_record_and_a_folder_that_cannot_be_made(monkeypatch, archives, tmp_path, capsys):
     (tmp_path / "prepared.json").write_text("{")
     arguments = ("--archives", archives[0], "--any-archive", "--output")
     assert run(monkeypatch, prepare_imagenet, *arguments, tmp_path) == 2
@@ -252,7 +247,7 @@ def test_a_damaged_record_and_a_place_that_cannot_be_made(monkeypatch, archives,
 
 
 def test_the_effect_of_re_encoding(monkeypatch, tmp_path, capsys):
-    """Sizes and pixels by hand; the times are there, whatever they are."""
+    """Sizes and pixels by hand; times are only printed."""
     paths, small, apart = [tmp_path / f"{number}.JPEG" for number in range(3)], [], []
     for number, path in enumerate(paths):
         path.write_bytes(image_bytes(number, side=300))
@@ -274,7 +269,7 @@ def test_the_effect_of_re_encoding(monkeypatch, tmp_path, capsys):
     assert f"| file | {before:.1f} KB | {after:.1f} KB | {after / before:.2f} |" in printed
     assert "| width x height | 301 x 300 | 280 x 279 | |" in printed
     assert f"differ by {np.mean(apart):.2f} of 255 on average, {np.max(apart):.2f} in the worst" in printed
-    assert len(re.findall(r"time, .*\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", printed)) == 3
+    assert len(re.findall(r"time, .*\d\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", printed)) == 3
     assert run(monkeypatch, prepare_imagenet, "--effect", tmp_path / "none") == 2
     assert "holds no images" in capsys.readouterr().err
 
@@ -295,7 +290,7 @@ def test_shards_are_checked_too(monkeypatch, archives, tmp_path, capsys):
     assert f"bad: {shard}:ILSVRC2012_val_00000001: cannot decode" in capsys.readouterr().out
 
 
-def test_checks_refuse_in_a_line(monkeypatch, image_folder, tmp_path, capsys):
+def test_wrong_arguments_of_check_dataset(monkeypatch, image_folder, tmp_path, capsys):
     for arguments, words in (
         ((image_folder, "--workers", 0), "--workers is 0"),
         ((image_folder / "val",), "give the directory above it"),
@@ -337,7 +332,7 @@ def test_bad_files_are_listed(monkeypatch, image_folder, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "1 bad files" in printed.err
     assert f"bad: {root}/val/cat/cat_2.JPEG: cannot decode" in printed.out
-    assert f"ignored, its name is no image's: {root}/val/cat/moving.gif" in printed.out
+    assert f"ignored, not an image's suffix: {root}/val/cat/moving.gif" in printed.out
     assert not (root / "fingerprint.json").exists()
     assert run(monkeypatch, check_dataset, tmp_path / "none") == 2
 

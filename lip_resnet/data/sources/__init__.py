@@ -1,11 +1,9 @@
-"""Where images come from.
+"""Where images come from: each module opens one kind of source, and ``build_sources`` the one that a recipe names."""
 
-A *source* is a torchvision-style dataset: ``source[i]`` is (PIL image, label), ``source.classes`` the class names.
-"""
+from collections.abc import Sequence
 
-from typing import Any
-
-from lip_resnet.config import EvalDataConfig, InputError
+from lip_resnet.config import DataConfig, EvalDataConfig, InputError
+from lip_resnet.data.sources.base import Source
 from lip_resnet.data.sources.embedded import Digits, Synthetic
 from lip_resnet.data.sources.folder import folder_sources
 from lip_resnet.data.sources.huggingface import table_sources
@@ -13,33 +11,38 @@ from lip_resnet.data.sources.named import NAMED, named_sources
 from lip_resnet.data.sources.shards import shard_sources
 
 
-def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Any]:
-    """The datasets of the splits asked for, ("train", "val") or ("val",); every process must call it.
+def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Source]:
+    """The sources of the splits asked for, ("train", "val") or ("val",); every process must call it.
 
     Args:
         config: for "train" a ``DataConfig``.
 
     Raises:
-        InputError: they are not there, not as they should be, or hold another number of classes.
+        InputError: the data is missing, damaged or incomplete, has another number of classes, or needs a package that
+            is not installed.
     """
+    sources: Sequence[Source]
+    root = config.root or ""  # the config requires one for every kind that reads it
     if config.name == "digits":
         sources = [Digits(train=split == "train") for split in splits]
     elif config.name == "synthetic":
-        sources = [
-            Synthetic(config.images, num_classes, config.sizes[-1])
-            if split == "train"
-            else Synthetic(max(1, config.images // 10), num_classes, config.eval_size)
-            for split in splits
-        ]
+        sources = [_synthetic(config, num_classes, split) for split in splits]
     elif config.name == "shards":
-        sources = shard_sources(config, splits)
+        sources = shard_sources(root, splits)
     elif config.name == "huggingface":
-        sources = table_sources(config, splits)
+        sources = table_sources(root, config.label_column, splits)
     elif config.name in NAMED:
-        sources = named_sources(config, splits)
+        sources = named_sources(config.name, root, config.download, splits)
     else:
-        sources = folder_sources(config, splits)
-    found = len(sources[0].classes)
-    if found != num_classes:
-        raise InputError(f"model.num_classes is {num_classes}, but the data has {found} classes")
-    return sources
+        sources = folder_sources(root, config.classes, splits)
+    classes = len(sources[0].classes)
+    if classes != num_classes:
+        raise InputError(f"model.num_classes is {num_classes}, but the data has {classes} classes")
+    return list(sources)
+
+
+def _synthetic(config: EvalDataConfig, num_classes: int, split: str) -> Synthetic:
+    if split == "train":
+        assert isinstance(config, DataConfig)
+        return Synthetic(config.images, num_classes, config.sizes[-1])
+    return Synthetic(max(1, config.images // 10), num_classes, config.eval_size)

@@ -5,14 +5,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lip_resnet.data.sources.arrays import Arrays
+from lip_resnet.config import InputError
+from lip_resnet.data.sources.base import Arrays
 
 
 class Digits(Arrays):
-    """scikit-learn's 1,797 real handwritten digits as images of 8x8; every fifth of a class validates."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels; every fifth image of a class is a validation image.
+
+    Raises:
+        InputError: scikit-learn is not installed.
+    """
 
     def __init__(self, train: bool) -> None:
-        from sklearn.datasets import load_digits  # a second of imports that only this source needs
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise InputError(
+                f'data.name: digits needs scikit-learn: pip install "lip-resnet[data]" ({error})'
+            ) from error
 
         digits = load_digits()
         rank_in_class = np.empty(len(digits.target), dtype=int)
@@ -27,7 +37,12 @@ class Digits(Arrays):
 
 
 class Synthetic(Dataset):
-    """Noise that costs nothing to load: (3, size, size) uint8 tensors, so that train.py's own speed can be measured."""
+    """Noise that costs nothing to load, to measure a run's speed without its data: (3, size, size) uint8 tensors.
+
+    Args:
+        images: how many to pretend; 64 different ones are repeated.
+        size: their side, pixels.
+    """
 
     def __init__(self, images: int, num_classes: int, size: int) -> None:
         self.images = images

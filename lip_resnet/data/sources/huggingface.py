@@ -1,26 +1,27 @@
-"""Hugging Face datasets: Parquet files in a folder, or a set of the hub, as one table of encoded images."""
+"""Hugging Face datasets: Parquet files in a folder, or a dataset of the hub, as a table of encoded images."""
 
 from typing import Any
 
 import numpy as np
 
 from lip_resnet import distributed
-from lip_resnet.config import EvalDataConfig, InputError
+from lip_resnet.config import InputError
 from lip_resnet.data.decode import BadImage, read_file
-from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.base import Encoded
 
 _SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev", "test")}
-"""Our splits -> the names that they may have, the first found."""
+"""Our splits -> the names that a dataset may give them; the first that it has is read."""
 
 
 class Table(Encoded):
-    """A split, its images' bytes as they are in the files, read in any order from Arrow's memory map.
+    """A split; the encoded images are read from Arrow's memory map, in any order.
 
     Args:
-        root: what an image's name begins with: the set and the split.
-        rows: the images alone, each {"bytes": ..., "path": ...}.
-        column: the images' column.
-        labels: of the rows.
+        root: dataset/split, with which the images' names begin.
+        rows: the ``datasets.Dataset`` with the image column alone, not decoded: each {"bytes": ..., "path": ...}.
+        column: the name of that column.
+        classes: the names of the labels.
+        labels: one for each row.
     """
 
     def __init__(self, root: str, rows: Any, column: str, classes: list[str], labels: list[int]) -> None:
@@ -28,7 +29,11 @@ class Table(Encoded):
         super().__init__(root, classes, [(f"{root}/{row}", label) for row, label in enumerate(labels)])
 
     def read(self, index: int) -> bytes:
-        """An image's bytes."""
+        """An image's bytes.
+
+        Raises:
+            BadImage: the row has none.
+        """
         image = self.rows[index][self.column]
         data = image and (image["bytes"] or (image["path"] and read_file(image["path"])))
         if not data:
@@ -36,50 +41,62 @@ class Table(Encoded):
         return data
 
 
-def table_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Table]:
-    """The splits of the set ``data.root``; rank 0 fetches and converts it first.
+def table_sources(root: str, label_column: str | None, splits: tuple[str, ...]) -> list[Table]:
+    """The splits of a dataset; rank 0 downloads and converts it first.
+
+    Args:
+        root: ``data.root``, a folder of Parquet files or a name on the hub.
+        label_column: ``data.label_column``; None for the only candidate.
 
     Raises:
-        InputError: there is no such set, it lacks a split, or its columns are not one image and one label.
+        InputError: ``datasets`` is not installed, there is no such dataset, it lacks a split, or its columns are not
+            one image and one label.
     """
     try:
         import datasets
     except ImportError as error:
-        raise InputError('data.name: huggingface needs its library: pip install ".[huggingface]"') from error
+        raise InputError(
+            f'data.name: huggingface needs the package datasets: pip install "lip-resnet[data]" ({error})'
+        ) from error
 
     def load() -> Any:
         try:
-            return datasets.load_dataset(config.root)
+            return datasets.load_dataset(root)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"data.root: cannot load {config.root} as a Hugging Face set: {reason}") from error
+            raise InputError(f"data.root: cannot load {root} as a Hugging Face dataset: {reason}") from error
 
-    distributed.on_main(lambda: load() and None)
+    def prepare() -> None:
+        load()
+
+    distributed.on_main(prepare)
     tables = load()
     sources = []
     for split in splits:
         name = next((name for name in _SPLITS.get(split, (split,)) if name in tables), None)
         if name is None:
             allowed = " or ".join(_SPLITS.get(split, (split,)))
-            raise InputError(f"data.root: {config.root} has the splits {', '.join(tables)}; it needs {allowed}")
-        sources.append(_open(f"{config.root}/{name}", tables[name], config.label_column))
+            raise InputError(f"data.root: {root} has the splits {', '.join(tables)}; it needs {allowed}")
+        sources.append(_open(f"{root}/{name}", tables[name], label_column))
     return sources
 
 
-def _open(root: str, table: Any, wanted: str | None) -> Table:
+def _open(root: str, table: Any, label_column: str | None) -> Table:
     import datasets
 
     kinds = table.features
     images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
     if len(images) != 1:
-        found = ", ".join(images) or "none"
-        raise InputError(f"data.root: {root} needs one column of images; of {', '.join(kinds)}, they are: {found}")
+        raise InputError(
+            f"data.root: {root} needs one column of images; of its columns {', '.join(kinds)}, these hold images: "
+            f"{', '.join(images) or 'none'}"
+        )
     labels = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
-    labels = [wanted] if wanted else labels or [name for name in ("label", "labels") if name in kinds]
+    labels = [label_column] if label_column else labels or [name for name in ("label", "labels") if name in kinds]
     if len(labels) != 1 or labels[0] not in kinds:
         raise InputError(
             f"data.label_column: {root} has the columns {', '.join(kinds)}; name the one with the labels "
-            f"(given: {wanted}, candidates: {', '.join(labels) or 'none'})"
+            f"(given: {label_column}, candidates: {', '.join(labels) or 'none'})"
         )
     column = labels[0]
     values = np.asarray(table.with_format("numpy")[column][:])

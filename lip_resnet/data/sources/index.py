@@ -1,4 +1,4 @@
-"""Where each image of a directory of tar shards lies: read from the tar headers once, then kept in a file."""
+"""The index of a directory of tar shards: where each image is. Read from the tar headers once, then kept in a file."""
 
 import hashlib
 import io
@@ -15,38 +15,38 @@ from lip_resnet.config import InputError
 from lip_resnet.files import write_atomically
 
 FILE = "index.npz"
-"""Lies beside the shards; numpy arrays, nothing pickled."""
-_SEPARATOR = b"\0"  # no name in a tar file holds one
+"""The index's name beside the shards; numpy arrays, nothing pickled."""
+_SEPARATOR = b"\0"  # which a name in a tar file cannot contain
 
 
 @dataclass(frozen=True)
 class Index:
-    """The images of a directory of shards, in the order of the shards' names and within a shard in its own."""
+    """The images of a directory of shards: shards in the order of their names, images in the order of their shard."""
 
     shards: list[str]
     """File names, sorted."""
     stamps: np.ndarray
-    """(shards, 2) int64: bytes, and time of the last change in ns, when the shards were read."""
+    """(shards, 2) int64: size in bytes and modification time in ns of each shard when it was read."""
     keys: list[str]
-    """An image's name within its shard, without its suffix."""
+    """Each image's name in its shard, without its suffix."""
     labels: np.ndarray
     """(images,) int64."""
     places: np.ndarray
-    """(images, 3) int64: number of the shard, offset of the image's first byte, bytes."""
+    """(images, 3) int64: index of the shard, offset of the image's first byte, size in bytes."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
         file = io.BytesIO()
-        names = {"shards": _pack(self.shards), "keys": _pack(self.keys)}
-        np.savez_compressed(file, **names, stamps=self.stamps, labels=self.labels, places=self.places)
+        shards, keys = _pack(self.shards), _pack(self.keys)
+        np.savez_compressed(file, shards=shards, keys=keys, stamps=self.stamps, labels=self.labels, places=self.places)
         return file.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str) -> "Index":
-        """What ``to_bytes`` gave; ``path`` names it in errors.
+        """The inverse of ``to_bytes``; ``path`` names the file in errors.
 
         Raises:
-            InputError: it is something else.
+            InputError: it is no index.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -55,7 +55,7 @@ class Index:
         except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not an index of shards: {error}") from error
         if not len(index.keys) == len(index.labels) == len(index.places) or len(index.stamps) != len(index.shards):
-            raise InputError(f"{path}: not an index of shards: its parts differ in length")
+            raise InputError(f"{path}: not an index of shards: its arrays differ in length")
         return index
 
 
@@ -68,26 +68,26 @@ def _unpack(block: np.ndarray) -> list[str]:
 
 
 def read_index(root: Path) -> Index:
-    """The index of local shards. A stored one serves if the shards have the names, sizes and times of change that it
-    was made from; else they are read, and the result is stored: beside them, or where that cannot be, in the cache.
+    """The index of local shards: the stored one if the shards still have the names, sizes and modification times that
+    it was made from; else a new one, which is stored beside them, or in the cache where they cannot be written to.
 
     Raises:
-        InputError: there are no shards, or they are not as they should be.
+        InputError: there are no shards, or one is damaged or lacks a label.
     """
     paths = _shards(root)
     names, stamps = [path.name for path in paths], _stamps(paths)
-    for place in _places(root):
+    for file in _files(root):
         try:
-            stored = Index.from_bytes(place.read_bytes(), str(place))
-        except (OSError, InputError):  # none yet, or not ours: the shards themselves are the truth
+            stored = Index.from_bytes(file.read_bytes(), str(file))
+        except (OSError, InputError):  # missing or damaged: it is made again from the shards
             continue
         if stored.shards == names and np.array_equal(stored.stamps, stamps):
             return stored
     index = _make_index(paths, stamps)
-    for place in _places(root):
+    for file in _files(root):
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _write(place, index)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write(file, index)
             break
         except (OSError, InputError):  # a read-only disk; an index that is not stored is made again
             continue
@@ -95,10 +95,10 @@ def read_index(root: Path) -> Index:
 
 
 def write_index(root: Path) -> Index:
-    """Index local shards anew, into the file beside them.
+    """Index local shards again and write the file beside them.
 
     Raises:
-        InputError: there are no shards, they are not as they should be, or the file cannot be written.
+        InputError: there are no shards, one is damaged or lacks a label, or the file cannot be written.
     """
     paths = _shards(root)
     index = _make_index(paths, _stamps(paths))
@@ -113,8 +113,8 @@ def _shards(root: Path) -> list[Path]:
     return paths
 
 
-def _write(place: Path, index: Index) -> None:
-    write_atomically(place, lambda file: file.write(index.to_bytes()))
+def _write(path: Path, index: Index) -> None:
+    write_atomically(path, lambda file: file.write(index.to_bytes()))
 
 
 def _make_index(paths: list[Path], stamps: np.ndarray) -> Index:
@@ -125,12 +125,12 @@ def _make_index(paths: list[Path], stamps: np.ndarray) -> Index:
 
 
 def _stamps(paths: list[Path]) -> np.ndarray:
-    found = [path.stat() for path in paths]
-    return np.array([(state.st_size, state.st_mtime_ns) for state in found], np.int64)
+    states = [path.stat() for path in paths]
+    return np.array([(state.st_size, state.st_mtime_ns) for state in states], np.int64)
 
 
-def _places(root: Path) -> list[Path]:
-    """Where an index of these shards may be kept."""
+def _files(root: Path) -> list[Path]:
+    """The files that may hold the index of these shards, in the order in which they are tried."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
     return [root / FILE, cache / "lip_resnet" / f"{digest}.npz"]
@@ -151,7 +151,8 @@ def _scan(path: str) -> list[tuple[str, int, int, int]]:
                         raise InputError(f"{path}: two images have the key {key!r}")
                     images[key] = (member.offset_data, member.size)
                 elif suffix == "cls":
-                    labels[key] = archive.extractfile(member).read().strip()
+                    content = archive.extractfile(member)  # None if the member is no file
+                    labels[key] = content.read().strip() if content else b""
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
     except tarfile.TarError as error:

@@ -1,4 +1,4 @@
-"""torchvision's image classification sets that come with a split, by name."""
+"""torchvision's image classification sets that have a split, by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,37 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 from torchvision import datasets
 
-from lip_resnet import distributed
-from lip_resnet.config import EvalDataConfig, InputError
-from lip_resnet.data.decode import read_file
-from lip_resnet.data.sources.arrays import Arrays
-from lip_resnet.data.sources.encoded import Encoded
-
-
-class Files(Encoded):
-    """Image files anywhere on a disk."""
-
-    def read(self, index: int) -> bytes:
-        """An image file's bytes."""
-        return read_file(self.path(index))
+from lip_resnet import compat, distributed
+from lip_resnet.config import InputError
+from lip_resnet.data.sources.base import Arrays, Files
 
 
 @dataclass(frozen=True)
 class _Named:
-    """How torchvision opens a set, and what the whole set holds."""
+    """How torchvision opens a set, and how many images it must have."""
 
     build: Callable[..., Any]
     images: dict[str, int]
-    """Images of our train and val: a download that was killed while it unpacked leaves fewer."""
+    """Images in our train and val; a download that was killed while it unpacked leaves fewer."""
     splits: dict[str, tuple[Any, ...]]
-    """Ours -> torchvision's."""
+    """Our split -> torchvision's, which are joined."""
     split: str = "split"
-    """The keyword that takes torchvision's."""
+    """The keyword argument for torchvision's split."""
     options: dict[str, Any] | None = None
-    """Further keywords."""
+    """Other keyword arguments."""
 
 
 def _count(train: int, val: int) -> dict[str, int]:
@@ -47,7 +36,7 @@ def _splits(val: Any, *train: Any) -> dict[str, tuple[Any, ...]]:
     return {"train": train or ("train",), "val": (val,)}
 
 
-# torchvision's loaders read nothing when the loader of a file is `str`: they hand out its path.
+# With `str` as the loader of a file, torchvision's sets return its path and read nothing.
 _PATHS: dict[str, Any] = {"loader": str}
 
 NAMED = {
@@ -72,25 +61,31 @@ NAMED = {
 """A recipe's ``data.name`` -> the set."""
 
 
-def named_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Dataset]:
-    """The splits of a named set at ``data.root``, which rank 0 downloads first if ``data.download`` says so.
+def named_sources(name: str, data_root: str, download: bool, splits: tuple[str, ...]) -> list[Arrays | Files]:
+    """The splits of a named set.
+
+    Args:
+        name: one of ``NAMED``.
+        data_root: ``data.root``.
+        download: whether rank 0 downloads what is missing first.
 
     Raises:
-        InputError: the set is not there or not whole, or cannot be downloaded.
+        InputError: the set is missing or incomplete, cannot be downloaded, or needs scipy, which is not installed.
     """
+    root = Path(data_root).expanduser()
 
-    def download() -> None:
+    def download_splits() -> None:
         for split in splits:
-            _open(config, split, download=True)
+            _open(name, root, split, download=True)
 
-    if config.download:
-        distributed.on_main(download)
-    return [_source(config, split) for split in splits]
+    if download:
+        distributed.on_main(download_splits)
+    return [_source(name, root, split) for split in splits]
 
 
-def _open(config: EvalDataConfig, split: str, download: bool) -> list[Any]:
+def _open(name: str, root: Path, split: str, download: bool) -> list[Any]:
     """torchvision's datasets that make up one of our splits."""
-    named, root = NAMED[config.name], Path(config.root).expanduser()
+    named = NAMED[name]
     options = {"root": str(root), "download": download, **(named.options or {})}
     try:
         if download:
@@ -99,25 +94,27 @@ def _open(config: EvalDataConfig, split: str, download: bool) -> list[Any]:
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if download:
-            raise InputError(f"data.download: cannot download {config.name} to {root}: {reason}") from error
+            raise InputError(f"data.download: cannot download {name} to {root}: {reason}") from error
         raise InputError(
-            f"data.root: {root} does not hold {config.name}'s {split}; data.download: true fetches it ({reason})"
+            f"data.root: {root} does not hold {name}'s {split}; data.download: true fetches it ({reason})"
         ) from error
+    except ImportError as error:  # torchvision imports scipy for the sets whose labels are MATLAB files
+        raise InputError(f'data.name: {name} needs scipy: pip install "lip-resnet[data]" ({error})') from error
 
 
-def _source(config: EvalDataConfig, split: str) -> Dataset:
-    parts = _open(config, split, download=False)
+def _source(name: str, root: Path, split: str) -> Arrays | Files:
+    parts = _open(name, root, split, download=False)
+    source: Arrays | Files
     if hasattr(parts[0], "data"):
-        source: Any = _arrays(f"{config.name}/{split}", parts[0])
+        source = _arrays(f"{name}/{split}", parts[0])
     else:
         samples = [sample for part in parts for sample in _samples(part)]
-        classes = _classes(parts[0], [label for _, label in samples])
-        source = Files(Path(config.root).expanduser(), classes, samples)
-    expected = NAMED[config.name].images[split]
+        source = Files(root, _classes(parts[0], [label for _, label in samples]), samples)
+    expected = NAMED[name].images[split]
     if len(source) != expected:
         raise InputError(
-            f"data.root: {config.root} holds {len(source)} images of {config.name}'s {split}, the whole set "
-            f"{expected}: remove it and download it again"
+            f"data.root: {root} holds {len(source)} images of {name}'s {split}, the whole set {expected}: remove it "
+            "and download it again"
         )
     return source
 
@@ -131,15 +128,14 @@ def _arrays(name: str, part: Any) -> Arrays:
 
 
 def _classes(part: Any, labels: list[int]) -> list[str]:
-    """The classes' names (Imagenette has several for each), or their numbers where torchvision knows none."""
+    """The classes' names (the first of several, in Imagenette), or their numbers where torchvision has no names."""
     names = getattr(part, "classes", range(1 + max(labels)))
     return [name[0] if isinstance(name, tuple) else str(name) for name in names]
 
 
 def _samples(part: Any) -> list[tuple[str, int]]:
-    """Every (path, label) of a set of files. Two of torchvision's take no loader."""
-    if isinstance(part, datasets.GTSRB):
-        return part._samples
-    if isinstance(part, datasets.OxfordIIITPet):
-        return [(str(path), label) for path, label in zip(part._images, part._labels, strict=True)]
-    return [(str(path), label) for path, label in (part[index] for index in range(len(part)))]
+    """Every (path, label) of a set of files."""
+    files = compat.torchvision_files(part)  # None for the sets that were opened with _PATHS
+    if files is None:
+        files = [part[index] for index in range(len(part))]
+    return [(str(path), label) for path, label in files]

@@ -1,4 +1,4 @@
-"""Files behind a URL, read a piece at a time through fsspec: http(s)://, s3://, and whatever else it opens."""
+"""Files behind a URL, whole or by ranges of bytes, through fsspec: http(s)://, s3:// and its other protocols."""
 
 import os
 import sys
@@ -6,18 +6,16 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import fsspec
-
 from lip_resnet.config import InputError
 
 MAX_REQUESTS = 16
 """Concurrent requests of a process."""
 RETRY_SECONDS = (0.5, 2.0, 8.0)
-"""Waiting time before each retry of a failed request; after the last one fails, the run ends."""
+"""Waiting time before each retry of a failed request; if the last one fails too, the run ends."""
 
 
 def is_url(root: str) -> bool:
-    """Whether a root is a URL, not a local path."""
+    """Whether a root is a URL rather than a local path."""
     return "://" in root
 
 
@@ -26,11 +24,13 @@ class MissingFile(InputError):
 
 
 class Remote:
-    """A directory behind a URL. It may be sent to other processes, each of which opens connections of its own."""
+    """A directory behind a URL. It can be pickled; each process opens connections of its own."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._process, self._system, self._path, self._threads = 0, None, "", None
+        self._process, self._path = 0, ""
+        self._system: Any = None
+        self._threads: ThreadPoolExecutor | None = None
         self._inherited: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -39,14 +39,17 @@ class Remote:
     def _connect(self) -> None:
         if self._process == os.getpid():
             return
-        # A forked process must neither use nor close what it inherits: closing would unhook its parent's connections,
-        # since both share one epoll. So it is kept, and fsspec, which closes what it forgets, does not keep it at all.
+        # A forked process must neither use nor close inherited connections: it shares an epoll instance with its
+        # parent, whose connections closing would unregister. So they are kept referenced here, and not in fsspec's
+        # instance cache, from which they could be dropped.
         self._inherited.append(self._system)
         try:
+            import fsspec
+
             self._system, self._path = fsspec.url_to_fs(self.url, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             raise InputError(
-                f'data.root: cannot open {self.url}: {error}; pip install ".[remote]" brings http and s3'
+                f'data.root: cannot open {self.url}: {error}; http and s3 need pip install "lip-resnet[data]"'
             ) from error
         self._threads = ThreadPoolExecutor(MAX_REQUESTS)
         self._process = os.getpid()
@@ -56,9 +59,10 @@ class Remote:
 
         Raises:
             MissingFile: there is no such file.
-            InputError: the server failed at every retry of ``RETRY_SECONDS``, or gave another number of bytes.
+            InputError: the request and all retries failed, or the answer has another number of bytes.
         """
         self._connect()
+        first = start or 0
         url = f"{self.url}/{name}"
         for pause in (*RETRY_SECONDS, None):
             try:
@@ -70,18 +74,19 @@ class Remote:
                 reason = f"{type(error).__name__} {error}".strip()
                 if pause is None:
                     raise InputError(
-                        f"{url}: cannot read from byte {start or 0} on, {len(RETRY_SECONDS) + 1} times: {reason}"
+                        f"{url}: cannot read from byte {first} on, {len(RETRY_SECONDS) + 1} times: {reason}"
                     ) from error
-                print(f"note: {url}: asking again from byte {start or 0} on: {reason}", file=sys.stderr, flush=True)
+                print(f"note: {url}: asking again from byte {first} on: {reason}", file=sys.stderr, flush=True)
                 time.sleep(pause)
-        if end is not None and len(data) != end - start:
+        if end is not None and len(data) != end - first:
             raise InputError(
-                f"{url}: the server gave {len(data)} bytes where the index has {end - start}, from byte {start} on: "
-                "the shard is cut, or not the one indexed, or the server answers no range requests"
+                f"{url}: the server gave {len(data)} bytes where the index has {end - first}, from byte {first} on: "
+                "the shard is truncated, is not the one that was indexed, or the server answers no range requests"
             )
         return data
 
     def read_async(self, name: str, start: int, end: int) -> "Future[bytes]":
-        """``read`` in the background; at most ``MAX_REQUESTS`` at a time, the others wait."""
+        """``read`` in a thread; ``MAX_REQUESTS`` run at a time."""
         self._connect()
+        assert self._threads is not None
         return self._threads.submit(self.read, name, start, end)

@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset layout, on a disk or behind a URL, their images in any order."""
+"""Tar shards in WebDataset layout, on a disk or behind a URL, read in any order."""
 
 import tarfile
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from lip_resnet import distributed
-from lip_resnet.config import EvalDataConfig, InputError
+from lip_resnet.config import InputError
 from lip_resnet.data.decode import BadImage
-from lip_resnet.data.sources.encoded import Encoded
+from lip_resnet.data.sources.base import Encoded
 from lip_resnet.data.sources.index import FILE, Index, read_index
 from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
@@ -19,30 +19,33 @@ _NAMES = "classes.txt"
 
 
 def parse_names(data: bytes, path: str) -> list[str]:
-    """The lines of a list of names in UTF-8, with or without byte order mark, carriage returns and blank last lines.
+    """The lines of a UTF-8 file of class names; a byte order mark, carriage returns and blank last lines are dropped.
 
     Args:
-        path: names the list in errors.
+        path: names the file in errors.
 
     Raises:
-        InputError: it is not UTF-8, or a line between names is blank, which would shift all labels behind it.
+        InputError: it is not UTF-8, or a line between names is blank, which would shift all later labels.
     """
     try:
         names = [line.strip() for line in data.decode("utf-8-sig").rstrip().split("\n")]
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the list as UTF-8") from error
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     if "" in names:
         raise InputError(f"{path}: line {names.index('') + 1} is blank; each line must name one class, in label order")
     return names
 
 
 class _Indexed(Encoded):
-    """Images at known places of tar files: KEY.jpg (or another image) and KEY.cls, its label as text, side by side.
+    """Images of tar files, KEY.jpg (or another suffix) beside KEY.cls, the label as text; found through an index.
 
     Args:
-        root: what an image's name begins with.
-        index: where the images lie.
-        class_names: the content of classes.txt, a name for each label; None where there is none.
+        root: with which the images' names begin.
+        index: shard, offset and size of each image.
+        class_names: the content of classes.txt, a name for each label; None if there is no such file.
+
+    Raises:
+        InputError: the names are not UTF-8, or there are fewer than labels.
     """
 
     def __init__(self, root: Path | str, index: Index, class_names: bytes | None) -> None:
@@ -59,10 +62,14 @@ class _Indexed(Encoded):
 
 
 class Shards(_Indexed):
-    """Local shards, root/NAME.tar."""
+    """Local shards, root/NAME.tar.
+
+    Raises:
+        InputError: there are no shards, or one is damaged or lacks a label.
+    """
 
     def __init__(self, root: Path) -> None:
-        names = root / _NAMES
+        self._folder, names = root, root / _NAMES
         try:
             class_names = names.read_bytes() if names.is_file() else None
         except OSError as error:
@@ -70,10 +77,14 @@ class Shards(_Indexed):
         super().__init__(root, read_index(root), class_names)
 
     def read(self, index: int) -> bytes:
-        """An image's bytes, from the middle of its shard."""
+        """An image's bytes.
+
+        Raises:
+            BadImage: the shard cannot be read, or is shorter than the index says.
+        """
         shard, offset, size = self._places[index].tolist()
         try:
-            with open(self.root / self.shards[shard], "rb") as file:
+            with open(self._folder / self.shards[shard], "rb") as file:
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
@@ -84,10 +95,10 @@ class Shards(_Indexed):
 
 
 class RemoteShards(_Indexed):
-    """Shards behind a URL, with the index that was made where they lay on a disk.
+    """Shards behind a URL, with an index beside them that was made on a disk.
 
-    An image is one range request; those of a batch are in flight together while the first images are decoded. The tar
-    header is read with the image: a shard that is not the one indexed cannot pass for it.
+    Each image is one range request; the requests of a batch are concurrent with each other and with decoding. The tar
+    header is read with the image, to detect a shard that is not the one that was indexed.
 
     Raises:
         InputError: there is no index.
@@ -101,11 +112,11 @@ class RemoteShards(_Indexed):
             index = Index.from_bytes(self.remote.read(FILE), f"{url}/{FILE}")
         except MissingFile as error:
             raise InputError(
-                f"{error}; make it where the shards lie on a disk (python scripts/index_shards.py DIR), "
-                "and put it beside them"
+                f"{error}; make it from the shards on a disk (python scripts/index_shards.py DIR), and "
+                "upload it beside them"
             ) from error
         try:
-            class_names = self.remote.read(_NAMES)
+            class_names: bytes | None = self.remote.read(_NAMES)
         except MissingFile:
             class_names = None
         super().__init__(url, index, class_names)
@@ -114,7 +125,7 @@ class RemoteShards(_Indexed):
         return {**self.__dict__, "_requests": {}}  # another process makes its own
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Request the images of a batch, in place of those of the batch before."""
+        """Request the images of a batch; requests of an earlier batch are forgotten."""
         self._requests = {index: self.remote.read_async(*self._range(index)) for index in dict.fromkeys(indices)}
 
     def _range(self, index: int) -> tuple[str, int, int]:
@@ -125,35 +136,45 @@ class RemoteShards(_Indexed):
         """An image's bytes.
 
         Raises:
-            InputError: the server fails, or what it has is not what was indexed. That is no bad image, which a run may
-                skip: it always stops.
+            BadImage: the image is empty.
+            InputError: the server fails, or the shard is not the one that was indexed: unlike a bad image,
+                ``data.on_error: skip`` does not skip it.
         """
         request = self._requests.get(index)
         data = self.remote.read(*self._range(index)) if request is None else request.result()
         size = len(data) - tarfile.BLOCKSIZE
         try:
             header = tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+            matches = header.size == size and header.isreg()
         except tarfile.HeaderError:
-            header = None
-        if header is None or header.size != size or not header.isreg():
-            raise InputError(f"{self.path(index)}: not at its place; the shard is not the one that was indexed")
+            matches = False
+        if not matches:
+            raise InputError(
+                f"{self.path(index)}: its tar header is another; the shard is not the one that was indexed"
+            )
         if not size:
             raise BadImage(f"{self.path(index)}: cannot read this image: the shard says 0 bytes")
         return data[tarfile.BLOCKSIZE :]
 
 
-def shard_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Shards] | list[RemoteShards]:
-    """The shards of some splits, at ``data.root``.
+def shard_sources(data_root: str, splits: tuple[str, ...]) -> list[Shards] | list[RemoteShards]:
+    """The shards of some splits below ``data.root``, a directory or URL.
 
     Raises:
-        InputError: they are not there or not right, or differ in their classes.
+        InputError: they are missing or damaged, or differ in their classes.
     """
-    if is_url(config.root):
-        sources = [RemoteShards(f"{config.root.rstrip('/')}/{split}") for split in splits]
+    sources: list[Shards] | list[RemoteShards]
+    if is_url(data_root):
+        sources = [RemoteShards(f"{data_root.rstrip('/')}/{split}") for split in splits]
     else:
-        roots = [Path(config.root).expanduser() / split for split in splits]
-        distributed.on_main(lambda: [read_index(root) for root in roots] and None)  # the others find it stored
+        roots = [Path(data_root).expanduser() / split for split in splits]
+
+        def index_all() -> None:
+            for root in roots:
+                read_index(root)
+
+        distributed.on_main(index_all)  # the other ranks then read the stored index
         sources = [Shards(root) for root in roots]
     if any(source.classes != sources[0].classes for source in sources):
-        raise InputError(f"data.root: the shards of {' and '.join(splits)} in {config.root} differ in their classes")
+        raise InputError(f"data.root: the shards of {' and '.join(splits)} in {data_root} differ in their classes")
     return sources

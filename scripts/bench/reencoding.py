@@ -1,4 +1,4 @@
-"""Re-encoding of images as smaller JPEG files, and its effect on sizes, pixels and decoding time."""
+"""For prepare_imagenet.py: re-encoding of images as smaller JPEG files, and its effect on sizes, pixels and time."""
 
 import io
 import os
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import PIL
 import simplejpeg
 import torch
@@ -23,7 +22,7 @@ from lip_resnet.data.transforms import TrainTransform, eval_transform
 
 
 def shrink(data: bytes, name: str, longest: int, quality: int) -> bytes:
-    """Re-encode an image file as JPEG; the file itself where that would not be smaller.
+    """Re-encode an image file as JPEG; the file itself if that would not be smaller.
 
     Args:
         name: of the image, for errors.
@@ -46,19 +45,23 @@ class _File(NamedTuple):
     after: bytes
 
 
-def measure(folder: Path, longest: int, quality: int, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, encode: Callable[[bytes, str], bytes], rounds: int) -> dict[str, Any]:
     """Measure what re-encoding does to the images below a folder.
 
     Times are of one thread, files in memory. Each round shuffles the files and times each original and its re-encoded
     file one after the other, in alternating order.
 
+    Args:
+        encode: (a file's bytes, its path) -> the re-encoded file's bytes.
+        rounds: how many are timed, after one that is not.
+
     Returns:
-        ``images``; ``kept``: files not re-encoded; ``bytes``, ``width`` and ``height``: means [before, after];
-        ``difference``: mean absolute difference of the evaluation's pixels (0 to 255), ``mean`` over the images and
-        ``worst`` image; ``time``: operation -> each round's time after / time before.
+        ``images``; ``kept``: files not re-encoded, because that would not make them smaller; ``bytes``, ``width`` and
+        ``height``: means [before, after]; ``difference``: mean absolute difference of the evaluation's pixels (0 to
+        255), ``mean`` over the images and ``worst`` image; ``time``: operation -> time after / before of each round.
 
     Raises:
-        InputError: no images there, or one that does not decode.
+        InputError: the folder has no images, or one does not decode.
     """
     paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
@@ -66,19 +69,24 @@ def measure(folder: Path, longest: int, quality: int, rounds: int) -> dict[str, 
     files = []
     for path in paths:
         data = read_file(path)
-        files.append(_File(path, data, shrink(data, path, longest, quality)))
-    sizes = [[decode_exact(data, file.path).size for data in file[1:]] for file in files]
+        files.append(_File(path, data, encode(data, path)))
+    sizes = [[decode_exact(data, file.path).size for data in (file.before, file.after)] for file in files]
     config = DataConfig(root=str(folder), batch_size=1)
     evaluation = eval_transform(config)
-    pixels = [[evaluation(decode_exact(data, file.path)).numpy() for data in file[1:]] for file in files]
-    differences = [np.abs(before.astype(int) - after).mean() for before, after in pixels]
+    differences = []
+    for file in files:
+        before, after = (evaluation(decode_exact(data, file.path)).int() for data in (file.before, file.after))
+        differences.append((before - after).abs().double().mean().item())
     return {
         "images": len(files),
         "kept": sum(file.after is file.before for file in files),
-        "bytes": [statistics.fmean(len(file[which]) for file in files) for which in (1, 2)],
+        "bytes": [
+            statistics.fmean(len(file.before) for file in files),
+            statistics.fmean(len(file.after) for file in files),
+        ],
         "width": [statistics.fmean(both[which][0] for both in sizes) for which in (0, 1)],
         "height": [statistics.fmean(both[which][1] for both in sizes) for which in (0, 1)],
-        "difference": {"mean": float(np.mean(differences)), "worst": float(np.max(differences))},
+        "difference": {"mean": statistics.fmean(differences), "worst": max(differences)},
         "time": {name: _ratios(files, work, rounds) for name, work in _work(config, evaluation).items()},
     }
 
@@ -97,14 +105,15 @@ def _work(config: DataConfig, evaluation: v2.Transform) -> dict[str, Callable[[_
 def _ratios(files: list[_File], work: Callable[[_File, bytes], Any], rounds: int) -> list[float]:
     shuffle, ratios = random.Random(0), []
     for number in range(rounds + 1):
-        spent = {1: 0.0, 2: 0.0}
+        seconds = {"before": 0.0, "after": 0.0}
         for file in shuffle.sample(files, len(files)):
-            for which in (1, 2) if number % 2 else (2, 1):
-                began = time.perf_counter()
-                work(file, file[which])
-                spent[which] += time.perf_counter() - began
-        if number:  # the first round warms up
-            ratios.append(spent[2] / spent[1])
+            for which in ("before", "after") if number % 2 else ("after", "before"):
+                data = file.before if which == "before" else file.after
+                start = time.perf_counter()
+                work(file, data)
+                seconds[which] += time.perf_counter() - start
+        if number:  # the first round is a warm-up
+            ratios.append(seconds["after"] / seconds["before"])
     return ratios
 
 
@@ -113,7 +122,7 @@ def render(result: dict[str, Any], longest: int, quality: int) -> str:
     (before, after), (width, narrower), (height, lower) = result["bytes"], result["width"], result["height"]
     lines = [
         f"Longest side at most {longest}, quality {quality}: {result['images']} images, "
-        f"{result['kept']} of them left as they were because a new file would not be smaller.",
+        f"{result['kept']} of them kept as they are because the new file would not be smaller.",
         "",
         "| mean | before | after | after / before |",
         "|---|--:|--:|--:|",
