@@ -1,9 +1,9 @@
-"""Speed and memory of LIP and of what it is compared with.
+"""Measure speed and memory of LIP and its baselines.
 
     python scripts/benchmark.py op      lip2d at every site of LIP-ResNet-50, forward and forward + backward
     python scripts/benchmark.py model   inference: images per second, latency percentiles
     python scripts/benchmark.py train   training steps: images per second
-    python scripts/benchmark.py step    what the parts and the options of a training step cost
+    python scripts/benchmark.py step    the cost of the parts and options of a training step
     python scripts/benchmark.py memory  a training step: bytes kept for the backward pass; on a GPU the peak as well
     python scripts/benchmark.py data    loaders: images per second of ours, timm's and torchvision's
 
@@ -11,10 +11,10 @@
     python scripts/benchmark.py train --precision bfloat16 --compile --contestants resnet50 lip_resnet50
     python scripts/benchmark.py COMMAND --help
 
-Every result is checked before it is timed. All contestants take turns within each round, after a warm-up, so that other
-load on the machine meets them alike; a ratio is the median of the rounds' ratios. A training step is the engine's own,
-built as train.py builds it. Each row is appended to the output, as a JSON line, as soon as it is measured; at the end
-all rows are printed as Markdown. A contestant that fails, or whose numbers are wrong, is a row that says so.
+Every result is checked before it is timed. After a warm-up all contestants run in turn in each round, so that other
+load on the machine affects them equally; a ratio is the median of the rounds' ratios. A training step is the engine's,
+built as in train.py. Each row is appended to the output, as a JSON line, as soon as it is measured; at the end all rows
+are printed as Markdown. A contestant that fails, or whose result is wrong, is a row marked failed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from bench import data, network, op, performance, step
+from bench import data, network, op, step, tables
 from bench.contestants import FORMS, NETWORKS, SITES
 from bench.timing import CLOCKS, LAYOUTS, Row
 
@@ -51,54 +51,54 @@ ROWS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 
 
 def parse() -> argparse.Namespace:
-    """The command line.
+    """Parse the command line.
 
     Raises:
-        InputError: it is wrong.
+        InputError: it is not understood.
     """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = cli.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(ROWS))
     gpu = torch.cuda.is_available()
     for what in ROWS:
-        command = commands.add_parser(what)
-        command.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append every row to this new file")
-        command.add_argument("--force", action="store_true", help="replace it where it exists")
+        add = commands.add_parser(what).add_argument
+        add("--output", type=Path, metavar="FILE.jsonl", help="append every row to this new file")
+        add("--force", action="store_true", help="replace an existing file")
         if what != "memory":
-            command.add_argument("--rounds", type=int, default=51 if what == "model" and gpu else 9)
+            add("--rounds", type=int, default=51 if what == "model" and gpu else 9)
         if what == "data":
+            add("--data", type=Path, help="a folder with images at any depth (default: generated photographs)")
+            add("--workers", type=int, default=2, help="loader processes (default: 2; at most one per core)")
+            add("--batch", type=int, default=64)
+            add("--images", type=int, default=1024, help="images of a round (default: 1024; files are repeated)")
+            add("--gpu", type=float, default=2500, help="images/s of the GPU to feed (default: 2500)")
             continue
         choices = list(CONTESTANTS[what])
         precisions = ("float32", "bfloat16", "float16") if what == "op" else ("float32", "tf32", "bfloat16", "float16")
-        command.add_argument("--contestants", nargs="+", choices=choices, metavar="NAME", help="default: all")
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-        command.add_argument("--precision", choices=precisions, default="float32")
-        command.add_argument("--batch", type=int, nargs="+", help="default: 256 on a GPU, 8 on the CPU; model: 1, 32")
-        command.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's")
+        add("--contestants", nargs="+", choices=choices, metavar="NAME", help="default: all")
+        add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+        add("--precision", choices=precisions, default="float32")
+        add("--batch", type=int, nargs="+", help="default: 256 on a GPU, 8 on the CPU; model: 1, 32")
+        add("--threads", type=int, help="of the CPU; default: PyTorch's")
         if what == "op":
-            command.add_argument("--sites", nargs="+", choices=SITES, default=list(SITES), metavar="SITE")
+            add("--sites", nargs="+", choices=SITES, default=list(SITES), metavar="SITE")
         else:
-            command.add_argument("--size", type=int, default=224, help="of the images, in pixels")
+            add("--size", type=int, default=224, help="of the images, in pixels")
         if what != "step":
-            command.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["channels_last"])
+            add("--layout", nargs="+", choices=LAYOUTS, default=["channels_last"])
         if what != "memory":
-            clock = "cpu: this process's time alone, of all its threads, for a busy machine"
-            command.add_argument("--clock", choices=CLOCKS, default="wall", help=clock)
+            clock = "cpu: this process's CPU time, of all its threads, for a busy machine"
+            add("--clock", choices=CLOCKS, default="wall", help=clock)
         if what in ("model", "train"):
-            command.add_argument("--compile", nargs="?", const="default", choices=COMPILE_MODES)
-    command.add_argument("--data", type=Path, help="a folder with images at any depth (default: made photographs)")
-    command.add_argument("--workers", type=int, default=2, help="loader processes (default: 2; at most one a core)")
-    command.add_argument("--batch", type=int, default=64)
-    command.add_argument("--images", type=int, default=1024, help="a round's (default: 1024; files are repeated)")
-    command.add_argument("--gpu", type=float, default=2500, help="images/s of the GPU to feed (default: 2500)")
+            add("--compile", nargs="?", const="default", choices=COMPILE_MODES)
     return parser.parse_args()
 
 
 def check(options: argparse.Namespace) -> None:
-    """Complete the options.
+    """Check the options and fill in defaults that depend on others.
 
     Raises:
-        InputError: they cannot be met here.
+        InputError: a value is out of range, the device is missing, or the output cannot be written.
     """
     if options.what == "data":
         options.device, options.precision, options.threads, batches = "cpu", "float32", 1, [options.batch]
@@ -110,8 +110,8 @@ def check(options: argparse.Namespace) -> None:
             small = [1, 32] if gpu else [1]
             options.batch = (small if options.what == "model" else []) + [256 if gpu else 8]
         if options.contestants is None:
-            needless = step.GPU_VARIANTS if options.what == "step" and not gpu else {}
-            options.contestants = [name for name in CONTESTANTS[options.what] if name not in needless]
+            excluded = step.GPU_VARIANTS if options.what == "step" and not gpu else {}
+            options.contestants = [name for name in CONTESTANTS[options.what] if name not in excluded]
         batches = options.batch
     for name, value, least in (
         *(("batch", batch, 1) for batch in batches),
@@ -141,7 +141,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
     words = sys.argv[1:]
-    if options.what == "data":  # where the images lay is no part of how to measure again
+    if options.what == "data":  # the folder of the images does not belong in a record
         words = ["DIR" if before == "--data" else word for before, word in zip(["", *words], words, strict=False)]
     environment = describe_environment(options.device) | {
         "command": ["python", "scripts/benchmark.py", *words],
@@ -152,10 +152,10 @@ def main() -> None:
     rows: list[Row] = []
     with open(options.output or os.devnull, "w", encoding="utf-8") as file:
         for row in itertools.chain([{"environment": environment}], ROWS[options.what](options)):
-            rows.append(performance.shorten(row))
+            rows.append(tables.shorten(row))
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
-    print(performance.markdown(rows[1:], environment), end="")
+    print(tables.markdown(rows[1:], environment), end="")
 
 
 if __name__ == "__main__":

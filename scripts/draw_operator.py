@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lip_resnet import cli, lip2d
-from lip_resnet.files import write_atomically
+from lip_resnet.files import write_text
 
 FEATURES = [[1.0, 2.0, 1.0], [2.0, 5.0, 6.0], [9.0, 6.0, 5.0]]
 LOGITS = [[0.1, 0.4, 0.2], [0.6, 2.6, 3.0], [0.3, 2.9, 2.4]]
 SCALE = 100.0
-"""Max pooling as LIP: logits SCALE * x."""
+"""Max pooling is LIP with the logits SCALE * x, for a large SCALE."""
 
 WIDTH, HEIGHT = 860, 572
 CELL_HEIGHT, FEATURES_AT, LOGITS_AT, WEIGHTS_AT, OUTPUT_AT = 34, 28, 300, 520, 764
@@ -39,7 +39,7 @@ STYLE = """
 
 
 def pool(features: Tensor, logits: Tensor) -> tuple[Tensor, float]:
-    """A window's features and logits, both (3, 3) -> its weights (3, 3), which sum to 1, and its pooled value.
+    """Features (3, 3) and logits (3, 3) of a window -> its weights (3, 3), which sum to 1, and its pooled value.
 
     A position's weight is the pooled value of a window that is 1 there and 0 elsewhere.
     """
@@ -136,7 +136,7 @@ def main() -> None:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="the SVG file to write")
     options = parser.parse_args()
-    write_atomically(options.output, lambda file: file.write(draw().encode()))
+    write_text(options.output, draw())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Refresh the generated parts of README.md and docs/:  python scripts/make_docs.py
+"""Regenerate the generated parts of README.md and docs/:  python scripts/make_docs.py
 
-A generated part stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+A generated part is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 """
 
 import ast
@@ -13,38 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import draw_operator
-import torch
-from bench import performance
+from bench import tables
+from reproduce_paper import count_networks
 
 from lip_resnet import cli
 from lip_resnet import config as recipe_config
 from lip_resnet.config import Config, InputError
-from lip_resnet.evaluation.paper import check_sizes, load_paper, render_table
+from lip_resnet.evaluation.paper import load_paper, render_table
 from lip_resnet.evaluation.tables import render
-from lip_resnet.files import write_atomically
+from lip_resnet.files import write_text
 from lip_resnet.layers.pooling import DOWNSAMPLING
-from lip_resnet.models import create_model
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "operator.svg"
 
 
 def layers() -> str:
-    """The downsampling layers that a recipe can choose, a line each."""
+    """The downsampling layers that a recipe can choose, one line each."""
     rows = [[f"`{name}`", layer.summary, layer.source] for name, layer in DOWNSAMPLING.items()]
     return render(["layer", "what it does", "source"], rows)
 
 
 def paper() -> str:
-    """The paper's networks, counted by this code, and the published figures."""
+    """The paper's networks: parameters and multiply-adds counted by this code, beside the published figures."""
     figures = load_paper()
-    with torch.device("meta"):  # counting needs shapes alone
-        sizes = {row.name: check_sizes(row, create_model(row.model, **row.args)) for row in figures.rows}
-    return render_table(figures, sizes, [])
+    return render_table(figures, count_networks(figures), [])
 
 
 def networks() -> str:
-    """The paper's networks with their counts and published accuracies."""
+    """The paper's networks with their sizes and published accuracies."""
     header = ["network", "`model.name`", "parameters (M)", "MACs (G)", "published top-1 / top-5 (%)"]
     lines = []
     for row in load_paper().rows:
@@ -84,7 +81,7 @@ def recipe_keys() -> str:
 
 
 def _attribute_docstrings(model: type) -> dict[str, str]:
-    """Field -> the string literal below it, in one line; inherited fields too."""
+    """Field (own or inherited) -> the docstring below it, on one line."""
     classes = {node.name: node for node in ast.parse(inspect.getsource(recipe_config)).body if hasattr(node, "name")}
     return {
         field.target.id: " ".join(text.value.value.split())
@@ -96,7 +93,7 @@ def _attribute_docstrings(model: type) -> dict[str, str]:
 
 
 def _yaml(value: Any) -> str:
-    """A default as a recipe would have it."""
+    """A default value as YAML."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_yaml, value))}]"
     if isinstance(value, bool) or value is None or value == {}:
@@ -105,9 +102,9 @@ def _yaml(value: Any) -> str:
 
 
 def _values(schema: dict[str, Any]) -> str:
-    """What a key takes, from its JSON schema."""
+    """The allowed values of a key, from its JSON schema."""
     if "anyOf" in schema:
-        return " or ".join(_values(one) for one in schema["anyOf"])
+        return " or ".join(_values(option) for option in schema["anyOf"])
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     kind = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
@@ -122,13 +119,13 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/recipes.md": {"recipe-keys": recipe_keys},
     "docs/layers.md": {"zoo": layers},
     "docs/paper.md": {"paper-report": paper},
-    "docs/performance.md": {"performance": performance.section},
-    "docs/data.md": {"data": performance.loaders, "bad-images": bad_images},
+    "docs/performance.md": {"performance": tables.performance},
+    "docs/data.md": {"data": tables.loaders, "bad-images": bad_images},
 }
 
 
 def refresh(text: str, sections: Mapping[str, Callable[[], str]]) -> str:
-    """``text`` with every generated part made anew.
+    """``text`` with every generated part replaced by its generator's output.
 
     Raises:
         InputError: a part's markers are missing.
@@ -136,7 +133,7 @@ def refresh(text: str, sections: Mapping[str, Callable[[], str]]) -> str:
     for name, generate in sections.items():
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise InputError(f"the page lacks the markers <!-- {name}:begin --> and <!-- {name}:end -->")
+            raise InputError(f"the page needs the markers <!-- {name}:begin --> and <!-- {name}:end -->")
         body = generate().rstrip()
         text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
     return text
@@ -147,8 +144,8 @@ def main() -> None:
     for name, sections in PAGES.items():
         path = ROOT / name
         text = refresh(path.read_text(encoding="utf-8"), sections)
-        write_atomically(path, lambda file, text=text: file.write(text.encode()))
-    write_atomically(FIGURE, lambda file: file.write(draw_operator.draw().encode()))
+        write_text(path, text)
+    write_text(FIGURE, draw_operator.draw())
 
 
 if __name__ == "__main__":

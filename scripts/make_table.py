@@ -1,22 +1,23 @@
-"""Rows or run folders to a table:  python scripts/make_table.py runs/a runs/b row.json --format md --output table.md"""
+"""Make a table of rows or run folders:  python scripts/make_table.py runs/a runs/b row.json --output table.md"""
 
 import sys
 from pathlib import Path
 
 from lip_resnet import cli
 from lip_resnet.config import InputError
-from lip_resnet.evaluation import results
 from lip_resnet.evaluation.paper import load_paper
 from lip_resnet.evaluation.rows import read_rows
-from lip_resnet.evaluation.tables import STYLES, render
-from lip_resnet.files import write_atomically
+from lip_resnet.evaluation.tables import STYLES, build_table, build_wide, render
+from lip_resnet.files import write_text
 
 
 def main() -> None:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="+", help="JSON rows of eval.py, or folders that hold eval.json, eval-NAME.json")
+    parser.add_argument("rows", nargs="+", help="JSON rows of eval.py, or run folders with eval.json, eval-NAME.json")
     parser.add_argument("--format", choices=STYLES, default="md")
-    parser.add_argument("--wide", action="store_true", help="a line a network, a column a test set: top-1, or the mCE")
+    parser.add_argument(
+        "--wide", action="store_true", help="one line per network, one column per test set: top-1, or mCE"
+    )
     parser.add_argument("--output", help="write the table here too; an existing file is replaced only with --force")
     parser.add_argument("--force", action="store_true")
     options = parser.parse_args()
@@ -25,16 +26,15 @@ def main() -> None:
         raise InputError(f"{output} exists; choose another --output or add --force")
     rows = read_rows(options.rows)
     if options.wide:
-        header, lines, notes = results.build_wide(rows)
+        header, lines, notes = build_wide(rows)
     else:
-        paper = load_paper().accuracies()
-        header, lines, notes = results.build_table(rows, paper)
+        header, lines, notes = build_table(rows, load_paper().accuracies())
     text = render(header, lines, notes, options.format)
     print(text, end="")
-    if options.format == "csv":  # which has no place for them
+    if options.format == "csv":  # a CSV table has no notes
         print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     if output is not None:
-        write_atomically(output, lambda file: file.write(text.encode()))
+        write_text(output, text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The paper, row by row:  python scripts/reproduce_paper.py [--checkpoints NAME=FILE ... --data DIR] [--rows ROW ...]
+"""Check the paper row by row:  python scripts/reproduce_paper.py [--checkpoints NAME=FILE ... --data DIR] [--rows ...]
 
 Builds every network of the paper's table (lip_resnet/evaluation/paper.yaml), counts its parameters and multiply-adds,
-and compares them with the published figures; accuracies too, of weight files (evaluated here) and of rows that eval.py
-wrote. Where there is neither, the report gives the command that trains the network. Exit code 1 when anything is off.
+and compares them with the published figures; also the accuracies of weight files (evaluated here) and of rows of
+eval.py. For a network without either, the report gives the command that trains it. Exit code 1 if any figure differs.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_commands import DATA_HELP, DATA_NAME_HELP
 from lip_resnet import checkpoint, cli, distributed
 from lip_resnet.config import InputError
-from lip_resnet.evaluation import released, results
+from lip_resnet.evaluation import tables
+from lip_resnet.evaluation.evaluate import evaluate_reference
 from lip_resnet.evaluation.location import KINDS
 from lip_resnet.evaluation.paper import (
     COUNT_TOLERANCE,
@@ -30,10 +31,12 @@ from lip_resnet.evaluation.paper import (
     check_sizes,
     compare_counts,
     load_paper,
+    protocol_difference,
     render_report,
 )
+from lip_resnet.evaluation.protocol import reference_protocol
 from lip_resnet.evaluation.rows import read_rows
-from lip_resnet.files import sha256, write_atomically
+from lip_resnet.files import sha256, write_text
 from lip_resnet.models import registry
 from lip_resnet.models.identify import check_finite, identify
 from lip_resnet.models.weights import load_weights
@@ -46,7 +49,7 @@ def main() -> None:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     files = {"nargs": "+", "metavar": "NAME=FILE", "default": []}
     parser.add_argument("--checkpoints", **files, help="released weights of rows")
-    parser.add_argument("--weights", dest="checkpoints", **files, help=argparse.SUPPRESS)  # its earlier name
+    parser.add_argument("--weights", dest="checkpoints", **files, help=argparse.SUPPRESS)  # the name in version 0.1
     parser.add_argument("--data", help=f"for --checkpoints, ImageNet: {DATA_HELP}")
     parser.add_argument("--data-name", choices=KINDS, metavar="NAME", help=DATA_NAME_HELP)
     parser.add_argument("--workers", type=int, default=8, help="for --checkpoints: loader processes of each process")
@@ -62,20 +65,23 @@ def main() -> None:
         distributed.on_main(lambda: prepare(folder, options.force))
     accuracies = compare_rows(options.rows, paper) + evaluate_checkpoints(options, paper)
 
-    with torch.device("meta"):  # counting needs shapes alone
-        sizes = {row.name: check_sizes(row, registry.create_model(row.model, **row.args)) for row in paper.rows}
+    sizes = count_networks(paper)
     report = build_report(paper, sizes, accuracies)
     markdown = render_report(paper, sizes, accuracies, report)
     if distributed.is_main():
         print(markdown, end="")
-        files = {}
         if folder is not None:
-            files[folder / "report.md"] = markdown
-            files[folder / "report.json"] = json.dumps(report, indent=2) + "\n"
-        for path, text in files.items():
-            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+            text = json.dumps(report, indent=2) + "\n"
+            write_text(folder / "report.md", markdown)
+            write_text(folder / "report.json", text)
     if not report["ok"]:
         sys.exit(1)
+
+
+def count_networks(paper: Paper) -> dict[str, dict[str, Check]]:
+    """Row -> ``check_sizes`` of its network, built without memory for its weights."""
+    with torch.device("meta"):
+        return {row.name: check_sizes(row, registry.create_model(row.model, **row.args)) for row in paper.rows}
 
 
 def prepare(folder: Path, force: bool) -> None:
@@ -89,7 +95,7 @@ def prepare(folder: Path, force: bool) -> None:
 
 
 def accuracy(row: Row, result: dict[str, Any], images: int, retrained: bool, **facts: Any) -> dict[str, Any]:
-    """One measured accuracy of a row and its checks; ``facts`` say what was measured."""
+    """A measured accuracy of a row and its checks; ``facts``: the file, and why it is not compared."""
     checks, published = [], row.published
     if "why_not" in facts or published is None:
         pass
@@ -98,7 +104,7 @@ def accuracy(row: Row, result: dict[str, Any], images: int, retrained: bool, **f
             checks.append(Check(key, result[key], expected, COUNT_TOLERANCE, row.correct.source))
     else:
         tolerance = RETRAINED_TOLERANCE if retrained else 100 * COUNT_TOLERANCE / images
-        # A figure printed with two digits stands for all that round to it.
+        # A figure printed with two digits is rounded by up to 0.005.
         tolerance += 0 if row.correct else 0.005
         for key in ("top1", "top5"):
             expected = getattr(published, key)
@@ -110,14 +116,14 @@ def accuracy(row: Row, result: dict[str, Any], images: int, retrained: bool, **f
 
 
 def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
-    """Rows of eval.py; those of another protocol, or of other images, are shown and not compared."""
+    """Accuracies of eval.py's rows; those with another protocol or other images are listed and not compared."""
     measured = []
     for path, result in [(name, row) for name in paths for row in read_rows([name])]:
-        keywords = results.keywords_of(result)
+        keywords = tables.keywords_of(result)
         row = paper.find(result["model"], keywords)
         if row is None:
-            raise InputError(f"{path}: {results.label(result['model'], keywords)} is no row of {FIGURES.name}")
-        why_not = released.protocol_difference(result, ROOT / row.recipe)
+            raise InputError(f"{path}: {tables.label(result['model'], keywords)} is not a row of {FIGURES.name}")
+        why_not = protocol_difference(result, ROOT / row.recipe)
         if result["images"] != paper.images:
             why_not = f"images: {result['images']} against {paper.images}"
         trained = result["protocol"].get("training") is not None
@@ -127,7 +133,7 @@ def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
 
 
 def evaluate_checkpoints(options: Any, paper: Paper) -> list[dict[str, Any]]:
-    """Weight files by the reference's protocol; all are read and named before the first is evaluated."""
+    """Accuracies of weight files by the reference's protocol; all are identified before the first is evaluated."""
     rows, jobs = {row.name: row for row in paper.rows}, []
     for pair in options.checkpoints:
         name, equals, path = pair.partition("=")
@@ -142,9 +148,9 @@ def evaluate_checkpoints(options: Any, paper: Paper) -> list[dict[str, Any]]:
         model = network.build()
         load_weights(model, path)
         check_finite(model, path)
-        config = released.reference_protocol(network.model, network.num_classes)
+        config = reference_protocol(network.model, network.num_classes)
         arguments = (options.data, options.workers, paper.images, options.data_name)
-        result = released.evaluate_reference(model, config, *arguments)
+        result = evaluate_reference(model, config, *arguments)
         facts = {"file": path, "sha256": sha256(Path(path))}
         if row.correct is not None:
             facts["verdict"] = compare_counts(result, row.correct)

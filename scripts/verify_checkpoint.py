@@ -1,8 +1,8 @@
-"""Is it the published network?  python scripts/verify_checkpoint.py lip_resnet-50.pth --data DIR [--export DIR]
+"""Verify a released weight file:  python scripts/verify_checkpoint.py lip_resnet-50.pth --data DIR [--export DIR]
 
-Names the network of a weight file from its keys and shapes, loads it strictly, evaluates it by the reference's protocol
-and compares the counts with the published ones: identical, within 25 images (exit code 0), or differs (1). Under
-torchrun it is faster and counts the same.
+Identifies the network from the file's keys and shapes, loads it strictly, evaluates it by the reference's protocol and
+compares the counts with the published ones: identical, within 25 images (exit code 0), or differs (1). torchrun makes
+it faster and gives the same counts.
 """
 
 import os
@@ -22,9 +22,11 @@ from lip_commands import DATA_HELP, DATA_NAME_HELP
 from lip_resnet import checkpoint, cli, distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.environment import describe_environment
-from lip_resnet.evaluation import cost, released
+from lip_resnet.evaluation import cost
+from lip_resnet.evaluation.evaluate import evaluate_reference
 from lip_resnet.evaluation.location import KINDS
 from lip_resnet.evaluation.paper import PAPER_FILE, compare_counts, load_paper
+from lip_resnet.evaluation.protocol import reference_protocol
 from lip_resnet.files import sha256
 from lip_resnet.models.identify import Network, check_finite, identify
 from lip_resnet.models.weights import put_weights
@@ -69,7 +71,7 @@ def main() -> None:
 
     accepted = options.data is None or check_accuracy(model, network, trained, options)
     if options.data is None:
-        say("accuracy  NOT checked: give --data DIR; all else is in order")
+        say("accuracy  NOT checked: give --data DIR; everything else agrees")
     if export is not None and accepted:
         distributed.on_main(lambda: write(export, model, network))
         say(f"exported  {export}: timm.create_model('local-dir:{export}', pretrained=True) loads it")
@@ -78,13 +80,13 @@ def main() -> None:
 
 
 def check_accuracy(model: nn.Module, network: Network, trained: Config | None, options: Any) -> bool:
-    """Evaluate, compare with what is published, print both; False where the counts differ."""
+    """Evaluate, compare with the published counts and print both; False where they differ."""
     paper = load_paper(FIGURES)
     row = paper.find(network.model, network.args) if network.num_classes == paper.classes else None
     published = row.correct if row else None
     images = paper.images if published else None
-    config = released.reference_protocol(network.model, network.num_classes, trained)
-    result = released.evaluate_reference(model, config, options.data, options.workers, images, options.data_name)
+    config = reference_protocol(network.model, network.num_classes, trained)
+    result = evaluate_reference(model, config, options.data, options.workers, images, options.data_name)
     say(f"* Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
     say(f"correct   top-1 {result['correct1']:,}, top-5 {result['correct5']:,} of {result['images']:,}")
     if published is None:
@@ -93,7 +95,7 @@ def check_accuracy(model: nn.Module, network: Network, trained: Config | None, o
     verdict = compare_counts(result, published)
     say(f"published top-1 {published.top1:,}, top-5 {published.top5:,} ({paper.sources[published.source]})")
     top1, top5 = result["correct1"] - published.top1, result["correct5"] - published.top5
-    say(f"apart     top-1 {top1:+d}, top-5 {top5:+d} images")
+    say(f"diff      top-1 {top1:+d}, top-5 {top5:+d} images")
     environment = describe_environment() | {"pillow": PIL.__version__}
     names = ("python", "torch", "torchvision", "timm", "pillow", "cuda", "hardware")
     say("versions  " + ", ".join(f"{name} {environment[name]}" for name in names if environment[name]))
@@ -102,7 +104,7 @@ def check_accuracy(model: nn.Module, network: Network, trained: Config | None, o
 
 
 def describe(payload: dict[str, Any]) -> str:
-    """What kind of file it is, and the numbers and words beside its weights."""
+    """The kind of file, and the numbers and strings that it holds beside the weights."""
     if all(isinstance(value, Tensor) for value in payload.values()):
         return "a bare state dict"
     facts = []
@@ -110,11 +112,15 @@ def describe(payload: dict[str, Any]) -> str:
         value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if isinstance(value, str | int | float):
             facts.append(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}")
-    return "a training checkpoint: " + (", ".join(facts) or "no numbers beside its weights")
+    return "a training checkpoint: " + (", ".join(facts) or "nothing but weights")
 
 
 def check_new(folder: Path) -> None:
-    """An existing export is never overwritten; an empty directory is none."""
+    """Check that an export overwrites nothing: ``folder`` does not exist or is empty.
+
+    Raises:
+        InputError: it is neither, or its parent is not a directory.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--export {folder} exists; choose another")
     if not folder.resolve().parent.is_dir():
@@ -122,16 +128,16 @@ def check_new(folder: Path) -> None:
 
 
 def write(folder: Path, model: nn.Module, network: Network) -> None:
-    """model.safetensors and config.json as timm's push_to_hf_hub writes them; the folder appears whole or not."""
+    """Write model.safetensors and config.json as timm's push_to_hf_hub does; all of the folder or nothing appears."""
     folder = folder.resolve()
     try:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            # timm's save_for_hf does these two lines, but old timms refuse without an old huggingface_hub.
+            # As timm's save_for_hf, which in old versions needs an old huggingface_hub.
             (temporary / "model.safetensors").write_bytes(safetensors.torch.save(model.state_dict()))
             save_config_for_hf(model, temporary / "config.json", model_args=network.args)
-            temporary.chmod(0o755)  # mkdtemp's is for its owner alone
-            os.rename(temporary, folder)  # takes the place of an empty directory, and of nothing else
+            temporary.chmod(0o755)  # mkdtemp's mode is 0700
+            os.rename(temporary, folder)  # replaces an empty directory, and nothing else
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:

@@ -1,6 +1,5 @@
-"""``eval.py``: reads weights and their protocol, evaluates each set, prints and writes its row."""
+"""``eval.py``: reads weights and their protocol, evaluates each set, prints its result and writes its row."""
 
-import json
 from argparse import Namespace
 from typing import Any
 
@@ -12,39 +11,37 @@ from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
 from lip_resnet.evaluation.evaluate import evaluate_set, print_result
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
-from lip_resnet.files import write_text
 from lip_resnet.models import registry
 from lip_resnet.models.weights import extract_weights, put_weights
 from lip_resnet.recipe import load_config, parse_config
 
 
 def main(options: Namespace) -> None:
-    """``options`` are ``lip_commands.eval_parser``'s."""
+    """Evaluate; ``options`` are those of ``lip_commands.eval_parser``."""
     if bool(options.checkpoint) == options.pretrained:
-        raise InputError("give --checkpoint PATH, or --pretrained with --model NAME; one of the two")
+        raise InputError("give --checkpoint PATH or --pretrained with --model NAME, and not both")
     if options.pretrained and not options.model:
         raise InputError("--pretrained needs --model NAME")
     names = testsets.choose(options.dataset, options.partial)
-    outputs = [rows.row_path(options.checkpoint, options.output, name, alone=len(names) == 1) for name in names]
+    several = len(names) > 1
+    outputs = [rows.row_path(options.checkpoint, options.output, name, several) for name in names]
 
     payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
     trained = parse_config(payload["config"], options.checkpoint) if "config" in payload else None
     ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
     recipe = choose_protocol(options, payload, trained)
     keys = ("precision", "eval_size", "eval_resize", "crop_mode", "interpolation", "eval_batch_size", "workers")
-    changes, alone = {key: getattr(options, key) for key in keys}, len(names) == 1
-    plans = [adapt(recipe, name, options.data, alone=alone, kind=options.data_name, **changes) for name in names]
+    changes = {key: getattr(options, key) for key in keys}
+    plans = [adapt(recipe, name, options.data, several=several, kind=options.data_name, **changes) for name in names]
     configs = [config for config, _ in plans]
     sets = [
         testsets.open_set(name, config.data, split, config.model.num_classes, options.partial)
         for name, (config, split) in zip(names, plans, strict=True)
     ]
-    # First: its workers are forked before other threads start.
+    # Before the network: the loader's workers are forked before other threads start.
     loader = EvalLoader(testsets.Joined(sets), configs[0].data)
     model = build(recipe, options, payload, ema)
 
-    # TF32 rounds to 10 bits: counts would not be the float32 counts.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for config in configs:
         registry.check_size(model, config.data.eval_size)
     model.to(distributed.device())
@@ -59,11 +56,11 @@ def main(options: Namespace) -> None:
         if distributed.is_main() and output is not None:
             source = options.checkpoint or f"timm:{recipe.model.name}"
             row = rows.build_row(model, source, ema, data, config, result, payload, trained)
-            write_text(output, json.dumps(row, indent=2) + "\n")
+            rows.write_row(output, row)
 
 
 def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config | None) -> EvalConfig:
-    """The evaluation of ``--config``, of timm for ``--model``, or of the run; with as many classes as the weights."""
+    """The protocol of ``--config``, timm's for ``--model``, or the run's; with as many classes as the weights have."""
     if options.config:
         config = EvalConfig.from_recipe(load_config(options.config))
     elif options.model:

@@ -13,7 +13,7 @@ from lip_resnet.config import Config, ModelConfig, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.environment import describe_environment
 from lip_resnet.errors import InputError, Stopped
-from lip_resnet.evaluation.results import describe_training
+from lip_resnet.evaluation.protocol import describe_training
 from lip_resnet.files import sha256
 from lip_resnet.layers.pooling import logit_parameters
 from lip_resnet.models import registry

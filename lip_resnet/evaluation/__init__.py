@@ -1,5 +1,6 @@
-"""Evaluation: exact counts, what is evaluated and how, and the rows and tables that come of it.
+"""Evaluation: exact counts, how weights are evaluated, and the rows and tables of the results.
 
-``evaluate.evaluate`` is the loop; ``protocol.EvalConfig`` says how; ``testsets`` opens ImageNet's test sets; ``rows``
-and ``results`` write, read and compare rows; ``released`` and ``paper`` hold results against the published figures.
+``evaluate`` is the loop and ``metrics`` its counts. ``protocol`` holds how weights are evaluated (``EvalConfig``),
+``location`` and ``testsets`` on which images; ``cost`` counts parameters and multiply-adds. ``rows`` writes and reads
+results, ``tables`` renders them, and ``paper`` compares them with the published figures.
 """

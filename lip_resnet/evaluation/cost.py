@@ -1,9 +1,9 @@
-"""What a network costs: parameters and multiply-adds, by two counting rules.
+"""Parameters and multiply-adds of a network, by two counting rules.
 
 macs    convolutions and linear layers
-flops   those, plus 2 per output of a batch norm, 1 per output of a ReLU and 1 per input of a plain pooling; nothing
-        for instance norms, gates and LIP itself. So count the tools of 2019 (ptflops: github.com/sovrasov/
-        flops-counter.pytorch), and so all six "FLOPs" that the reference prints come out, to its last digit.
+flops   macs, plus 2 per output of a batch norm, 1 per output of a ReLU and 1 per input of a plain pooling; nothing for
+        instance norms, gates and LIP itself. This is the rule of the counting tools of 2019 (ptflops: github.com/
+        sovrasov/flops-counter.pytorch); it gives all six "FLOPs" that the reference prints, to the last digit.
 """
 
 import copy
@@ -16,34 +16,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that training changes."""
+    """Number of parameters; buffers are not counted."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, size: int) -> int:
     """Multiply-adds of the convolutions and linear layers for one ``size`` x ``size`` image (the papers' "FLOPs")."""
-    trial = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        trial(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() // 2
+    return count_operations(model, size)[0]
 
 
-def count_flops(model: nn.Module, size: int) -> int:
-    """Multiply-adds of one ``size`` x ``size`` image by the rule ``flops`` at the top of this file."""
-    total = 0
+def count_operations(model: nn.Module, size: int) -> tuple[int, int]:
+    """(macs, flops) of one ``size`` x ``size`` image, by the two rules at the top of this file."""
+    elementwise = 0
 
     def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal total
+        nonlocal elementwise
         if isinstance(module, nn.BatchNorm2d):
-            total += 2 * output.numel()
-        elif isinstance(module, nn.ReLU) or any(isinstance(extra, nn.ReLU) for extra in inputs[1:]):
-            total += output.numel()  # a ReLU module, or one that the norm before it applies
+            elementwise += 2 * output.numel()
+        elif isinstance(module, nn.ReLU) or any(isinstance(argument, nn.ReLU) for argument in inputs[1:]):
+            elementwise += output.numel()  # a ReLU module, or one that a norm is called with and applies
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d | SelectAdaptivePool2d):
-            total += inputs[0].numel()
+            elementwise += inputs[0].numel()
 
-    trial = copy.deepcopy(model).to("meta").eval()
-    for module in trial.modules():
+    meta_model = copy.deepcopy(model).to("meta").eval()
+    for module in meta_model.modules():
         module.register_forward_hook(add)
-    with torch.no_grad():
-        trial(torch.empty(1, 3, size, size, device="meta"))
-    return total + count_macs(model, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        meta_model(torch.empty(1, 3, size, size, device="meta"))
+    macs = counter.get_total_flops() // 2
+    return macs, macs + elementwise

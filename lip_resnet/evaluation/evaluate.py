@@ -1,4 +1,4 @@
-"""The evaluation loop: a network's exact counts on a set of images, over all processes."""
+"""The evaluation loop: a network's exact counts on a set of images, over all processes; the reference's evaluation."""
 
 import sys
 from collections.abc import Sequence
@@ -9,16 +9,17 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from lip_resnet import distributed
+from lip_resnet.config import InputError
 from lip_resnet.data import EvalLoader, normalize, to_device
 from lip_resnet.evaluation import metrics, testsets
 from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
-from lip_resnet.evaluation.protocol import EvalConfig
+from lip_resnet.evaluation.protocol import EvalConfig, adapt
 
 _DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The forward's context: autocast to ``precision``, or nothing at float32 and tf32."""
+    """Autocast to ``precision``; disabled for float32 and tf32."""
     return torch.autocast(device.type, _DTYPES[precision], enabled=_DTYPES[precision] != torch.float32)
 
 
@@ -34,25 +35,26 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1, top-5 (percent) and mean cross entropy over every image once; the same counts on any number of processes.
 
-    Runs the plain module on its parameters' device, with rank 0's BN buffers, and leaves it in the mode it was in.
+    Runs on the device of the model's parameters, with rank 0's batch norm buffers, and restores the training mode.
 
     Args:
-        precision: float32, tf32, bfloat16 or float16, of the autocast forward.
-        channels_last: layout of the images.
-        mean, std: (3,), of the pixels in [0, 1].
+        model: images (B, 3, H, W) -> logits (B, classes); not wrapped in DDP.
+        precision: of the autocast forward: float32, tf32, bfloat16 or float16.
+        channels_last: memory format of the images.
+        mean, std: (3,), of pixels in [0, 1].
 
     Returns:
-        What ``AccuracyCounts.reduce`` gives.
+        The keys of ``AccuracyCounts.reduce``.
     """
     if distributed.world_size() > 1:
         distribute_bn(model, distributed.world_size(), reduce=False)
     device = next(model.parameters()).device
-    mean, std = (torch.tensor(values, device=device) for values in (mean, std))
+    pixel_mean, pixel_std = (torch.tensor(values, device=device) for values in (mean, std))
     was_training = model.training
     model.eval()
     counts = AccuracyCounts(device)
     for images, labels in loader:
-        images = normalize(to_device(images, device, channels_last), mean, std)
+        images = normalize(to_device(images, device, channels_last), pixel_mean, pixel_std)
         labels = labels.to(device, non_blocking=True)
         with autocast(device, precision):
             logits = model(images).float()
@@ -67,14 +69,16 @@ def evaluate(
 def evaluate_set(
     model: nn.Module, data: testsets.EvalSet, loader: EvalLoader, config: EvalConfig, start: int = 0
 ) -> dict[str, Any]:
-    """A test set's figures; each of its parts is evaluated by itself, and rank 0 prints a line for each of several.
+    """Evaluate a test set without TF32; each part separately, with a line printed by rank 0 where there are several.
 
     Args:
-        loader: of a source that holds the set's images from index ``start`` on.
+        loader: reads a source that holds the set's images from index ``start`` on.
 
     Returns:
-        What ``AccuracyCounts.reduce`` gives, and for ImageNet-C what ``corruption_errors`` adds.
+        The keys of ``AccuracyCounts.reduce``, and for ImageNet-C those of ``corruption_errors``.
     """
+    # TF32 rounds to 10 bits: counts would not be the float32 counts.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if data.classes is not None:
         model = metrics.ClassLogits(model, data.classes)
     results = {}
@@ -93,8 +97,30 @@ def evaluate_set(
     return results[""] if "" in results else metrics.corruption_errors(results, testsets.corruptions()[0])
 
 
+def evaluate_reference(
+    model: nn.Module, config: EvalConfig, data: str, workers: int, images: int | None = None, kind: str | None = None
+) -> dict[str, Any]:
+    """Exact counts by the reference's protocol, on any number of processes.
+
+    Args:
+        config: ``protocol.reference_protocol``'s.
+        data, kind: as for ``protocol.adapt``.
+        workers: loader processes of each process.
+        images: the number of images that the set must have; None for any.
+
+    Raises:
+        InputError: the classes do not fit the network, or the number of images differs.
+    """
+    config, split = adapt(config, None, data, kind=kind, workers=workers)
+    val = testsets.open_set(None, config.data, split, config.model.num_classes)
+    if images is not None and len(val.source) != images:
+        raise InputError(f"--data {data} has {len(val.source)} images; the published counts are of {images}")
+    model.to(distributed.device())
+    return evaluate_set(model, val, EvalLoader(val.source, config.data), config)
+
+
 def print_result(data: testsets.EvalSet, result: dict[str, Any], with_name: bool) -> None:
-    """Print a set's line, ``* Acc@1 78.186 Acc@5 93.964``; ``with_name`` adds the set and notes what is not whole."""
+    """Print ``* Acc@1 78.186 Acc@5 93.964``; ``with_name`` adds the set's name and a note if images are missing."""
     line = f"* Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}" + (f" {data.name}" if with_name else "")
     if "mean_error" in result:
         missing = f"no mCE: {len(data.protocol.get('lacks', ()))} folders (corruption/severity) are missing"

@@ -1,4 +1,4 @@
-"""Where a set lies: what a user gives as --data, to the keys of a recipe and the folder below its root."""
+"""What --data names: the ``data.name`` and ``data.root`` of its images, and their folder below that root."""
 
 import os
 from pathlib import Path
@@ -12,53 +12,53 @@ from lip_resnet.data.sources.index import FILE
 from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
 KINDS = ("folder", "shards", "huggingface", *get_args(TorchvisionSet))
-"""Every ``data.name`` whose images lie at a root."""
+"""Every ``data.name`` that has a ``data.root``."""
 
 _FOLDERS = {
     "imagenet": ("imagenet", "val"),
     "imagenet-v2": ("imagenet-v2", "imagenetv2-matched-frequency-format-val"),
     "imagenet-real": ("imagenet-real", "imagenet", "val"),
 }
-"""A test set -> the folders that may hold it, where they are not named as the set."""
+"""Test set -> names that its folder may have, where there are others than its own."""
 
 
-def locate(data: str, test_set: str | None = None, alone: bool = True, kind: str | None = None) -> tuple[dict, str]:
-    """The keys ``name`` and ``root`` of a set, and the folder below that root (a split).
+def locate(data: str, test_set: str | None = None, several: bool = False, kind: str | None = None) -> tuple[dict, str]:
+    """The keys ``name`` and ``root`` of a set, and its split (folder below the root).
 
     Args:
-        data: what a user gave as --data. For a validation set the directory that holds val/, or that folder, with class
-            folders or tar shards; the URL of such shards; a folder of Parquet files; or for another ``kind`` its own
-            ``data.root``. For a test set its folder, or one that holds it under its name.
+        data: --data. For a validation set the directory that holds val/, or that folder, with class folders or tar
+            shards; the URL of such shards; a folder of Parquet files; or for another ``kind`` its ``data.root``. For a
+            test set its folder, or a directory that holds it under its name.
         test_set: one of ``testsets.IMAGES``; None for a validation set.
-        alone: whether ``data`` may be the test set itself.
-        kind: the ``data.name`` of a validation set, the recipe's or one that the user named. None, "folder" and
-            "shards" are told apart by what ``data`` holds.
+        several: whether ``data`` must be the directory of several test sets, not one of them.
+        kind: the ``data.name`` of a validation set, from the recipe or --data-name. For None, "folder" and "shards" the
+            content of ``data`` decides.
 
     Raises:
-        InputError: it is not there, or holds none of these.
+        InputError: ``data`` does not exist, or has none of these layouts.
     """
     validation = test_set in (None, "imagenet", "imagenet-real")
     if test_set is None and kind is not None and kind not in ("folder", "shards"):
         if kind not in KINDS:
             raise InputError(
                 f"--data {data}: the recipe's data.name is {kind}, which is not read from a directory; give no --data, "
-                "or say with --data-name what lies there"
+                "or the kind of its images with --data-name"
             )
         return {"name": kind, "root": os.path.expanduser(data)}, "val"
     if is_url(data):
         if not validation:
-            raise InputError(f"--data {data}: {test_set} must lie on a disk; only shards are read from a URL")
+            raise InputError(f"--data {data}: {test_set} must be a local folder; only shards are read from a URL")
         url = data.rstrip("/")
         has_val = distributed.on_main(lambda: _has_index(f"{url}/val"))
-        root, split = (url, "val") if has_val else url.rsplit("/", 1)
-        return {"name": "shards", "root": root}, split
+        parent, split = (url, "val") if has_val else url.rsplit("/", 1)
+        return {"name": "shards", "root": parent}, split
     root = Path(data).expanduser()
     if not root.is_dir():
-        what = "it must hold val/, or be that folder" if test_set is None else f"it must be {test_set}, or hold it"
-        raise InputError(f"--data {root} is not a directory; {what}")
+        expected = "it must hold val/, or be that folder" if test_set is None else f"it must be {test_set}, or hold it"
+        raise InputError(f"--data {root} is not a directory; {expected}")
     if test_set is not None:
         folders = [root / folder for folder in _FOLDERS.get(test_set, (test_set,))]
-        folder = next((folder for folder in folders if folder.is_dir()), root if alone else None)
+        folder = next((folder for folder in folders if folder.is_dir()), None if several else root)
         if folder is None:
             raise InputError(f"--data {root} has no {folders[0].name}/; for several sets it must hold each by its name")
         root = folder
@@ -81,10 +81,10 @@ def _has_index(url: str) -> bool:
 
 
 def layout(folder: Path) -> str:
-    """What a directory holds: class folders ("folder") or tar files ("shards").
+    """The ``data.name`` of a directory: "folder" if it has class folders, "shards" if it has tar files.
 
     Raises:
-        InputError: neither, or it cannot be read.
+        InputError: it has neither, or cannot be read.
     """
     try:
         entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]

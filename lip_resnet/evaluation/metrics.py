@@ -1,4 +1,4 @@
-"""Exact counts, added on the device and divided once; and what test sets with metrics of their own need."""
+"""Exact counts, summed on the device and divided once; metrics of test sets: class subsets, ImageNet-C's errors."""
 
 import statistics
 from typing import Any
@@ -20,7 +20,7 @@ class AccuracyCounts:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def reset(self) -> None:
-        """Start again from zero."""
+        """Set all sums to zero."""
         self.sums.zero_()
 
     @torch.no_grad()
@@ -29,7 +29,7 @@ class AccuracyCounts:
 
         Args:
             logits: (B, classes), any float dtype.
-            labels: (B,) int64; or (B, K), of which any is right, padded with -1.
+            labels: (B,) int64; or (B, K) int64, any of which is correct, padded with -1.
             loss: (), the batch's mean.
         """
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -41,7 +41,8 @@ class AccuracyCounts:
         self.sums[3] += size
 
     def reduce(self) -> dict[str, float]:
-        """Over all processes: ``top1`` and ``top5`` in percent, mean ``loss``, and the counts. Synchronises."""
+        """Sum over all processes: ``top1`` and ``top5`` in percent, mean ``loss``, and the counts ``correct1``,
+        ``correct5`` and ``images``. Synchronises with the device."""
         correct1, correct5, loss, images = distributed.all_reduce_sum(self.sums.clone()).tolist()
         return _rates(int(correct1), int(correct5), loss, int(images))
 
@@ -59,15 +60,15 @@ def _rates(correct1: int, correct5: int, loss: float, images: int) -> dict[str, 
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (B, classes) float32 and labels -> (): the mean of -log P(right).
+    """Logits (B, classes) float32 and labels -> (): the mean of -log P(correct).
 
     Args:
-        labels: (B,) int64; or (B, K), any of which is right, padded with -1: P is then the sum of theirs.
+        labels: (B,) int64; or (B, K) int64, any of which is correct, padded with -1: P is the sum over them.
     """
     if labels.dim() == 1:
         return F.cross_entropy(logits, labels)
-    right = F.log_softmax(logits, dim=1).gather(1, labels.clamp(min=0))
-    return -right.masked_fill(labels < 0, -torch.inf).logsumexp(dim=1).mean()
+    log_probabilities = F.log_softmax(logits, dim=1).gather(1, labels.clamp(min=0))
+    return -log_probabilities.masked_fill(labels < 0, -torch.inf).logsumexp(dim=1).mean()
 
 
 class ClassLogits(nn.Module):
@@ -85,17 +86,17 @@ class ClassLogits(nn.Module):
 def corruption_errors(parts: dict[str, dict[str, float]], alexnet: dict[str, float]) -> dict[str, Any]:
     """ImageNet-C's figures from those of its parts.
 
-    A corruption's error is the mean of its severities', its corruption error (CE) that error over AlexNet's; the mCE is
-    the mean of the CEs. All in percent.
+    A corruption's error is the mean over its severities, its corruption error (CE) that error over AlexNet's; the mCE
+    is the mean of the CEs. All in percent.
 
     Args:
-        parts: corruption/severity -> what ``AccuracyCounts.reduce`` gave; each of the same number of images.
-        alexnet: corruption -> AlexNet's error, a fraction: those that count.
+        parts: corruption/severity -> result of ``AccuracyCounts.reduce``; each of the same number of images.
+        alexnet: corruption -> AlexNet's error, a fraction, of the 15 corruptions that the mCE averages.
 
     Returns:
-        What ``AccuracyCounts.reduce`` gives, over all images of the corruptions that count; ``mean_error``, 100 - top1;
-        ``mce``, where every severity of each is there; and ``corruptions``, each with its ``errors`` by severity, and
-        ``error`` and ``ce`` where it has all five.
+        The keys of ``AccuracyCounts.reduce``, over all images of those corruptions; ``mean_error``, 100 - top1;
+        ``mce``, where every severity of each was evaluated; and ``corruptions``, each with its ``errors`` by severity,
+        and ``error`` and ``ce`` where it has all five.
 
     Source: Hendrycks and Dietterich, ICLR 2019, section 4.
     """
@@ -109,9 +110,10 @@ def corruption_errors(parts: dict[str, dict[str, float]], alexnet: dict[str, flo
             if name in alexnet:
                 figures["ce"] = figures["error"] / alexnet[name]
     counted = [result for part, result in parts.items() if part.split("/")[0] in alexnet]
-    sums = [sum(result[key] for result in counted) for key in ("correct1", "correct5")]
-    loss = sum(result["loss"] * result["images"] for result in counted)
-    total = _rates(*sums, loss, sum(result["images"] for result in counted))
+    correct1, correct5, images = (
+        sum(int(result[key]) for result in counted) for key in ("correct1", "correct5", "images")
+    )
+    total = _rates(correct1, correct5, sum(result["loss"] * result["images"] for result in counted), images)
     total["mean_error"] = 100 - total["top1"]
     errors = [corruptions[name]["ce"] for name in alexnet if "ce" in corruptions.get(name, {})]
     if len(errors) == len(alexnet):

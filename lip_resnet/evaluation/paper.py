@@ -1,4 +1,4 @@
-"""The published figures as data, the networks' sizes compared with them, and the report."""
+"""The published figures (paper.yaml), measured ones compared with them, and the report."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,16 +9,18 @@ from torch import nn
 
 from lip_resnet.config import InputError, Section
 from lip_resnet.environment import describe_environment
-from lip_resnet.evaluation import cost, results
-from lip_resnet.evaluation.tables import render
+from lip_resnet.evaluation import cost, tables
+from lip_resnet.evaluation.protocol import EvalConfig, describe_protocol, describe_training, difference
+from lip_resnet.recipe import load_config
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
 
 COUNT_TOLERANCE = 25
-"""Of 50,000: how far kernels, image decoders and resizers of other versions may move a count of the same weights."""
+"""Images of 50,000: how much a count of the same weights may change with other versions of kernels, image decoders and
+resizers."""
 RETRAINED_TOLERANCE = 0.3
-"""Percent: how far a network trained anew may be from the published one. Our choice: three times 0.1, what the seeds
-of an ImageNet ResNet-50 commonly differ by."""
+"""Percentage points that a retrained network may differ from the published one. Our choice: three times 0.1, the common
+difference between seeds of a ResNet-50 on ImageNet."""
 COMMAND = "torchrun --standalone --nproc_per_node=8 train.py --config {} data.root=DIR"
 RULES = f"""\
 - Parameters: every trainable number; equal to the reference's own (LIP) or torchvision's, and to the published millions
@@ -28,20 +30,20 @@ RULES = f"""\
 - "FLOPs": MACs, plus 2 per output of a batch norm, 1 per output of a ReLU, 1 per input of a plain pooling; nothing for
   instance norms, gates and LIP. Within 0.005 G of the published figure, its last digit. The rule is inferred: it is
   that of counting tools of 2019, and gives all six published figures.
-- Accuracy of given weights: within {COUNT_TOLERANCE} of 50,000 images. Of a network trained anew with the paper's
-  recipe: within {RETRAINED_TOLERANCE:.1f} points, a choice of this project (three times what seeds commonly differ by).
+- Accuracy of given weights: within {COUNT_TOLERANCE} of 50,000 images. Of a network retrained with the paper's recipe:
+  within {RETRAINED_TOLERANCE:.1f} percentage points, this project's choice (three times a common difference of seeds).
 """
 
 
 class Figure(Section):
-    """One number."""
+    """One number and where it is from."""
 
     source: str
     value: float
 
 
 class PublishedCounts(Section):
-    """Correct predictions of ``Paper.images``."""
+    """Numbers of correct predictions among ``Paper.images`` images."""
 
     source: str
     top1: int
@@ -49,7 +51,7 @@ class PublishedCounts(Section):
 
 
 class Published(Section):
-    """What a table prints; percent, millions, 1e9 multiply-adds, milliseconds."""
+    """A network's figures as printed: percent, millions of parameters, 1e9 multiply-adds, milliseconds."""
 
     source: str
     top1: float
@@ -74,7 +76,7 @@ class Row(Section):
 
 
 class Gain(Section):
-    """A printed difference of two rows, and the right one where it is a misprint."""
+    """A printed difference of two rows, and the correct one where it is a misprint."""
 
     source: str
     row: str
@@ -93,7 +95,7 @@ class Skipped(Section):
 
 
 class Paper(Section):
-    """The data file of figures."""
+    """The content of paper.yaml."""
 
     sources: dict[str, str]
     images: int
@@ -103,24 +105,24 @@ class Paper(Section):
     out_of_scope: list[Skipped]
 
     def find(self, model: str, args: dict[str, Any]) -> Row | None:
-        """The row of a network, or None where nothing is published."""
-        network = (model, results.unpublished(args))
+        """The row of a network, or None where it has none."""
+        network = (model, tables.unpublished(args))
         return next((row for row in self.rows if (row.model, row.args) == network), None)
 
     def accuracies(self) -> dict[str, dict[str, float]]:
-        """What ``results.build_table`` shows beside measured rows."""
+        """``tables.label`` of a network -> published ``top1`` and ``top5``: ``tables.build_table``'s ``paper``."""
         return {
-            results.label(row.model, row.args): row.published.model_dump(include={"top1", "top5"}, exclude_none=True)
+            tables.label(row.model, row.args): row.published.model_dump(include={"top1", "top5"}, exclude_none=True)
             for row in self.rows
             if row.published is not None
         }
 
 
 def load_paper(path: Path = PAPER_FILE) -> Paper:
-    """Read the data file of figures.
+    """Read the figures.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        InputError: the file cannot be read, or is not of this form.
     """
     try:
         return Paper.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -129,7 +131,7 @@ def load_paper(path: Path = PAPER_FILE) -> Paper:
 
 
 class Check(NamedTuple):
-    """One comparison: ``measured`` agrees where it is at most ``tolerance`` from ``expected``."""
+    """One comparison: ``measured`` agrees with ``expected`` within ``tolerance``."""
 
     what: str
     measured: float
@@ -139,31 +141,32 @@ class Check(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Half a printed digit is a tolerance: a hair of float64 must not decide it."""
+        """Whether they agree; with 1e-9 for float64's rounding, as a tolerance can be exactly half a printed digit."""
         return abs(self.measured - self.expected) <= self.tolerance * (1 + 1e-9)
 
 
 def check_sizes(row: Row, model: nn.Module) -> dict[str, Check]:
-    """Count the network of a row: parameters exactly, multiply-adds to the last digit of each figure.
+    """Compare a network's parameters and multiply-adds with its row's: exactly, and to each figure's last digit.
 
     Args:
-        model: the network; meta tensors are enough.
+        model: the network, on any device (``meta`` too).
     """
     params = cost.count_parameters(model)
+    macs, flops = cost.count_operations(model, 224)
     checks = [
         Check("params", params, row.params.value, 0, row.params.source),
-        Check("macs", cost.count_macs(model, 224) / 1e9, row.macs.value, 0.0005, row.macs.source),
+        Check("macs", macs / 1e9, row.macs.value, 0.0005, row.macs.source),
     ]
     published = row.published
     if published is not None and published.params_millions is not None:
         checks.append(Check("params_millions", params / 1e6, published.params_millions, 0.05, published.source))
     if published is not None and published.flops is not None:
-        checks.append(Check("flops", cost.count_flops(model, 224) / 1e9, published.flops, 0.005, published.source))
+        checks.append(Check("flops", flops / 1e9, published.flops, 0.005, published.source))
     return {check.what: check for check in checks}
 
 
 def check_gain(gain: Gain, paper: Paper) -> list[Check]:
-    """A printed gain, or its correction, against the difference of the printed rows, to its last digit."""
+    """Compare the difference of two printed rows with the printed gain, or its correction, to its last digit."""
     rows = {row.name: row.published for row in paper.rows}
     return [
         Check(
@@ -178,25 +181,35 @@ def check_gain(gain: Gain, paper: Paper) -> list[Check]:
 
 
 def compare_counts(result: dict[str, float], expected: PublishedCounts) -> str:
-    """Measured against published counts: ``identical``, ``within 25 images`` or ``differs``."""
+    """Compare measured with published counts: ``identical``, ``within 25 images`` or ``differs``."""
     differences = [abs(result["correct1"] - expected.top1), abs(result["correct5"] - expected.top5)]
     if not any(differences):
         return "identical"
     return f"within {COUNT_TOLERANCE} images" if max(differences) <= COUNT_TOLERANCE else "differs"
 
 
-def build_report(paper: Paper, sizes: dict[str, dict[str, Check]], accuracies: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything, as JSON."""
+def protocol_difference(row: dict[str, Any], recipe: Path) -> str | None:
+    """The first key in which a row of eval.py differs from the paper's experiment on 8 processes; None if in none.
 
-    def plain(checks: Any) -> list[dict[str, Any]]:
+    Where the row's training is unknown, only the evaluation is compared.
+    """
+    config = load_config(recipe)
+    training = describe_training(config, [8]) if row["protocol"].get("training") is not None else None
+    return difference(row["protocol"], describe_protocol(EvalConfig.from_recipe(config), training))
+
+
+def build_report(paper: Paper, sizes: dict[str, dict[str, Check]], accuracies: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of report.json."""
+
+    def as_json(checks: Any) -> list[dict[str, Any]]:
         return [{**check._asdict(), "ok": check.ok} for check in checks]
 
     rows = [
         {
             **row.model_dump(include={"name", "label", "model", "args", "published"}),
-            "sizes": plain(sizes[row.name].values()),
+            "sizes": as_json(sizes[row.name].values()),
             "accuracies": [
-                {**accuracy, "checks": plain(accuracy["checks"])}
+                {**accuracy, "checks": as_json(accuracy["checks"])}
                 for accuracy in accuracies
                 if accuracy["row"] == row.name
             ],
@@ -205,7 +218,7 @@ def build_report(paper: Paper, sizes: dict[str, dict[str, Check]], accuracies: l
         for row in paper.rows
     ]
     gains = [
-        {**gain.model_dump(), "checks": plain(check_gain(gain, paper)), "misprint": bool(gain.correction)}
+        {**gain.model_dump(), "checks": as_json(check_gain(gain, paper)), "misprint": bool(gain.correction)}
         for gain in paper.gains
     ]
     checks = [check for row in rows for check in row["sizes"]]
@@ -222,7 +235,7 @@ def build_report(paper: Paper, sizes: dict[str, dict[str, Check]], accuracies: l
 
 
 def render_table(paper: Paper, sizes: dict[str, dict[str, Check]], accuracies: list[dict[str, Any]]) -> str:
-    """The Markdown table: each cell is measured (expected), and OFF where they disagree."""
+    """The Markdown table: each cell is ``measured (expected)``, with OFF where they disagree."""
 
     def cell(check: Check | None, style: str) -> str:
         if check is None:
@@ -232,8 +245,8 @@ def render_table(paper: Paper, sizes: dict[str, dict[str, Check]], accuracies: l
     lines = []
     for row in paper.rows:
         counted, published = sizes[row.name], row.published
-        ours = [one for one in accuracies if one["row"] == row.name]
-        off = any(not check.ok for one in ours for check in one["checks"])
+        ours = [accuracy for accuracy in accuracies if accuracy["row"] == row.name]
+        off = any(not check.ok for accuracy in ours for check in accuracy["checks"])
         lines.append(
             [
                 row.label,
@@ -241,11 +254,11 @@ def render_table(paper: Paper, sizes: dict[str, dict[str, Check]], accuracies: l
                 cell(counted["macs"], ".3f"),
                 cell(counted.get("flops"), ".2f"),
                 "-" if published is None else " / ".join(f"{x:.2f}" for x in (published.top1, published.top5) if x),
-                ", ".join(f"{one['top1']:.2f} / {one['top5']:.2f}" for one in ours) + " OFF" * off or "not yet",
+                ", ".join(f"{each['top1']:.2f} / {each['top5']:.2f}" for each in ours) + " OFF" * off or "not yet",
             ]
         )
     header = ["network", "parameters", "MACs (G)", '"FLOPs" (G)', "published top-1 / top-5", "with this code"]
-    return render(header, lines)
+    return tables.render(header, lines)
 
 
 def render_report(

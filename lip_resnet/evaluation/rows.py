@@ -1,4 +1,4 @@
-"""Rows: what eval.py writes of an evaluation, a JSON file for each set, and reads back for tables."""
+"""Rows: the results of eval.py, one JSON file for each set, written and read."""
 
 import json
 from pathlib import Path
@@ -10,25 +10,26 @@ from lip_resnet import distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import describe_source
 from lip_resnet.environment import describe_environment
-from lip_resnet.evaluation import cost, results
+from lip_resnet.evaluation import cost, protocol
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.testsets import EvalSet
+from lip_resnet.files import write_text
 
-_NEEDED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
+_REQUIRED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
 
-def row_path(checkpoint: str | None, output: str | None, test_set: str | None, alone: bool) -> Path | None:
-    """Where a set's row goes: ``output``, else into the run folder that ``checkpoint`` is, else nowhere (None).
+def row_path(checkpoint: str | None, output: str | None, test_set: str | None, several: bool) -> Path | None:
+    """The file of a set's row: ``output``, or in the run folder ``checkpoint``; None where it is not written.
 
     Args:
-        alone: whether ``output`` is the row's own file; else it is the directory of several rows.
+        several: whether ``output`` is the directory of several rows, not the file of one.
 
     Raises:
         InputError: the file exists, or its directory does not.
     """
     run, path = Path(checkpoint or ""), Path(output) if output else None
     file = "eval.json" if test_set in (None, "imagenet") else f"eval-{test_set}.json"
-    if path is not None and not alone:
+    if path is not None and several:
         if not path.is_dir():
             raise InputError(f"--output {path} is not a directory; for several sets it must be one")
         path = path / file
@@ -51,17 +52,18 @@ def build_row(
     payload: dict[str, Any],
     trained: Config | None,
 ) -> dict[str, Any]:
-    """What eval.py writes of one set.
+    """The row of one set.
 
     Args:
-        source: where the weights of ``model`` come from, and ``ema`` whether they are the averaged ones.
-        result: ``evaluate_set``'s.
+        source: where the weights of ``model`` come from: a path, or ``timm:NAME``.
+        ema: whether they are the averaged ones.
+        result: what ``evaluate_set`` returned.
         payload: the checkpoint; empty for timm's own weights.
         trained: the recipe of the training, where it is known.
     """
     training = None
     if trained:
-        training = results.describe_training(
+        training = protocol.describe_training(
             trained, payload["processes"], payload.get("initial_weights"), payload.get("datasets")
         )
     return {
@@ -76,19 +78,29 @@ def build_row(
         "macs": cost.count_macs(model, config.data.eval_size),
         "seed": trained.train.seed if trained else None,
         "step": payload.get("step"),
-        "protocol": results.describe_protocol(config, training, data.protocol),
+        "protocol": protocol.describe_protocol(config, training, data.protocol),
         "dataset": {"name": data.name, "whole": data.whole, **describe_source(data.source)},
         "environment": describe_environment(),
     }
+
+
+def write_row(path: Path, row: dict[str, Any]) -> None:
+    """Write a row as JSON.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_text(path, json.dumps(row, indent=2) + "\n")
 
 
 def read_rows(paths: list[str]) -> list[dict[str, Any]]:
     """Rows from JSON files, or from run folders: eval.json, and eval-NAME.json of other test sets.
 
     Raises:
-        InputError: no such file, or it is no row of eval.py.
+        InputError: no such file, or it is not a row of eval.py.
     """
-    rows, files = [], []
+    rows = []
+    files: list[Path] = []
     for name in paths:
         path = Path(name)
         in_path = sorted(path.glob("eval.json")) + sorted(path.glob("eval-*.json")) if path.is_dir() else [path]
@@ -102,10 +114,10 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
             raise InputError(f"{path}: cannot read: {error.strerror}") from error
         except ValueError as error:
             raise InputError(f"{path}: not JSON") from error
-        missing = [key for key in _NEEDED if key not in row] if isinstance(row, dict) else list(_NEEDED)
+        missing = [key for key in _REQUIRED if key not in row] if isinstance(row, dict) else list(_REQUIRED)
         if missing:
-            raise InputError(f"{path}: not a row of eval.py; it lacks {', '.join(missing)}")
+            raise InputError(f"{path}: not a row of eval.py; missing keys: {', '.join(missing)}")
         if row["protocol"].get("training"):
-            row["protocol"]["training"] = results.update_training(row["protocol"]["training"])
+            row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"])
         rows.append(row)
     return rows

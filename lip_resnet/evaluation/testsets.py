@@ -1,4 +1,4 @@
-"""What eval.py evaluates on: a recipe's validation set, or one of ImageNet's other test sets.
+"""The sets that eval.py evaluates on: a recipe's validation set, or one of ImageNet's test sets.
 
 Layouts, class subsets and resizing are the authors' own: hendrycks/natural-adv-examples and imagenet-r (eval.py),
 hendrycks/robustness (ImageNet-C/test.py), modestyachts/ImageNetV2, HaohanWang/ImageNet-Sketch,
@@ -35,7 +35,7 @@ IMAGES = {
     "imagenet-real": 46_837,
     "imagenet-c": 50_000,
 }
-"""Every test set and its size; ImageNet-C's is that of each severity of each corruption."""
+"""Test set -> number of images; for ImageNet-C of each severity of each corruption."""
 
 _SCORING = {
     "imagenet-a": "among the set's 200 classes",
@@ -44,7 +44,7 @@ _SCORING = {
     "imagenet-c": "mean over corruptions and severities",
 }
 SIDE_OF_C = 224
-"""ImageNet-C's images are 224x224 crops, which its authors do not resize again, pixels."""
+"""Side in pixels of ImageNet-C's images: centre crops, which its authors do not resize again."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,21 @@ class EvalSet:
     config: EvalDataConfig
     """Resizing and crop."""
     parts: dict[str, range]
-    """Name -> its images in the source; each is evaluated by itself. ImageNet-C's are corruption/severity."""
+    """Name -> indices of its images in the source; each part is evaluated separately. One part named "", except in
+    ImageNet-C: corruption/severity."""
     classes: list[int] | None = None
-    """The labels' places among ImageNet's 1,000 classes: only these logits count. None: all do."""
+    """Indices of the set's classes among ImageNet's 1,000: only these logits are used. None: all."""
     protocol: dict[str, Any] = field(default_factory=dict)
-    """What a row's protocol says beyond that of a validation set."""
+    """Keys of a row's protocol that a validation set does not have."""
 
     @property
     def whole(self) -> bool | None:
-        """Whether it has as many images as the released set; None where there is none."""
+        """Whether it has as many images as the released set; None for other sets."""
         return all(len(part) == IMAGES[self.name] for part in self.parts.values()) if self.name in IMAGES else None
 
 
 class Joined(Dataset):
-    """Several sets behind each other, each with its own transform, so that one loader serves them all."""
+    """Several sets concatenated, each with its own transform, so that one loader reads them all."""
 
     def __init__(self, sets: Iterable[EvalSet]) -> None:
         self.sets = [(each.source, eval_transform(each.config)) for each in sets]
@@ -79,20 +80,21 @@ class Joined(Dataset):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def _find(self, index: int) -> tuple[int, int]:
+    def _locate(self, index: int) -> tuple[int, int]:
+        """(number of the set, index in it)."""
         number = next(number for number, end in enumerate(self.starts[1:]) if index < end)
         return number, index - self.starts[number]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | list[int]]:
-        number, index = self._find(index)
+        number, index = self._locate(index)
         source, transform = self.sets[number]
         image, label = source[index]
         return (image if isinstance(image, Tensor) else transform(image)), label
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Announce a batch to the sets that it comes from."""
+        """Announce a batch to the sets that hold its images."""
         batches: dict[int, list[int]] = {}
-        for number, index in map(self._find, indices):
+        for number, index in map(self._locate, indices):
             batches.setdefault(number, []).append(index)
         for number, batch in batches.items():
             source = self.sets[number][0]
@@ -101,7 +103,7 @@ class Joined(Dataset):
 
     def path(self, index: int) -> str:
         """An image's name."""
-        number, index = self._find(index)
+        number, index = self._locate(index)
         source = self.sets[number][0]
         return source.path(index) if hasattr(source, "path") else f"sample {index}"
 
@@ -114,26 +116,28 @@ class _Files(Encoded):
 
 
 class RealLabels(Encoded):
-    """ImageNet's validation images that have ReaL labels; a label is a list of the right classes, padded with -1.
+    """ImageNet's validation images that have ReaL labels; a label is a list of the correct classes, padded with -1.
 
     Raises:
-        InputError: a name is not that of a validation image.
+        InputError: an image's name is not that of a validation image.
     """
 
     def __init__(self, source: Encoded) -> None:
         labels = RealLabelsImagenet(range(IMAGES["imagenet"])).real_labels
-        samples, right, self.kept = [], [], []
+        samples: list[tuple[str, int]] = []
+        correct: list[list[int]] = []
+        self.kept: list[int] = []
         for index, (name, label) in enumerate(source.samples):
             match = re.search(r"(?:^|[/:])(ILSVRC2012_val_\d{8})(?:\.\w+)?$", name)
             if match is None or f"{match[1]}.JPEG" not in labels:
                 raise InputError(f"imagenet-real: {name} is not named ILSVRC2012_val_00000001 to _00050000")
             if labels[f"{match[1]}.JPEG"]:
                 samples.append((name, label))
-                right.append(labels[f"{match[1]}.JPEG"])
+                correct.append(labels[f"{match[1]}.JPEG"])
                 self.kept.append(index)
         super().__init__(source.root, source.classes, samples)
-        self.source, width = source, max(map(len, right), default=1)
-        self._right = torch.tensor([[*each, *[-1] * (width - len(each))] for each in right]).share_memory_()
+        self.source, width = source, max(map(len, correct), default=1)
+        self._correct = torch.tensor([[*each, *[-1] * (width - len(each))] for each in correct]).share_memory_()
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Announce the images that are read next."""
@@ -144,8 +148,8 @@ class RealLabels(Encoded):
         return self.source.read(self.kept[index])
 
     def label(self, index: int) -> list[int]:
-        """An image's classes."""
-        return self._right[index].tolist()
+        """An image's classes, padded with -1."""
+        return self._correct[index].tolist()
 
 
 def wnids() -> list[str]:
@@ -164,16 +168,16 @@ def _subset(name: str) -> list[str]:
 
 
 def corruptions() -> tuple[dict[str, float], list[str]]:
-    """ImageNet-C's 15 corruptions with AlexNet's error on each, a fraction; and the extra ones, which do not count."""
+    """ImageNet-C's 15 corruptions with AlexNet's error on each, a fraction; and the 4 extra ones outside the mCE."""
     content = yaml.safe_load(importlib.resources.files(__package__).joinpath("imagenet_c.yaml").read_text("utf-8"))
     return content["alexnet_error"], content["extra"]
 
 
-def choose(names: list[str] | None, partial: bool) -> list[str | None]:
-    """The test sets of --dataset, each once; None is the recipe's validation set.
+def choose(names: list[str] | None, partial: bool) -> Sequence[str | None]:
+    """The test sets of --dataset, each once; [None], the recipe's validation set, where there are none.
 
     Raises:
-        InputError: ``partial`` without ImageNet-C.
+        InputError: ``partial`` (--partial) without ImageNet-C.
     """
     if not names:
         return [None]
@@ -187,14 +191,14 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
     """The set to evaluate on.
 
     Args:
-        name: one of ``IMAGES``; None for the recipe's validation set, whatever it is.
-        config: with the keys that ``locate`` gives.
-        split: the folder that ``locate`` gives.
-        num_classes: the network's.
-        partial: take ImageNet-C without some of its folders.
+        name: one of ``IMAGES``; None for the recipe's validation set.
+        config: as ``protocol.adapt`` returns it.
+        split: folder below ``config.root``, as ``protocol.adapt`` returns it.
+        num_classes: the network's number of classes.
+        partial: accept an ImageNet-C without some of its folders.
 
     Raises:
-        InputError: the set is not there or not whole in its classes, or the network is not for ImageNet's 1,000.
+        InputError: the set does not exist or misses classes, or the network does not have ImageNet's 1,000.
     """
     known = wnids()
     if name is None:
@@ -203,8 +207,9 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
         return EvalSet("imagenet" if imagenet else config.name, source, config, _whole(source))
     if num_classes != len(known):
         raise InputError(f"--dataset {name} needs a network of ImageNet's 1,000 classes; this one has {num_classes}")
+    assert config.root is not None  # adapt's
     root = Path(config.root).expanduser() / split
-    protocol = {} if name == "imagenet" else {"test_set": name}
+    protocol: dict[str, Any] = {} if name == "imagenet" else {"test_set": name}
     if name in _SCORING:
         protocol["scoring"] = _SCORING[name]
     if name == "imagenet-c":
@@ -218,7 +223,9 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
         source = build_sources(config, num_classes, (split,))[0]
         if list(source.classes) != known:
             raise InputError(f"--dataset {name}: the classes of {root} are not ImageNet's")
-        source = RealLabels(source) if name == "imagenet-real" else source
+        if name == "imagenet-real":
+            assert isinstance(source, Encoded)  # sets with ImageNet's class names are files
+            source = RealLabels(source)
         return EvalSet(name, source, config, _whole(source), protocol=protocol)
     subset = _subset(name)
     _check_classes(name, root, subset)
@@ -232,10 +239,10 @@ def _whole(source: Any) -> dict[str, range]:
 
 
 def _check_classes(name: str, root: Path, classes: list[str]) -> None:
-    """A directory holds these class folders and no others.
+    """Check that a directory has these class folders and no others.
 
     Raises:
-        InputError: it does not.
+        InputError: it has not.
     """
     try:
         folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
@@ -245,7 +252,7 @@ def _check_classes(name: str, root: Path, classes: list[str]) -> None:
     extra = sorted(folders - set(classes))
     problems = [
         f"{len(names)} {what}, the first is {names[0]!r}"
-        for names, what in ((missing, "are missing"), (extra, "are none of them"))
+        for names, what in ((missing, "are missing"), (extra, "are of other names"))
         if names
     ]
     if problems:
@@ -256,11 +263,11 @@ def _check_classes(name: str, root: Path, classes: list[str]) -> None:
 
 
 def _missing(parts: Iterable[str]) -> list[str]:
-    """What of ImageNet-C is not there; of an extra corruption only what its folder lacks."""
+    """The corruption/severity folders that ImageNet-C's ``parts`` miss; an extra corruption may be missing whole."""
     counted, extra = corruptions()
-    there = set(parts)
-    asked = [*counted, *(name for name in extra if any(part.startswith(f"{name}/") for part in there))]
-    return [part for name in asked for severity in range(1, 6) if (part := f"{name}/{severity}") not in there]
+    present = set(parts)
+    required = [*counted, *(name for name in extra if any(part.startswith(f"{name}/") for part in present))]
+    return [part for name in required for severity in range(1, 6) if (part := f"{name}/{severity}") not in present]
 
 
 def _open_corruptions(root: Path, config: EvalDataConfig, partial: bool) -> tuple[Encoded, dict[str, range]]:
@@ -279,29 +286,32 @@ def _open_corruptions(root: Path, config: EvalDataConfig, partial: bool) -> tupl
         if name in folders and (folders[name] / str(severity)).is_dir()
     }
     if not folders.keys() & counted.keys():
-        raise InputError(f"--dataset imagenet-c: {root} holds none of the corruptions {', '.join(counted)}")
+        raise InputError(f"--dataset imagenet-c: {root} has none of the corruptions {', '.join(counted)}")
     if (missing := _missing(part_folders)) and not partial:
         raise InputError(
-            f"--dataset imagenet-c: {root} lacks {len(missing)} folders (corruption/severity), the first is "
-            f"{missing[0]}; --partial evaluates what is there, without an mCE"
+            f"--dataset imagenet-c: {len(missing)} folders (corruption/severity) are missing in {root}, the first is "
+            f"{missing[0]}; --partial evaluates the others, without an mCE"
         )
-    known, samples, parts = wnids(), [], {}
+    known = wnids()
+    samples: list[tuple[str, int]] = []
+    parts: dict[str, range] = {}
     for part, folder in part_folders.items():
         _check_classes("imagenet-c", folder, known)
         images = Folder(folder, known).samples
         parts[part] = range(len(samples), len(samples) + len(images))
         samples += images
     sizes = {part: len(images) for part, images in parts.items()}
-    fewest, most = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    fewest, most = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     if sizes[fewest] != sizes[most]:
         raise InputError(
-            f"--dataset imagenet-c: {fewest} holds {sizes[fewest]:,} images and {most} {sizes[most]:,}; they must agree"
+            f"--dataset imagenet-c: {fewest} has {sizes[fewest]:,} images and {most} {sizes[most]:,}; they must have "
+            "the same number"
         )
     source = _Files(root, known, samples)
     width, height = source[0][0].size
     if config.eval_resize == SIDE_OF_C and (width, height) != (SIDE_OF_C, SIDE_OF_C):
         raise InputError(
             f"--dataset imagenet-c: {source.path(0)} is {width}x{height}; the released images are "
-            f"{SIDE_OF_C}x{SIDE_OF_C} crops (--resize and --size resize others)"
+            f"{SIDE_OF_C}x{SIDE_OF_C} crops; evaluate others with --resize and --size"
         )
     return source, parts

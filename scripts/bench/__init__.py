@@ -1,1 +1,1 @@
-"""What ``scripts/benchmark.py`` measures, a module a subcommand, and ``performance.py``, which makes tables of it."""
+"""The subcommands of ``scripts/benchmark.py``, one module for each kind of measurement, and what they share."""

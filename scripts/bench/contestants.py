@@ -1,4 +1,4 @@
-"""What ``benchmark.py`` compares: forms of the operator, and networks that are checked before they are timed."""
+"""What ``benchmark.py`` compares: implementations of the operator, and networks, which are checked when built."""
 
 import contextlib
 import copy
@@ -19,8 +19,8 @@ from lip_resnet.layers.pooling import LIP2d
 from lip_resnet.ops import reference
 
 WINDOW = (3, 2, 1)
-# Channels and height = width of the features that LIP-ResNet-50 pools at 224x224: the stem, then main path and shortcut
-# of stages 2 to 4.
+# Channels, and height = width, of the inputs of LIP-ResNet-50's pooling layers at 224x224: the stem, then main path and
+# shortcut of stages 2 to 4.
 SITES = {
     f"{channels}x{size}": (channels, size)
     for channels, size in ((64, 112), (128, 56), (256, 56), (256, 28), (512, 28), (512, 14), (1024, 14))
@@ -31,12 +31,12 @@ FLOOR = "lip_resnet50, convolution floor"
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Norm of the error over norm of the truth; any shape."""
+    """Norm of the error over norm of the truth, of tensors of any shape."""
     return ((value.double().cpu() - truth.double().cpu()).norm() / truth.double().norm().cpu()).item()
 
 
 def textbook(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 1) -> Tensor:
-    """The operator as the reference writes it; overflows for large logits and in float16."""
+    """The operator as in the reference code; overflows for large logits, and in float16."""
     weight = logits.exp()
     return F.avg_pool2d(x * weight, kernel_size, stride, padding) / F.avg_pool2d(weight, kernel_size, stride, padding)
 
@@ -46,8 +46,8 @@ def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(textbook, dynamic=False)
 
 
-def compile_anew() -> None:
-    """For every shape its own code, as a network of fixed sizes has it; torch would make the second one generic."""
+def reset_compile() -> None:
+    """Compile for the next shape alone, as in a network of fixed sizes, and not for dynamic shapes."""
     torch.compiler.reset()
     _compiled.cache_clear()
 
@@ -84,7 +84,7 @@ class TextbookLIP(LIP2d):
 
 
 class TextbookNorm(nn.InstanceNorm2d):
-    """PyTorch's instance norm, then the activation."""
+    """PyTorch's instance norm followed by the activation."""
 
     def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
         x = super().forward(x)
@@ -95,8 +95,8 @@ class TextbookNorm(nn.InstanceNorm2d):
 def floor_pool(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
     """x and logits (B, C, H, W) -> (B, C, h, w): average pooling of x, with a gradient for both.
 
-    Stands for ``lip2d`` in the convolution floor, an opaque operator like it, so that torch.compile keeps the logits.
-    Backward makes one tensor, the average pooling's gradient in the layout of x, and gives it to x and logits alike.
+    Replaces ``lip2d`` in the convolution floor. A custom operator, as ``lip2d`` is, so that torch.compile keeps the
+    logits. Backward computes one tensor, average pooling's gradient in the layout of x, for both x and logits.
     """
     return F.avg_pool2d(x, kernel_size, stride, padding)
 
@@ -106,36 +106,36 @@ def _(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) ->
     return F.avg_pool2d(x, kernel_size, stride, padding)
 
 
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     x, _, *ctx.window = inputs
     ctx.save_for_backward(x)
 
 
-def _share(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     window = [[side, side] for side in ctx.window]
     gradient = torch.ops.aten.avg_pool2d_backward(dy, *ctx.saved_tensors, *window, False, True, None)
     return gradient, gradient, None, None, None
 
 
-floor_pool.register_autograd(_share, setup_context=_keep)
+floor_pool.register_autograd(_backward, setup_context=_setup_context)
 
 
 class FloorLIP(LIP2d):
-    """A LIP layer with ``floor_pool`` for the operator."""
+    """A LIP layer with ``floor_pool`` in place of the operator."""
 
     def _pool(self, x: Tensor, source: Tensor) -> Tensor:
         return floor_pool(x, self.logits(source), self.kernel_size, self.stride, self.padding)
 
 
 class Skip(nn.Identity):
-    """Nothing in place of a norm, and of the activation that a norm takes along."""
+    """Identity in place of a norm and of the activation that is passed to it."""
 
     def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
         return x
 
 
 def textbook_network(name: str) -> nn.Module:
-    """LIP-ResNet as the reference runs it: textbook operator, PyTorch's instance norm, the same weights."""
+    """LIP-ResNet as in the reference code: textbook operator, PyTorch's instance norm, the same weights."""
     model = timm.create_model(name)
     for parent in list(model.modules()):
         for key, child in parent.named_children():
@@ -147,10 +147,12 @@ def textbook_network(name: str) -> nn.Module:
 
 
 def floor_network(name: str) -> nn.Module:
-    """The convolution floor: LIP-ResNet with all its convolutions, forward and backward, and without what LIP adds to
-    them. Average pooling with ``floor_pool``'s gradient stands for the operator, and nothing for the instance norms,
-    ReLUs and gates of the logit modules. So LIP-ResNet's time above the floor is the operator's, less an average
-    pooling's, and the logit modules' elementwise work."""
+    """The convolution floor: LIP-ResNet with all its convolutions, forward and backward, and none of LIP's other work.
+
+    Average pooling with ``floor_pool``'s gradient replaces the operator; the instance norms, ReLUs and gates of the
+    logit modules are removed. LIP-ResNet's time above the floor is the operator's, less an average pooling's, and the
+    logit modules' elementwise work.
+    """
     model = timm.create_model(name)
     for parent in list(model.modules()):
         for key, child in parent.named_children():
@@ -175,10 +177,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @functools.cache
 def _truth() -> tuple[dict[str, Tensor], Tensor, Tensor, int]:
-    """Weights of a LIP-ResNet-50 with logits that vary, images, the textbook network's output in float64, its FLOPs."""
+    """LIP-ResNet-50 weights with varying logits, images, the textbook network's float64 output, and its FLOPs."""
     torch.manual_seed(0)
     model = NETWORKS[REFERENCE]()
-    for module in model.modules():  # not the average pooling that LIP starts as
+    for module in model.modules():  # at initialisation LIP is average pooling
         if isinstance(module, LIP2d):
             nn.init.normal_(module.logits.conv.weight, std=0.01)
         if isinstance(module, nn.BatchNorm2d):
@@ -191,19 +193,18 @@ def build_network(name: str, device: str, memory_format: torch.memory_format) ->
     """A network of ``NETWORKS`` on its device, all LIP networks with the same weights.
 
     Raises:
-        WrongResult: a LIP network's output differs from the textbook network's in float64 (the floor's is free), or its
-            multiply-adds do.
+        WrongResult: a LIP network's output (not the floor's) or multiply-adds differ from the textbook network's.
     """
     model = NETWORKS[name]().to(device, memory_format=memory_format)
     if not name.startswith("lip_"):
         return model
-    weights, images, truth, operations = _truth()
+    weights, images, truth, expected_flops = _truth()
     model.load_state_dict(weights, strict=name != FLOOR)  # the floor has no norms
     with full_float32():
-        output, own = _run(model, images.to(device, memory_format=memory_format))
+        output, flops = _run(model, images.to(device, memory_format=memory_format))
     error = 0.0 if name == FLOOR else relative_error(output, truth)
-    if not error < 1e-3 or own != operations:
-        raise WrongResult(f"relative error {error:.1e}, {own} operations for {operations}")
+    if not error < 1e-3 or flops != expected_flops:
+        raise WrongResult(f"relative error {error:.1e}, {flops} operations for {expected_flops}")
     return model
 
 

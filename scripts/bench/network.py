@@ -1,9 +1,10 @@
-"""``benchmark.py model | train | memory``: whole networks, each checked before it is measured.
+"""``benchmark.py model | train | memory``: whole networks, checked, then measured.
 
-They are built and trained by the functions of ``train.py``, after the paper's recipe.
+They are built and trained by the engine's functions, as in ``train.py``, with the paper's recipe.
 """
 
 import argparse
+import functools
 import math
 import statistics
 import sys
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from bench.contestants import FLOOR, build_network
-from bench.timing import LAYOUTS, Row, compare, failure_of, ratio, spread
+from bench.timing import LAYOUTS, Row, attempt, compare, ratio, spread
 from lip_resnet.config import Config
 from lip_resnet.data import Batch
 from lip_resnet.recipe import load_config
@@ -27,7 +28,7 @@ RECIPE = Path(__file__).parents[2] / "configs" / "imagenet" / "lip_resnet50_step
 def build_config(options: argparse.Namespace, batch: int, layout: str, overrides: tuple[str, ...] = ()) -> Config:
     """The paper's recipe with the command line's options.
 
-    The learning rate is tiny: the floor's gradients belong to no loss, and its weights must stay finite.
+    The learning rate is tiny: the floor's gradients are not those of a loss, and its weights must stay finite.
     """
     changes = [
         f"data.batch_size={batch}",
@@ -42,7 +43,7 @@ def build_config(options: argparse.Namespace, batch: int, layout: str, overrides
 
 
 def make_batch(config: Config, device: torch.device) -> Batch:
-    """Noise as a loader and ``prefetch`` would give it: images (B, 3, size, size) uint8 in channels-last order."""
+    """A batch of noise as a loader's, on the device: images (B, 3, size, size) uint8 in channels-last order."""
     size, side = config.data.batch_size, config.data.size
     images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, device=device)
     labels = torch.randint(config.model.num_classes, (size,), device=device)
@@ -50,7 +51,7 @@ def make_batch(config: Config, device: torch.device) -> Batch:
 
 
 def make_inference(model: nn.Module, config: Config, device: torch.device) -> Callable[[], object]:
-    """One forward pass as an evaluation's, of images that are normalised already."""
+    """One forward pass as in an evaluation, of normalised images."""
     model = build_state(model, config, device).model.eval()
     images, *_ = Objective(config, device).prepare(*make_batch(config, device).parts[0], 0, 0)
 
@@ -62,11 +63,20 @@ def make_inference(model: nn.Module, config: Config, device: torch.device) -> Ca
 
 
 def make_step(model: nn.Module, config: Config, device: torch.device) -> Callable[[], object]:
-    """One step of ``train.py`` on a batch that is on the device already."""
+    """One training step of ``train.py``, on a batch on the device."""
     state, batch = build_state(model, config, device), make_batch(config, device)
     state.wrapped.train()
     step = TrainStep(state, config, Objective(config, device))
     return lambda: step(batch, config.optim.lr)
+
+
+def prepare(
+    make: Callable[..., Callable[[], object]], config: Config, layout: str, device: torch.device, name: str
+) -> Callable[[], object]:
+    """A network, checked, as a function to time; run once."""
+    run = make(build_network(name, device.type, LAYOUTS[layout]), config, device)
+    run()
+    return run
 
 
 def network_rows(options: argparse.Namespace) -> Iterator[Row]:
@@ -77,13 +87,8 @@ def network_rows(options: argparse.Namespace) -> Iterator[Row]:
         for batch in options.batch:
             config = build_config(options, batch, layout)
             common = describe(options, layout, batch) | {"compile": options.compile}
-
-            def prepare(name: str, config: Config = config, layout: str = layout) -> Callable[[], object]:
-                run = make(build_network(name, options.device, LAYOUTS[layout]), config, device)
-                run()
-                return run
-
-            times, failed = compare(options.contestants, prepare, options)
+            build = functools.partial(prepare, make, config, layout, device)
+            times, failed = compare(options.contestants, build, options)
             for name, error in failed.items():
                 yield common | {"model": name, "failed": error}
             for name, seconds in times.items():
@@ -100,37 +105,41 @@ def network_rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def memory_rows(options: argparse.Namespace) -> Iterator[Row]:
-    """One row for every layout, batch and network: what a training step keeps, on a GPU its peak as well."""
+    """One row for every layout, batch and network: memory of a training step, as ``measure_memory``."""
     device = torch.device(options.device)
     for layout in options.layout:
         for batch in options.batch:
             config, baseline = build_config(options, batch, layout), None
             for name in options.contestants:
                 row = describe(options, layout, batch) | {"model": name}
-
-                def measure(name: str = name, row: Row = row, config: Config = config, layout: str = layout) -> None:
-                    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-                    model = build_network(name, options.device, LAYOUTS[layout])
-                    step = make_step(model, config, device)
-                    row["kept_mib"] = kept_bytes(model, step) / 2**20
-                    if device.type == "cuda":  # not of the first step, whose search for algorithms takes more
-                        torch.cuda.reset_peak_memory_stats()
-                        step()
-                        row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-
-                failure = failure_of(measure)
-                if failure is not None:
-                    yield row | {"failed": failure}
+                memory, error = attempt(measure_memory, name, config, layout, device)
+                if memory is None:
+                    yield row | {"failed": error}
                     continue
-                baseline = row if name == "resnet50" else baseline
-                for key in ("kept", "peak"):
-                    if f"{key}_mib" in row and baseline is not None:
-                        row[f"{key} / resnet50"] = row[f"{key}_mib"] / baseline[f"{key}_mib"]
-                yield row
+                baseline = memory if name == "resnet50" else baseline
+                ratios = {
+                    f"{key} / resnet50": memory[f"{key}_mib"] / baseline[f"{key}_mib"]
+                    for key in ("kept", "peak")
+                    if baseline is not None and f"{key}_mib" in memory
+                }
+                yield row | memory | ratios
+
+
+def measure_memory(name: str, config: Config, layout: str, device: torch.device) -> Row:
+    """MiB that a training step keeps for the backward pass; on a GPU its peak too."""
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    model = build_network(name, device.type, LAYOUTS[layout])
+    step = make_step(model, config, device)
+    memory = {"kept_mib": kept_bytes(model, step) / 2**20}
+    if device.type == "cuda":  # the second step: in the first, cuDNN's search for algorithms takes more
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        memory["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return memory
 
 
 def kept_bytes(model: nn.Module, step: Callable[[], object]) -> int:
-    """What a training step keeps between forward and backward, parameters and buffers not counted."""
+    """Bytes that a training step keeps between forward and backward, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -146,5 +155,5 @@ def kept_bytes(model: nn.Module, step: Callable[[], object]) -> int:
 
 
 def describe(options: argparse.Namespace, layout: str, batch: int) -> Row:
-    """What all networks of one comparison have in common."""
+    """The columns that all networks of one comparison share."""
     return {"layout": layout, "precision": options.precision, "batch": batch, "size": options.size}

@@ -1,6 +1,7 @@
-"""``benchmark.py op``: forms of the operator at the sites of LIP-ResNet-50, each checked before it is timed."""
+"""``benchmark.py op``: implementations of the operator at the sites of LIP-ResNet-50, checked, then timed."""
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -8,16 +9,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench.contestants import FORMS, SITES, TOLERANCES, WINDOW, compile_anew
-from bench.timing import DTYPES, LAYOUTS, Row, WrongResult, failure_of, interleave, ratio, spread
+from bench.contestants import FORMS, SITES, TOLERANCES, WINDOW, reset_compile
+from bench.timing import DTYPES, LAYOUTS, Row, WrongResult, attempt, interleave, ratio, spread
 from lip_resnet.ops import reference
 
 
 def copy_bandwidth(batch: int, options: argparse.Namespace) -> float:
-    """Bytes per second, read and written, of copying the largest site's features."""
+    """Bytes per second, read plus written, of copying the largest site's features."""
     x = torch.randn(batch, 64, 112, 112, device=options.device)
-    to = torch.empty_like(x)
-    times, _ = interleave({"copy": lambda: to.copy_(x)}, options, 3)
+    target = torch.empty_like(x)
+    times, _ = interleave({"copy": lambda: target.copy_(x)}, options, 3)
     return 2 * x.nbytes / statistics.median(times["copy"])
 
 
@@ -33,9 +34,10 @@ def op_rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def check_form(outputs: tuple[Tensor, ...], x: Tensor, logits: Tensor, dy: Tensor) -> float:
-    """The largest relative error of a form's (y, dx, dlogits) against float64 on the same device, 16 images at a time.
+    """The largest of the relative errors of a form's y, dx and dlogits.
 
-    The square root of the summed squared errors over that of the summed squared truths, of each of the three.
+    Each is the norm of the error over the norm of the truth, computed in float64 on the same device, 16 images at a
+    time.
     """
     squares = torch.zeros(2, 3, dtype=torch.float64, device=x.device)
     for start in range(0, len(x), 16):
@@ -50,6 +52,7 @@ def check_form(outputs: tuple[Tensor, ...], x: Tensor, logits: Tensor, dy: Tenso
 
 
 def site_rows(options: argparse.Namespace, layout: str, batch: int, site: str, bandwidth: float) -> Iterator[Row]:
+    """One row for every direction and form; ``bandwidth`` is ``copy_bandwidth``'s."""
     (channels, size), dtype = SITES[site], DTYPES[options.precision]
 
     def make(draw: Callable[..., Tensor], *shape: int) -> Tensor:
@@ -58,7 +61,7 @@ def site_rows(options: argparse.Namespace, layout: str, batch: int, site: str, b
     x = make(torch.randn, batch, channels, size, size).requires_grad_()
     logits = make(lambda *shape, device: 12 * torch.rand(*shape, device=device), *x.shape).requires_grad_()
     dy = make(torch.randn, batch, channels, size // 2, size // 2)
-    compile_anew()
+    reset_compile()
 
     def forward(form):
         with torch.no_grad():
@@ -69,7 +72,6 @@ def site_rows(options: argparse.Namespace, layout: str, batch: int, site: str, b
         return y, *torch.autograd.grad(y, (x, logits), dy, allow_unused=True)
 
     errors: dict[str, float] = {}
-    running = {}
 
     def check(name: str) -> None:
         outputs = both(FORMS[name])
@@ -78,17 +80,15 @@ def site_rows(options: argparse.Namespace, layout: str, batch: int, site: str, b
             if not errors[name] < TOLERANCES[dtype] and name != "textbook":
                 raise WrongResult(f"relative error {errors[name]:.1e}")
 
-    for name in options.contestants:
-        failure = failure_of(lambda name=name: check(name))
-        if failure is None:
-            running[name] = FORMS[name]
-        else:
+    failures = {name: attempt(check, name)[1] for name in options.contestants}
+    for name, failure in failures.items():
+        if failure is not None:
             yield {"form": name, "failed": failure}
-    # bytes that must move: forward x, logits -> y and one float32 a window; backward all these, dy -> dx, dlogits
+    # Bytes that must move. Forward: x, logits -> y and one float32 per window; backward: these and dy -> dx, dlogits.
     inputs, outputs, kept = x.nbytes, dy.nbytes, 4 * dy.numel()
-    counted = {"forward": 2 * inputs + outputs + kept, "forward + backward": 6 * inputs + 3 * outputs + 2 * kept}
-    for (direction, size_in_bytes), step in zip(counted.items(), (forward, both), strict=True):
-        steps = {name: lambda form=form: step(form) for name, form in running.items()}  # noqa: B023 (called within)
+    traffic = {"forward": 2 * inputs + outputs + kept, "forward + backward": 6 * inputs + 3 * outputs + 2 * kept}
+    for (direction, size_in_bytes), step in zip(traffic.items(), (forward, both), strict=True):
+        steps = {name: functools.partial(step, FORMS[name]) for name, failure in failures.items() if failure is None}
         times, failed = interleave(steps, options, repeats=max(1, int(4e6 / x.numel())))
         for name, error in failed.items():
             yield {"direction": direction, "form": name, "failed": error}

@@ -1,10 +1,11 @@
-"""``benchmark.py step``: what the parts and the options of a training step of LIP-ResNet-50 cost.
+"""``benchmark.py step``: the cost of the parts and options of a training step of LIP-ResNet-50.
 
-A variant must train as the step of ``train.py`` does: its losses, of two steps, are compared before it is timed.
+Before a variant is timed, its losses in two steps are compared with those of the step of ``train.py``.
 """
 
 import argparse
 import copy
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "... and gradient norm": ("norm",),
     "... and gradient norm, counts": ("norm", "counts"),
 }
-"""Reference rows, of a step without guard, with these parts of ``train.py``'s."""
+"""Reference rows: steps without the guard, with these parts of ``train.py``'s step."""
 VARIANTS: dict[str, tuple[str, ...]] = {
     AS_TRAINED: (),
     "with clipping": ("optim.clip_norm=1e6",),
@@ -33,7 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "contiguous": ("train.channels_last=false",),
     "torch.compile": ("train.compile=true",),
 }
-"""Steps of ``train.py`` (with norm, counts and guard), each with overrides of the recipe."""
+"""Steps of ``train.py`` (with norm, counts and guard), with overrides of the recipe."""
 GPU_VARIANTS = {
     f"torch.compile, {mode}": ("train.compile=true", f"train.compile_mode={mode}")
     for mode in ("reduce-overhead", "max-autotune")
@@ -41,13 +42,13 @@ GPU_VARIANTS = {
 
 
 class BareStep:
-    """The reference: normalise, forward, backward and update; ``parts`` names what else of the engine's step it has."""
+    """The reference: normalise, forward, backward, update, and the ``parts`` of the engine's step: norm, counts."""
 
     def __init__(self, state: TrainState, config: Config, objective: Objective, parts: tuple[str, ...]) -> None:
         self.state, self.config, self.objective, self.parts = state, config, objective, parts
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Returns the loss ()."""
+        """Images (B, 3, H, W) uint8 and labels (B,) -> loss ()."""
         state = self.state
         images, labels, targets = self.objective.prepare(images, labels, state.step, 0)
         with autocast(images.device, self.config.train.precision):
@@ -68,7 +69,7 @@ class BareStep:
 def make_variant(
     name: str, model: nn.Module, config: Config, device: torch.device
 ) -> tuple[Callable[[], object], Callable[[], float]]:
-    """A step to time, and the same step for a check, which returns its loss."""
+    """A step to time, and the same step returning its loss, to check."""
     state, objective, batch = build_state(model, config, device), Objective(config, device), make_batch(config, device)
     state.wrapped.train()
     if name in PARTS:
@@ -84,31 +85,41 @@ def make_variant(
     return lambda: step(batch, config.optim.lr), loss
 
 
+def make(
+    options: argparse.Namespace, batch: int, model: nn.Module, name: str
+) -> tuple[Callable[[], object], list[float]]:
+    """A variant's step, and its losses in two steps."""
+    torch.manual_seed(0)
+    overrides = (VARIANTS | GPU_VARIANTS).get(name, ())
+    config = build_config(options, batch, "channels_last", ("optim.lr=0.01", *overrides))
+    run, loss = make_variant(name, copy.deepcopy(model), config, torch.device(options.device))
+    return run, [loss(), loss()]
+
+
+def prepare(
+    options: argparse.Namespace, batch: int, model: nn.Module, truth: list[float], name: str
+) -> Callable[[], object]:
+    """A variant's step.
+
+    Raises:
+        WrongResult: its losses are not ``truth``.
+    """
+    run, losses = make(options, batch, model, name)
+    tolerance = 1e-3 if options.precision == "float32" else 5e-2
+    if not all(abs(a - b) < tolerance * b for a, b in zip(losses, truth, strict=True)):
+        raise WrongResult(f"losses {losses} for {truth}")
+    return run
+
+
 def step_rows(options: argparse.Namespace) -> Iterator[Row]:
     """One row for every batch and variant."""
-    device = torch.device(options.device)
     torch.manual_seed(0)
     model = NETWORKS["lip_resnet50"]()
-    tolerance = 1e-3 if options.precision == "float32" else 5e-2
     for batch in options.batch:
         common = {"network": "lip_resnet50", "precision": options.precision, "batch": batch, "size": options.size}
-
-        def make(name: str, batch: int = batch) -> tuple[Callable[[], object], list[float]]:
-            torch.manual_seed(0)
-            overrides = (VARIANTS | GPU_VARIANTS).get(name, ())
-            config = build_config(options, batch, "channels_last", ("optim.lr=0.01", *overrides))
-            run, loss = make_variant(name, copy.deepcopy(model), config, device)
-            return run, [loss(), loss()]
-
-        _, truth = make(AS_TRAINED)
-
-        def prepare(name: str, make=make, truth=truth) -> Callable[[], object]:
-            run, losses = make(name)
-            if not all(abs(a - b) < tolerance * b for a, b in zip(losses, truth, strict=True)):
-                raise WrongResult(f"losses {losses} for {truth}")
-            return run
-
-        times, failed = compare(options.contestants, prepare, options)
+        _, truth = make(options, batch, model, AS_TRAINED)
+        build = functools.partial(prepare, options, batch, model, truth)
+        times, failed = compare(options.contestants, build, options)
         for name, error in failed.items():
             yield common | {"step": name, "failed": error}
         for name, seconds in times.items():

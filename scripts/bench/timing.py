@@ -1,10 +1,10 @@
-"""Interleaved timing and rows of measurements: shared by the subcommands of ``benchmark.py``."""
+"""Interleaved timing, with errors as results: shared by the subcommands of ``benchmark.py``."""
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,10 +12,11 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class WrongResult(Exception):
-    """A contestant runs, but does not compute what it must."""
+    """A contestant runs, but its result is wrong."""
 
 
 def interleave(
@@ -23,11 +24,11 @@ def interleave(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time the contestants in turn, ``options.rounds`` times after two warm-up rounds.
 
-    On a GPU the time is between two events in its stream; the writes that clear the L2 cache before it run for longer
-    than Python needs to enqueue the work.
+    On a GPU the time is between two CUDA events. The writes before them clear the L2 cache, and run longer than Python
+    needs to enqueue the work.
 
     Returns:
-        The seconds of every round of each contestant, and the error of each that failed in one.
+        Contestant -> seconds of every round, and contestant -> error, of each that failed in a round.
     """
     clock, gpu = CLOCKS[options.clock], options.device == "cuda"
     flush = torch.empty(2**28, dtype=torch.int8, device=options.device) if gpu else None
@@ -35,13 +36,11 @@ def interleave(
     failed: dict[str, str] = {}
     for turn in range(-2, options.rounds):
         for name in list(times):
-            try:
-                seconds = _time(contestants[name], clock, repeats, flush)
-            except Exception as error:
+            seconds, error = attempt(_time, contestants[name], clock, repeats, flush)
+            if seconds is None:
                 del times[name]
-                failed[name] = _describe(error)
-                continue
-            if turn >= 0:
+                failed[name] = error
+            elif turn >= 0:
                 times[name].append(seconds)
     return times, failed
 
@@ -49,15 +48,11 @@ def interleave(
 def compare(
     names: list[str], prepare: Callable[[str], Callable[[], object]], options: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """As ``interleave``, of what ``prepare`` builds and checks for each name; its errors count as failures."""
-    runs: dict[str, Callable[[], object]] = {}
-    failed = {}
-    for name in names:
-        failure = failure_of(lambda name=name: runs.update({name: prepare(name)}))
-        if failure is not None:
-            failed[name] = failure
-    times, failed_later = interleave(runs, options)
-    return times, failed | failed_later
+    """``interleave`` what ``prepare`` builds and checks for each name; an error of ``prepare`` is a failure too."""
+    prepared = {name: attempt(prepare, name) for name in names}
+    failed = {name: error for name, (run, error) in prepared.items() if run is None}
+    times, failed_in_rounds = interleave({name: run for name, (run, _) in prepared.items() if run}, options)
+    return times, failed | failed_in_rounds
 
 
 def _time(run: Callable[[], object], clock: Callable[[], float], repeats: int, flush: torch.Tensor | None) -> float:
@@ -83,19 +78,14 @@ def spread(seconds: list[float]) -> Row:
 
 
 def ratio(times: list[float], others: list[float]) -> float:
-    """Median over the rounds of times / others."""
+    """Median over the rounds of ``times / others``."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def failure_of(run: Callable[[], object]) -> str | None:
-    """The error of a contestant that cannot run, in one line; None where it can."""
+def attempt(function: Callable[..., T], *arguments: Any) -> tuple[T | None, str | None]:
+    """Call a function: (its result, None), or (None, the error in one line)."""
     try:
-        run()
-    except Exception as error:  # out of memory, a compiler's error, a wrong result: all of them are this row's outcome
-        return _describe(error)
-    return None
-
-
-def _describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+        return function(*arguments), None
+    except Exception as error:  # out of memory, a compiler's error, a wrong result: each is a result of the benchmark
+        lines = str(error).strip().splitlines() or [""]
+        return None, f"{type(error).__name__}: {lines[0][:200]}"

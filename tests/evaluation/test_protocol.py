@@ -1,4 +1,4 @@
-"""Evaluations: no rule of training applies to them, timm's protocol is timm's own, and images of any kind are found."""
+"""Evaluations: no rule of training applies to them, timm's protocol is timm's own, --data takes every kind of data."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def save_run(path: Path, **changes: object) -> Path:
     return path
 
 
-def test_rules_of_training_do_not_bind_an_evaluation(score, tmp_path):
+def test_constraints_of_training_do_not_apply_to_evaluation(score, tmp_path):
     """float16 training needs a fused optimizer; a float16 evaluation has no optimizer."""
     path = save_run(tmp_path / "run.pt", optim__name="lamb", data__name="synthetic", data__images=40)
     row = score("--checkpoint", path, "--precision", "float16")
@@ -181,8 +181,12 @@ def test_refusals(capsys, monkeypatch, image_folder, tmp_path):
         return refuse(capsys, monkeypatch, eval_command, "--checkpoint", digits, *arguments)
 
     assert "the recipe's data.name is digits, which is not read from a directory" in line("--data", image_folder)
+    rootless = small_config(data__name="synthetic", data__root=None, model__num_classes=1000)
+    for name in ("imagenet", "imagenet-real", "imagenet-a"):
+        with pytest.raises(InputError, match=f"--data is missing: the directory that holds {name}"):
+            adapt(EvalConfig.from_recipe(rootless), name)
     assert "--data-name folder belongs to --data DIR" in line("--data-name", "folder")
-    assert "imagenet-a must lie on a disk" in line("--dataset", "imagenet-a", "--data", "http://127.0.0.1:9/x")
+    assert "imagenet-a must be a local folder" in line("--dataset", "imagenet-a", "--data", "http://127.0.0.1:9/x")
     assert "eval_size 64 is larger than eval_resize 32" in line("--size", 64)
     square = line("--model", "vit_base_patch16_sapiens2.fb", "--data", image_folder)
     assert "vit_base_patch16_sapiens2.fb: timm evaluates it on 1024x768 images of 3 channels" in square

@@ -1,4 +1,4 @@
-"""ImageNet's test sets on small made ones in their layouts: class subsets, several right labels, corruptions."""
+"""ImageNet's test sets, as small sets of the same layout: class subsets, several correct labels, corruptions."""
 
 import importlib.resources
 import json
@@ -26,7 +26,7 @@ from lip_resnet.data.sources.base import Encoded
 from lip_resnet.evaluation import metrics, testsets
 from lip_resnet.evaluation.rows import row_path
 
-# The network's answer to every image: these classes, in this order.
+# The network's top classes for every image, in this order.
 RANKING = [10, 2, 795, 6, 1, 11, 13, 15, 17, 809]
 # From thousand_k_to_200 of hendrycks/natural-adv-examples and imagenet_r_indices of hendrycks/imagenet-r (eval.py).
 FIRST_OF_A, FIRST_OF_R = [6, 11, 13, 15, 17, 22, 23, 27, 30, 37], [1, 2, 4, 6, 8, 9, 11, 13, 22, 23]
@@ -43,7 +43,7 @@ REAL = json.loads(text_of("imagenet_real_labels.json"))
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> list[Path]:
-    """Nine small JPEG files, which the sets below link to."""
+    """Nine small JPEG files; the sets below are hard links to them."""
     folder, random = tmp_path_factory.mktemp("nine"), np.random.default_rng(0)
     for number in range(9):
         Image.fromarray(random.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(folder / f"{number}.jpg", "JPEG")
@@ -51,7 +51,7 @@ def images(tmp_path_factory) -> list[Path]:
 
 
 def fill(folder: Path, classes: list[str], images: list[Path], more: dict[str, int] | None = None) -> None:
-    """One image a class, or as many as ``more`` says."""
+    """One image per class; ``more`` gives other numbers, by class."""
     for label, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for copy in range((more or {}).get(name, 1)):
@@ -60,7 +60,7 @@ def fill(folder: Path, classes: list[str], images: list[Path], more: dict[str, i
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory, images) -> Path:
-    """Every test set, each folder named as the set; of ImageNet-C two severities of one corruption."""
+    """Every test set in a folder of its name; ImageNet-C has two severities of one corruption."""
     root = tmp_path_factory.mktemp("sets")
     fill(root / "imagenet-v2", [str(label) for label in range(1000)], images, {"10": 3, "2": 2})
     fill(root / "imagenet-a", text_of("imagenet_a_synsets.txt").split(), images, {WNIDS[6]: 4})
@@ -77,7 +77,7 @@ def sets(tmp_path_factory, images) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
-    """A network that ranks the classes as RANKING does, whatever it sees."""
+    """Weights of a network whose output for every image ranks the classes as RANKING does."""
     state = timm.create_model("test_resnet", num_classes=1000).state_dict()
     state["fc.weight"].zero_()
     state["fc.bias"] = -torch.arange(1000) / 1000
@@ -97,23 +97,23 @@ def test_every_set_on_any_number_of_processes(sets, weights, tmp_path):
         command = ("eval.py", "--checkpoint", weights, *SMALL, "--data", sets, "--output", output, "--partial")
         result = done(*command, "--dataset", *wanted, processes=processes)
         rows[processes] = {name: json.loads((output / f"eval-{name}.json").read_text()) for name in wanted}
-    judged = [labels for labels in REAL[:1000] if labels]
+    labelled = [labels for labels in REAL[:1000] if labels]
     expected = {
         "imagenet-v2": (3, 8, 1003),
         "imagenet-a": (4, 8, 203),
         "imagenet-r": (2, 6, 201),
         "imagenet-sketch": (2, 6, 1001),
         "imagenet-real": (
-            sum(10 in labels for labels in judged),
-            sum(bool({10, 2, 795, 6, 1} & set(labels)) for labels in judged),
-            len(judged),
+            sum(10 in labels for labels in labelled),
+            sum(bool({10, 2, 795, 6, 1} & set(labels)) for labels in labelled),
+            len(labelled),
         ),
         "imagenet-c": (4, 12, 2002),
     }
     assert expected["imagenet-real"][1] > expected["imagenet-real"][0] > 0
     for processes in (1, 2):
-        found = {name: (row["correct1"], row["correct5"], row["images"]) for name, row in rows[processes].items()}
-        assert found == expected
+        counts = {name: (row["correct1"], row["correct5"], row["images"]) for name, row in rows[processes].items()}
+        assert counts == expected
     for name, row in rows[1].items():
         assert rows[2][name]["loss"] == pytest.approx(row["loss"], rel=1e-6)
         assert row["protocol"]["test_set"] == row["dataset"]["name"] == name
@@ -163,7 +163,7 @@ def test_restricted_logits_are_the_authors(sets, images):
     assert result["images"] == len(plain) == 203
 
 
-def test_one_loader_serves_several_sets_in_turn(sets):
+def test_one_loader_reads_several_sets_in_turn(sets):
     config = DataConfig(
         root=str(sets / "imagenet-a"), batch_size=1, eval_size=32, eval_resize=32, workers=1, eval_batch_size=50
     )
@@ -185,7 +185,7 @@ def test_one_loader_serves_several_sets_in_turn(sets):
 
 
 class Recorder(Encoded):
-    """Validation images that note what is announced."""
+    """Validation images; records the indices that are announced."""
 
     def __init__(self, images: int) -> None:
         super().__init__("set", WNIDS, [(f"set/ILSVRC2012_val_{1 + number:08}.JPEG", 0) for number in range(images)])
@@ -198,7 +198,7 @@ class Recorder(Encoded):
         raise NotImplementedError
 
 
-def test_every_wrapper_forwards_what_is_read_next():
+def test_every_wrapper_forwards_prefetch():
     config = DataConfig(name="digits", batch_size=1)
     plain, real = Recorder(4), Recorder(100)
     wrapped = testsets.RealLabels(real)
@@ -224,8 +224,8 @@ def corrupt(root: Path, side: int = 224) -> Path:
     Image.new("RGB", (side, side)).save(picture)
     for number, name in enumerate((*alexnet, *extra)):
         for severity in range(1, 6):
-            place = root / ("archive" if number % 2 else ".") / name / str(severity)
-            fill(place, ["n01440764", "n01443537"], [picture])
+            folder = root / ("archive" if number % 2 else ".") / name / str(severity)
+            fill(folder, ["n01440764", "n01443537"], [picture])
     picture.unlink()
     return root
 
@@ -236,20 +236,20 @@ def test_corruptions_are_the_authors(two_classes, tmp_path):
     published = [88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7]
     assert [round(100 * error, 1) for error in alexnet.values()] == pytest.approx(published, abs=0.11)
     config = DataConfig(root=str(corrupt(tmp_path / "c")), batch_size=1, eval_resize=224, workers=0)
-    found = testsets.open_set("imagenet-c", config, "", 2)
-    assert list(found.parts) == [f"{name}/{severity}" for name in (*alexnet, *extra) for severity in range(1, 6)]
-    for part, images in found.parts.items():
-        assert [found.source.label(index) for index in images] == [0, 1]
-        assert all(f"/{part}/" in found.source.path(index) for index in images)
-    assert found.protocol == {"test_set": "imagenet-c", "scoring": "mean over corruptions and severities"}
-    assert describe_source(found.source)["images"] == 190
+    data = testsets.open_set("imagenet-c", config, "", 2)
+    assert list(data.parts) == [f"{name}/{severity}" for name in (*alexnet, *extra) for severity in range(1, 6)]
+    for part, images in data.parts.items():
+        assert [data.source.label(index) for index in images] == [0, 1]
+        assert all(f"/{part}/" in data.source.path(index) for index in images)
+    assert data.protocol == {"test_set": "imagenet-c", "scoring": "mean over corruptions and severities"}
+    assert describe_source(data.source)["images"] == 190
 
 
-def test_lacking_corruptions(two_classes, tmp_path):
+def test_missing_corruptions(two_classes, tmp_path):
     root = corrupt(tmp_path / "c")
     config = DataConfig(root=str(root), batch_size=1, eval_resize=224, workers=0)
     (root / "gaussian_noise" / "3").rename(root / "away")
-    with pytest.raises(InputError, match=r"lacks 1 folders .* gaussian_noise/3; --partial"):
+    with pytest.raises(InputError, match=r"1 folders .* are missing in .* gaussian_noise/3; --partial"):
         testsets.open_set("imagenet-c", config, "", 2)
     partial = testsets.open_set("imagenet-c", config, "", 2, partial=True)
     assert len(partial.parts) == 94
@@ -258,12 +258,12 @@ def test_lacking_corruptions(two_classes, tmp_path):
     (root / "gaussian_noise" / "3" / "n01443537" / "image_1.jpg").hardlink_to(
         root / "gaussian_noise" / "3" / "n01443537" / "image_0.jpg"
     )
-    with pytest.raises(InputError, match=r"holds 2 images and gaussian_noise/3 3"):
+    with pytest.raises(InputError, match=r"has 2 images and gaussian_noise/3 3"):
         testsets.open_set("imagenet-c", config, "", 2)
     larger = config.model_copy(update={"root": str(corrupt(tmp_path / "larger", 299))})
     with pytest.raises(InputError, match=r"is 299x299; the released images are 224x224"):
         testsets.open_set("imagenet-c", larger, "", 2)
-    with pytest.raises(InputError, match="holds none of the corruptions gaussian_noise"):
+    with pytest.raises(InputError, match="has none of the corruptions gaussian_noise"):
         testsets.open_set("imagenet-c", config.model_copy(update={"root": str(tmp_path / "c" / "fog")}), "", 2)
 
 
@@ -282,18 +282,18 @@ def test_mce_by_hand():
         for name, each in tops.items()
         for severity, top in enumerate(each, 1)
     }
-    found = metrics.corruption_errors(parts, alexnet)
-    assert found["corruptions"]["fog"]["ce"] == pytest.approx(30 / 0.8)  # mean error 30%
-    assert found["corruptions"]["snow"]["error"] == pytest.approx(60)
-    assert found["mce"] == pytest.approx((37.5 + 120) / 2)
-    assert (found["mean_error"], found["top1"]) == (pytest.approx(45), pytest.approx(55))
-    assert (found["images"], found["correct1"], found["loss"]) == (1000, 550, 3)
-    assert "ce" not in found["corruptions"]["spatter"]
-    assert found["corruptions"]["spatter"]["error"] == pytest.approx(97)
+    errors = metrics.corruption_errors(parts, alexnet)
+    assert errors["corruptions"]["fog"]["ce"] == pytest.approx(30 / 0.8)  # mean error 30%
+    assert errors["corruptions"]["snow"]["error"] == pytest.approx(60)
+    assert errors["mce"] == pytest.approx((37.5 + 120) / 2)
+    assert (errors["mean_error"], errors["top1"]) == (pytest.approx(45), pytest.approx(55))
+    assert (errors["images"], errors["correct1"], errors["loss"]) == (1000, 550, 3)
+    assert "ce" not in errors["corruptions"]["spatter"]
+    assert errors["corruptions"]["spatter"]["error"] == pytest.approx(97)
     del parts["fog/3"]
-    lacking = metrics.corruption_errors(parts, alexnet)
-    assert "mce" not in lacking
-    assert "error" not in lacking["corruptions"]["fog"]
+    incomplete = metrics.corruption_errors(parts, alexnet)
+    assert "mce" not in incomplete
+    assert "error" not in incomplete["corruptions"]["fog"]
 
 
 def test_refusals(capsys, monkeypatch, sets, weights, tmp_path, images):
@@ -308,8 +308,8 @@ def test_refusals(capsys, monkeypatch, sets, weights, tmp_path, images):
     assert "invalid choice: 'imagenet-b'" in line("--dataset", "imagenet-b", "--data", sets)
     assert "--data is missing: the directory that holds imagenet-a" in line(*a[:2])
     assert "is not a directory; it must be imagenet-a, or hold it" in line(*a, tmp_path / "none")
-    assert "800 are none of them" in line(*a, sets / "imagenet-sketch")
-    assert "such as 0; 1000 are missing, the first is '0'; 1000 are none" in line(
+    assert "800 are of other names" in line(*a, sets / "imagenet-sketch")
+    assert "such as 0; 1000 are missing, the first is '0'; 1000 are of other" in line(
         "--dataset", "imagenet-v2", "--data", sets / "imagenet-sketch"
     )
     some = tmp_path / "some" / "imagenet-a"
@@ -322,7 +322,7 @@ def test_refusals(capsys, monkeypatch, sets, weights, tmp_path, images):
         "--dataset", "all", "--data", sets, "--output", tmp_path / "row.json"
     )
     assert "--partial belongs to" in line(*a, sets, "--partial")
-    assert "lacks 73 folders" in line("--dataset", "imagenet-c", "--data", sets)
+    assert "73 folders (corruption/severity) are missing in" in line("--dataset", "imagenet-c", "--data", sets)
     assert "is not named ILSVRC2012_val_00000001" in line(
         "--dataset", "imagenet-real", "--data", sets / "imagenet-sketch"
     )
@@ -338,8 +338,8 @@ def test_refusals(capsys, monkeypatch, sets, weights, tmp_path, images):
     assert f"{some}/{WNIDS[6]}/bad.JPEG: cannot decode" in line(*a, some)
 
 
-def test_shards_are_found_by_what_the_folder_holds(image_folder, tmp_path, monkeypatch, capsys):
-    """The same images as class folders and as shards, by --data alone: the same counts."""
+def test_shards_are_recognised_by_the_folder_s_content(image_folder, tmp_path, monkeypatch, capsys):
+    """The same images as class folders and as shards, recognised by --data: the same counts."""
     shards = tmp_path / "shards" / "val"
     shards.mkdir(parents=True)
     (shards / "classes.txt").write_text("ant\nbee\ncat\n")
@@ -365,10 +365,10 @@ def test_shards_are_found_by_what_the_folder_holds(image_folder, tmp_path, monke
 
 
 def test_where_rows_go(tmp_path):
-    """A run folder keeps a file for each set; a bare file's rows go where --output says, or nowhere."""
-    names = {name: row_path(str(tmp_path), None, name, alone=False).name for name in (None, "imagenet", "imagenet-c")}
+    """A run folder has one row file per set; rows of a bare weight file go to --output only."""
+    names = {name: row_path(str(tmp_path), None, name, several=True).name for name in (None, "imagenet", "imagenet-c")}
     assert names == {None: "eval.json", "imagenet": "eval.json", "imagenet-c": "eval-imagenet-c.json"}
     bare = str(tmp_path / "bare.pth")
-    assert row_path(bare, None, "imagenet-c", alone=True) is None
-    assert row_path(bare, str(tmp_path), "imagenet-a", alone=False) == tmp_path / "eval-imagenet-a.json"
-    assert row_path(bare, str(tmp_path / "row.json"), "imagenet-a", alone=True) == tmp_path / "row.json"
+    assert row_path(bare, None, "imagenet-c", several=False) is None
+    assert row_path(bare, str(tmp_path), "imagenet-a", several=True) == tmp_path / "eval-imagenet-a.json"
+    assert row_path(bare, str(tmp_path / "row.json"), "imagenet-a", several=False) == tmp_path / "row.json"

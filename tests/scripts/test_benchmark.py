@@ -1,4 +1,4 @@
-"""benchmark.py: every subcommand on tiny settings, what it refuses, and the tables made from stored rows."""
+"""benchmark.py: every subcommand on tiny settings, its refusals, and the tables made from stored rows."""
 
 import json
 import shlex
@@ -9,7 +9,7 @@ import benchmark
 import pytest
 import timm
 import torch
-from bench import contestants, network, performance, step
+from bench import contestants, network, step, tables
 from bench.timing import LAYOUTS, WrongResult
 from helpers.commands import refuse
 
@@ -38,7 +38,7 @@ def run(monkeypatch, tmp_path, *arguments: str) -> list[dict]:
     output = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--device", "cpu", "--output", str(output)])
     benchmark.main()
-    environment, rows = performance.read(output)
+    environment, rows = tables.read(output)
     assert environment["torch"] == torch.__version__
     assert environment["fused_kernel"] in (True, False)
     return rows
@@ -54,7 +54,7 @@ def test_rows(monkeypatch, tmp_path, capsys, what):
         assert set(row) == COLUMNS[what] | {"precision", "batch"} | (set() if what == "op" else {"size"})
         assert all(value > 0 for key, value in row.items() if key.startswith(("ms", "kept", "images")))
     assert capsys.readouterr().out.count("\n| ") == count + 2  # and the header with its rule
-    if what == "memory":  # whatever is measured: the fused network keeps less than the textbook's
+    if what == "memory":  # the fused network keeps less than the textbook's
         assert rows[1]["kept_mib"] < rows[2]["kept_mib"]
 
 
@@ -92,7 +92,7 @@ def test_failures_are_rows_and_rows_are_kept(monkeypatch, tmp_path):
     monkeypatch.setitem(benchmark.ROWS, "op", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tmp_path, "op", "--force")
-    assert performance.read(tmp_path / "rows.jsonl")[1] == [{"form": "textbook", "ms": 1.0}]
+    assert tables.read(tmp_path / "rows.jsonl")[1] == [{"form": "textbook", "ms": 1.0}]
 
 
 def test_the_engine_s_step_is_what_is_timed(monkeypatch, tmp_path):
@@ -128,8 +128,8 @@ def test_the_engine_s_step_is_what_is_timed(monkeypatch, tmp_path):
     assert every <= set(calls)
 
 
-def test_a_step_that_trains_otherwise_is_noticed(monkeypatch, tmp_path):
-    """A variant whose update differs: its second loss tells."""
+def test_a_step_that_trains_differently_fails(monkeypatch, tmp_path):
+    """A variant with a different update: its second loss differs."""
     monkeypatch.setitem(step.VARIANTS, "contiguous", ("train.channels_last=false", "optim.lr=0.02"))
     rows = run(
         monkeypatch, tmp_path, "step", *TINY["step"][:4], "--contestants", "contiguous", step.BARE, "--rounds", "2"
@@ -139,7 +139,7 @@ def test_a_step_that_trains_otherwise_is_noticed(monkeypatch, tmp_path):
     }
 
 
-def test_wrong_networks_are_noticed(monkeypatch):
+def test_wrong_networks_are_refused(monkeypatch):
     """Other numbers than the textbook network's, or other operations."""
 
     def coarse():
@@ -210,8 +210,8 @@ def test_refusals(monkeypatch, capsys, tmp_path):
         assert "PyTorch sees no GPU" in line("op", "--device", "cuda")
 
 
-def test_section(tmp_path):
-    """What was measured, with its command; failed rows say so; predictions, once, until every GPU part is measured."""
+def test_the_page_of_measurements(tmp_path):
+    """Measured rows with their command; failed ones are marked; predictions, once, until every GPU part is measured."""
     environment = dict.fromkeys(("torch", "threads", "load", "hardware"), "x") | {"date": "2020-01-02T03:04:05"}
     environment |= {"lip_kernels": "plain", "command": ["python", "a b"]}
     common = {"layout": "channels_last", "precision": "float32", "batch": 8}
@@ -221,24 +221,24 @@ def test_section(tmp_path):
     ]
 
     def write(name: str) -> None:
-        lines = [{"environment": environment}, *(performance.shorten(row) for row in rows)]
+        lines = [{"environment": environment}, *(tables.shorten(row) for row in rows)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     write("op_cpu")
-    section = performance.section(tmp_path)
-    cells = [cell.strip() for cell in next(line for line in section.splitlines() if "64x112" in line).split("|")]
+    page = tables.performance(tmp_path)
+    cells = [cell.strip() for cell in next(line for line in page.splitlines() if "64x112" in line).split("|")]
     assert cells[1:7] == ["64x112", "channels_last", "35", "failed", "failed", "-"]
-    assert "batch 8, precision float32, layout channels_last, x, torch x" in section
-    assert "`LIP_KERNELS=plain python 'a b'`" in section
-    assert section.count(", predicted**") == section.count("Not measured") == 1
-    for part in performance.GPU_PARTS:
+    assert "batch 8, precision float32, layout channels_last, x, torch x" in page
+    assert "`LIP_KERNELS=plain python 'a b'`" in page
+    assert page.count(", predicted**") == page.count("Not measured") == 1
+    for part in tables.GPU_PARTS:
         rows = [common | {"model": "resnet50", "site": "64x112", "form": "lip2d", "ms": 1.0}]
         write(part.name)
-    assert "predicted" not in performance.section(tmp_path)
+    assert "predicted" not in tables.performance(tmp_path)
 
 
-def test_the_command_for_gpus_is_understood(monkeypatch, tmp_path):
-    loop, command = performance.section(tmp_path).splitlines()[-3:-1]
+def test_the_command_for_gpus_parses(monkeypatch, tmp_path):
+    loop, command = tables.performance(tmp_path).splitlines()[-3:-1]
     for what in loop.split(" in ")[1].removesuffix("; do").split():
         monkeypatch.setattr(sys, "argv", shlex.split(command.replace("$what", what).replace("${what}", what))[1:])
         options = benchmark.parse()

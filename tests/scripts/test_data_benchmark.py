@@ -7,7 +7,7 @@ import sys
 import benchmark
 import numpy as np
 import pytest
-from bench import performance
+from bench import tables
 from bench.data import make_photographs
 from PIL import Image
 
@@ -25,7 +25,7 @@ def test_figures_follow_from_the_rounds(monkeypatch, image_folder, tmp_path):
     output = tmp_path / "rows.jsonl"
     small = ("--images", 16, "--batch", 8, "--rounds", 3, "--workers", 1, "--gpu", 1000)
     assert run(monkeypatch, "--data", image_folder / "train", *small, "--output", output) == 0
-    environment, rows = performance.read(output)
+    environment, rows = tables.read(output)
     loaders = {row["loader"]: row for row in rows if "loader" in row}
     assert set(loaders) == {"ours, decode: fast", "ours, decode: exact", "timm, uint8", "torchvision, float32"}
     base = loaders["timm, uint8"]["all"]
@@ -40,7 +40,7 @@ def test_figures_follow_from_the_rounds(monkeypatch, image_folder, tmp_path):
     assert workers["comparison"] == "two workers against one, fast"
     assert 0 < pixels["mean"] <= pixels["worst_image"] < 1
     assert environment["command"][2:5] == ["data", "--data", "DIR"]
-    table = performance.LOADERS.table(rows)
+    table = tables.LOADERS.table(rows)
     assert "| timm, uint8 " in table
     assert "3 interleaved rounds of 16 images" in table
     assert "Two workers against one, fast: " in table

@@ -1,4 +1,4 @@
-"""scripts/verify_checkpoint.py: files as the authors wrote them are named, mapped, judged and exported."""
+"""scripts/verify_checkpoint.py: files in the authors' format are identified, loaded, compared and exported."""
 
 import hashlib
 import sys
@@ -27,16 +27,16 @@ def run(capsys, monkeypatch):
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["verify_checkpoint.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as end:
             cli.launch(verify_checkpoint.main)
         printed = capsys.readouterr()
-        return left.value.code or 0, printed.out, printed.err
+        return end.value.code or 0, printed.out, printed.err
 
     return call
 
 
 def three_classes(golden: str) -> dict[str, torch.Tensor]:
-    """Released keys and filled weights, with the first three classes alone."""
+    """Released keys and filled weights, of the first three classes only."""
     state = released_state_dict(golden)
     for key in ("fc.weight", "fc.bias", "classifier.weight", "classifier.bias"):
         if key in state:
@@ -88,7 +88,7 @@ def test_what_fits_nothing_is_compared_with_the_nearest():
             identify(timm.create_model("resnet18").state_dict(), "x")
 
 
-def test_without_data_all_but_the_accuracy(run, densenet):
+def test_without_data_the_accuracy_is_not_checked(run, densenet):
     code, out, _ = run(densenet)
     assert code == 0
     assert hashlib.sha256(densenet.read_bytes()).hexdigest() in out
@@ -129,7 +129,7 @@ def test_training_checkpoint_and_export(run, tmp_path):
 
 
 def test_export_of_a_run(run, tmp_path):
-    """A run folder: the weights that its recipe says stand in tables, and the protocol that it was evaluated by."""
+    """A run folder exports the weights that its recipe's train.rules selects, and the run's evaluation protocol."""
     with torch.device("meta"):
         shapes = timm.create_model("resnet50", num_classes=3).state_dict()
     weights = {key: torch.full(value.shape, 0.25, dtype=value.dtype) for key, value in shapes.items()}
@@ -183,7 +183,7 @@ def count_by_hand(path, folder) -> tuple[int, int]:
 
 
 def figures(path, top1: int, top5: int, total: int):
-    """A data file that publishes other counts, for three classes."""
+    """Write figures with other published counts, for three classes."""
     tree = yaml.safe_load(PAPER_FILE.read_text())
     tree |= {"images": total, "classes": 3, "gains": []}
     tree["rows"] = [row for row in tree["rows"] if row["name"] == "lip_densenet121"]
@@ -196,8 +196,8 @@ def test_verdicts(run, monkeypatch, tmp_path, densenet, image_folder, parquet):
     top1, top5 = count_by_hand(densenet, image_folder / "val")
     assert (top5, 0 < top1 < 11) == (11, True)
     export = tmp_path / "export"
-    for apart, code, verdict in (((0, 0), 0, "identical"), ((25, -1), 0, "within 25 images"), ((0, 26), 1, "differs")):
-        path = figures(tmp_path / "paper.yaml", top1 + apart[0], top5 + apart[1], 11)
+    for offset, code, verdict in (((0, 0), 0, "identical"), ((25, -1), 0, "within 25 images"), ((0, 26), 1, "differs")):
+        path = figures(tmp_path / "paper.yaml", top1 + offset[0], top5 + offset[1], 11)
         monkeypatch.setattr(verify_checkpoint, "FIGURES", path)
         data = {"identical": image_folder, "within 25 images": image_folder / "val", "differs": parquet}[verdict]
         arguments = ("--export", export) if verdict == "differs" else ()
@@ -205,7 +205,7 @@ def test_verdicts(run, monkeypatch, tmp_path, densenet, image_folder, parquet):
         assert got == code, out
         assert f"verdict   {verdict}\n" in out
         assert f"top-1 {top1}, top-5 11 of 11" in out
-        assert f"apart     top-1 {-apart[0]:+d}, top-5 {-apart[1]:+d} images" in out
+        assert f"diff      top-1 {-offset[0]:+d}, top-5 {-offset[1]:+d} images" in out
         assert f"torch {torch.__version__}" in out
     assert not export.exists()
 

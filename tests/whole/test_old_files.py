@@ -11,8 +11,8 @@ import pytest
 import lip_commands
 from lip_resnet import checkpoint, cli
 from lip_resnet.commands import train
-from lip_resnet.evaluation.results import build_table
 from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.evaluation.tables import build_table
 from lip_resnet.training import run_folder
 
 OLD = Path(__file__).parents[1] / "fixtures" / "written_by_0.1.0"

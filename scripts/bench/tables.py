@@ -1,4 +1,4 @@
-"""Rows of ``benchmark.py`` as tables: all of one measurement, and the documentation's from ``results/*.jsonl``."""
+"""Rows of ``benchmark.py`` as Markdown: one measurement's, and the tables of the docs from ``results/*.jsonl``."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def read(path: Path) -> tuple[Row, list[Row]]:
 
 
 def shorten(value: Any) -> Any:
-    """A row, or a value of one, whose numbers have four digits."""
+    """Round the floats of a row, or of a value of a row, to four significant digits."""
     if isinstance(value, dict):
         return {key: shorten(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -47,13 +47,13 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
     return render(header, [[_show(value) for value in row] for row in rows]).rstrip()
 
 
-# ---- the documentation's tables ----
+# ---- tables of the docs ----
 
 
 def _operator(rows: list[Row]) -> str:
-    """A line a site and layout; a form's speedup over the textbook form, failed where it failed."""
+    """One line per site and layout: each form's speedup over the textbook form, or ``failed``."""
     by_key = {(row["layout"], row["site"], row.get("direction"), row["form"]): row for row in rows}
-    places = list(dict.fromkeys((row["layout"], row["site"]) for row in rows))
+    sites = list(dict.fromkeys((row["layout"], row["site"]) for row in rows))
     both = "forward + backward"
     columns = (
         *((f"{form}, {direction}", form, direction, "speedup")
@@ -73,13 +73,13 @@ def _operator(rows: list[Row]) -> str:
         [
             [site, layout, value(layout, site, "textbook", both, "ms")]
             + [value(layout, site, *column[1:]) for column in columns]
-            for layout, site in places
+            for layout, site in sites
         ],
     )
 
 
 def _columns(*wanted: tuple[str, str]) -> Callable[[list[Row]], str]:
-    """A table of these columns, (key, title), a line a row; what failed says so."""
+    """A function from rows to a table of these columns, (key, title), one line per row; failed rows say so."""
 
     def table(rows: list[Row]) -> str:
         columns = [(key, title) for key, title in wanted if any(key in row for row in rows)]
@@ -92,7 +92,7 @@ def _columns(*wanted: tuple[str, str]) -> Callable[[list[Row]], str]:
 
 
 def _loaders(rows: list[Row]) -> str:
-    """A line a loader, and one a comparison below the table."""
+    """One line per loader, and below the table one per comparison."""
     loaders = [row for row in rows if "loader" in row]
     first, cells = loaders[0], []
     for row in loaders:
@@ -135,18 +135,18 @@ _PREDICTED = _columns(
 )
 FLOOR_CAPTION = (
     "The convolution floor is LIP-ResNet-50 with all its convolutions, forward and backward, and without what LIP adds "
-    "to them: average pooling stands for the operator, its gradient goes to features and logits alike, and nothing "
-    "stands for the instance norms, ReLUs and gates of the logit modules."
+    "to them: average pooling replaces the operator, with its gradient for both features and logits, and the instance "
+    "norms, ReLUs and gates of the logit modules are removed."
 )
 STEP_CAPTION = (
-    "The first row normalises the images and runs forward, backward and update; it is the reference and no step that "
-    "`train.py` takes. `as train.py` has the gradient norm, the counts and the guard against steps that are not "
-    "finite; the rows below it change one option of the recipe each."
+    "The first row, the reference, normalises the images and runs forward, backward and update; `train.py` does more: "
+    "`as train.py` has the gradient norm, the counts and the guard against non-finite steps. Each row below it changes "
+    "one option of the recipe."
 )
 
 
 class Part(NamedTuple):
-    """One table: of the rows in ``results/<name>.jsonl``."""
+    """The table of the rows in ``results/<name>.jsonl``."""
 
     name: str
     title: str
@@ -172,9 +172,8 @@ GPU_PARTS = (
 LOADERS = Part("data_cpu", "Loaders", _loaders)
 
 
-def section(folder: Path = FOLDER) -> str:
-    """The table of every part that was measured, with the command and the machine behind it; and what is predicted for
-    GPUs until they are measured."""
+def performance(folder: Path = FOLDER) -> str:
+    """The tables of all measured parts, each with its command and machine; predictions for GPUs until those exist."""
     texts = [_measured(part, folder) for part in (*PARTS, *GPU_PARTS) if (folder / f"{part.name}.jsonl").is_file()]
     if not all((folder / f"{part.name}.jsonl").is_file() for part in GPU_PARTS):
         model, rows = read(FOLDER / "predicted_gpu.jsonl")
@@ -203,7 +202,7 @@ def _measured(part: Part, folder: Path) -> str:
 
 
 def _made_by(environment: Row) -> str:
-    """Where and how rows were measured."""
+    """Machine, versions and command of a measurement."""
     prefix = "" if environment["lip_kernels"] == "auto" else "LIP_KERNELS=plain "
     command = prefix + shlex.join(environment["command"])
     machine = f"{environment['hardware']}, torch {environment['torch']}, {environment['threads']} threads"

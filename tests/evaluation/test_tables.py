@@ -1,4 +1,4 @@
-"""Tables: deltas computed by hand, seeds grouped, and no delta between different protocols."""
+"""Tables of rows: deltas computed by hand, seeds grouped, and no delta between different protocols."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ import pytest
 from helpers import small_config
 
 from lip_resnet.config import InputError
-from lip_resnet.evaluation import results
+from lip_resnet.evaluation import protocol, tables
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.rows import read_rows
 from lip_resnet.evaluation.tables import render
@@ -23,8 +23,8 @@ def row(model: str, top1: float, seed: int | None = 0, **changes) -> dict:
         **{"top1": top1, "top5": 99.0, "loss": 0.1, "images": 355, "params": 23_864_232, "macs": 5_299_830_784},
         **{
             "seed": seed,
-            "protocol": results.describe_protocol(
-                EvalConfig.from_recipe(config), results.describe_training(config, [2])
+            "protocol": protocol.describe_protocol(
+                EvalConfig.from_recipe(config), protocol.describe_training(config, [2])
             ),
         },
     }
@@ -33,19 +33,19 @@ def row(model: str, top1: float, seed: int | None = 0, **changes) -> dict:
 def tuned(model: str, top1: float, initial: dict | None, weights: str | None = None) -> dict:
     """A row of weights that were trained from others."""
     config = small_config(model__name=model, model__weights=weights or f"runs/{model}")
-    training = results.describe_training(config, [2], initial)
-    return {**row(model, top1), "protocol": results.describe_protocol(EvalConfig.from_recipe(config), training)}
+    training = protocol.describe_training(config, [2], initial)
+    return {**row(model, top1), "protocol": protocol.describe_protocol(EvalConfig.from_recipe(config), training)}
 
 
 def source(model: str, sha256: str, before: dict | None = None, **changes) -> dict:
     """``initial_weights`` of a run from another run's checkpoint."""
     changes |= {"model__weights": "before.pt"} if before else {}
-    training = results.describe_training(small_config(model__name=model, **changes), [2], before)
+    training = protocol.describe_training(small_config(model__name=model, **changes), [2], before)
     return {"training": {**training, "step": 46}, "sha256": sha256, "weights": "model"}
 
 
 def table(rows: list[dict]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    header, lines, notes = results.build_table(rows, PAPER)
+    header, lines, notes = tables.build_table(rows, PAPER)
     return {line[0]: dict(zip(header, line, strict=True)) for line in lines}, notes
 
 
@@ -86,8 +86,8 @@ def test_no_delta_between_protocols(changes, words):
 
 def test_no_delta_between_batch_norms_of_other_sizes():
     ours, theirs = row("lip_resnet50", 98.0), row("resnet50", 97.0)
-    theirs["protocol"] = results.describe_protocol(
-        EvalConfig.from_recipe(small_config()), results.describe_training(small_config(), [1])
+    theirs["protocol"] = protocol.describe_protocol(
+        EvalConfig.from_recipe(small_config()), protocol.describe_training(small_config(), [1])
     )
     lines, notes = table([ours, theirs])
     assert lines["lip_resnet50"]["delta top-1"] == "-"
@@ -128,7 +128,7 @@ def test_fine_tuned_weights_are_compared_by_what_they_started_from(ours, theirs,
     assert not words or words in notes[0]
 
 
-def test_a_start_from_weights_is_not_one_from_none():
+def test_pretrained_and_random_starts_have_no_delta():
     _, notes = table([tuned("lip_resnet50", 98.0, UNKNOWN), row("resnet50", 97.0)])
     assert "model.weights: started from a file of unknown training against random weights" in notes[0]
 
@@ -147,14 +147,14 @@ def test_rows_of_earlier_versions_compare_with_todays(tmp_path):
 
 def test_unknown_training_has_no_delta():
     ours, theirs = row("lip_resnet50", 98.0, None), row("resnet50", 97.0, None)
-    for one in (ours, theirs):
-        one["protocol"] = results.describe_protocol(EvalConfig.from_recipe(small_config()), None)
+    for measured in (ours, theirs):
+        measured["protocol"] = protocol.describe_protocol(EvalConfig.from_recipe(small_config()), None)
     lines, notes = table([ours, theirs])
     assert lines["lip_resnet50"]["delta top-1"] == "-"
     assert "unknown training" in notes[0]
 
 
-def test_paper_figures_stand_beside_imagenet():
+def test_paper_figures_are_shown_beside_imagenet():
     ours = row("lip_resnet50", 78.2)
     ours["images"], ours["protocol"]["classes"] = 50000, 1000
     lines, _ = table([ours])
@@ -163,10 +163,10 @@ def test_paper_figures_stand_beside_imagenet():
 
 def test_paper_figures_belong_to_a_network_with_its_keywords():
     rows = [row("lip_resnet50", top1) for top1 in (78.2, 77.0, 78.0)]
-    for one, width in zip(rows, (128, 64, 256), strict=True):
-        one["images"], one["protocol"]["classes"], one["args"] = 50000, 1000, {"bottleneck_width": width}
+    for measured, width in zip(rows, (128, 64, 256), strict=True):
+        measured["images"], measured["protocol"]["classes"], measured["args"] = 50000, 1000, {"bottleneck_width": width}
     paper = PAPER | {"lip_resnet50 (bottleneck_width=256)": {"top1": 78.15}}
-    header, lines, _ = results.build_table(rows, paper)
+    header, lines, _ = tables.build_table(rows, paper)
     assert [line[header.index("paper top-1")] for line in lines] == ["78.19", "-", "78.15"]
 
 
@@ -179,7 +179,7 @@ def test_best_and_ema_are_labelled():
 
 def test_formats():
     rows = [row("lip_resnet50", 98.0), row("resnet50", 97.0)]
-    header, lines, notes = results.build_table(rows, PAPER)
+    header, lines, notes = tables.build_table(rows, PAPER)
     csv = render(header, lines, notes, "csv").splitlines()
     assert csv[1] == "lip_resnet50,23.86,5.300,98.00,99.00,+1.00,1,355"
     latex = render(header, lines, notes, "latex")
@@ -192,11 +192,14 @@ def test_formats():
 def test_bad_rows(tmp_path):
     good = row("resnet50", 97.0)
     with pytest.raises(InputError, match="same seed"):
-        results.build_table([good, copy.deepcopy(good)], PAPER)
+        tables.build_table([good, copy.deepcopy(good)], PAPER)
+    bare = row("resnet50", 97.0, None)
+    with pytest.raises(InputError, match="two rows of resnet50-None"):
+        tables.build_table([bare, copy.deepcopy(bare)], PAPER)
     for name, text, words in (
         ("a.json", "no json", "not JSON"),
         ("b.json", "[1]", "not a row"),
-        ("c.json", json.dumps({"model": "x"}), "lacks top1"),
+        ("c.json", json.dumps({"model": "x"}), "missing keys: top1"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=words):
@@ -238,19 +241,19 @@ def test_rows_of_other_images_are_not_seeds_of_each_other():
     assert lines["resnet50"]["seeds"] == "1"
 
 
-def test_batch_norm_sees_what_its_process_sees():
+def test_images_per_batch_norm():
     config = small_config(optim__accumulate=4)
-    assert results.describe_training(config, [2])["images_per_batch_norm"] == "8"
-    assert results.describe_training(config, [2, 1])["images_per_batch_norm"] == "8, then 16"
+    assert protocol.describe_training(config, [2])["images_per_batch_norm"] == "8"
+    assert protocol.describe_training(config, [2, 1])["images_per_batch_norm"] == "8, then 16"
     synced = small_config(optim__accumulate=4, train__sync_bn=True)
-    assert results.describe_training(synced, [2])["images_per_batch_norm"] == "16"
+    assert protocol.describe_training(synced, [2])["images_per_batch_norm"] == "16"
 
 
 def on(name: str, model: str, top1: float, **facts) -> dict:
     """A row of a test set."""
-    found = row(model, top1)
-    found["protocol"] |= {"test_set": name}
-    return {**found, "dataset": {"name": name, "whole": True, "names": name, "content": None}, **facts}
+    measured = row(model, top1)
+    measured["protocol"] |= {"test_set": name}
+    return {**measured, "dataset": {"name": name, "whole": True, "names": name, "content": None}, **facts}
 
 
 ROWS = [
@@ -261,23 +264,23 @@ ROWS = [
 ]
 
 
-def test_test_sets_stand_apart():
+def test_test_sets_are_compared_separately():
     """A delta is to the baseline on the same set; where the baseline is missing there is none."""
-    header, lines, notes = results.build_table(ROWS, PAPER)
-    found = {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
-    assert [found["lip_resnet50", name]["delta top-1"] for name in ("digits", "imagenet-v2", "imagenet-c")] == [
+    header, lines, notes = tables.build_table(ROWS, PAPER)
+    cells = {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
+    assert [cells["lip_resnet50", name]["delta top-1"] for name in ("digits", "imagenet-v2", "imagenet-c")] == [
         "+1.00",
         "+3.00",
         "+1.00",
     ]
-    assert found["lip_resnet50", "imagenet-a"]["delta top-1"] == "-"
-    assert found["lip_resnet50", "imagenet-c"]["mCE (%)"] == "75.00"
-    assert found["lip_resnet50", "digits"]["mCE (%)"] == "-"
+    assert cells["lip_resnet50", "imagenet-a"]["delta top-1"] == "-"
+    assert cells["lip_resnet50", "imagenet-c"]["mCE (%)"] == "75.00"
+    assert cells["lip_resnet50", "digits"]["mCE (%)"] == "-"
     assert notes == []
 
 
-def test_a_column_a_test_set():
-    header, lines, notes = results.build_wide(ROWS)
+def test_one_column_per_test_set():
+    header, lines, notes = tables.build_wide(ROWS)
     assert header == [
         *("model", "params (M)", "imagenet-v2 top-1 (%)", "imagenet-a top-1 (%)", "imagenet-c mCE (%)"),
         *("digits top-1 (%)", "seeds"),
@@ -288,12 +291,12 @@ def test_a_column_a_test_set():
     ]
     assert notes == []
     part = on("imagenet-a", "resnet50", 1.0, dataset={"name": "imagenet-a", "whole": False, "names": "imagenet-a"})
-    _, _, notes = results.build_wide([*ROWS, part])
+    _, _, notes = tables.build_wide([*ROWS, part])
     assert notes == ["imagenet-a: 355 images, which is not all of it"]
     twice = on("imagenet-a", "lip_resnet50", 9.5)
     twice["protocol"]["eval_size"] = 288
     with pytest.raises(InputError, match=r"lip_resnet50 has two figures on imagenet-a.*eval_size: 288 against 32"):
-        results.build_wide([*ROWS, twice])
+        tables.build_wide([*ROWS, twice])
 
 
 def test_no_delta_between_other_images_of_one_name():
@@ -308,11 +311,11 @@ def test_no_delta_between_other_images_of_one_name():
 def test_the_papers_figures_are_not_those_of_sketch():
     ours = on("imagenet-sketch", "lip_resnet50", 25.0, images=50000)
     ours["protocol"]["classes"] = 1000
-    header, _, _ = results.build_table([ours], PAPER)
+    header, _, _ = tables.build_table([ours], PAPER)
     assert "paper top-1" not in header
 
 
 def test_a_run_folder_holds_a_row_for_each_set(tmp_path):
-    for name, one in (("eval", ROWS[0]), ("eval-imagenet-v2", ROWS[2])):
-        (tmp_path / f"{name}.json").write_text(json.dumps(one))
+    for name, content in (("eval", ROWS[0]), ("eval-imagenet-v2", ROWS[2])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert read_rows([str(tmp_path)]) == [ROWS[0], ROWS[2]]
