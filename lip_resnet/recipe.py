@@ -91,8 +91,8 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(path: str | Path) -> Path:
     """The file that ``path`` names, with or without ``.yaml``; where there is none, the shipped recipe of that name.
 
-    A shipped recipe is named ``imagenet/lip_resnet50_step90`` or ``configs/imagenet/lip_resnet50_step90``. A name that is
-    neither a file nor a shipped recipe is returned as it is.
+    A shipped recipe is named ``imagenet/lip_resnet50_step90`` or ``configs/imagenet/lip_resnet50_step90``. A name that
+    is neither a file nor a shipped recipe is returned as it is.
     """
     for candidate in (str(path), f"{path}.yaml"):
         if os.path.isfile(candidate):
