@@ -80,6 +80,10 @@ def test_wheel_is_complete(wheel):
     assert wheel.name.startswith(f"lip_resnet-{lip_resnet.__version__}-")
 
 
+def test_version_is_the_cited_one():
+    assert f"\nversion: {lip_resnet.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def test_installed_package_pools(environment, tmp_path):
     file, version, compiled = run(environment / "bin" / "python", "-c", POOL, cwd=tmp_path).split()
     assert Path(file).is_relative_to(environment)
