@@ -21,7 +21,8 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir --requirement requirements.txt
 
 COPY --chown=lip:lip . .
-RUN pip install --no-cache-dir --no-deps --editable . && mkdir /runs && chown -R lip:lip /workspace/lip-resnet /runs
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
+    && mkdir /runs && chown -R lip:lip /workspace/lip-resnet /runs
 
 USER lip
 ENV PYTHONUNBUFFERED=1

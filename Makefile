@@ -21,7 +21,7 @@ $(READY): requirements.txt pyproject.toml
 	test -e .venv || { mkdir .venv && touch .venv/made-by-make; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
 # Keeps what a failed step made; every file is written whole or not at all.
@@ -41,19 +41,21 @@ test: $(READY) ## run the quick tests
 test-slow: $(READY) ## run the long tests
 	$(BIN)/python -m pytest -m slow
 
-lint: $(READY) ## run the linters
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: .venv/ready-dev ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: .venv/ready-docs ## refresh the generated parts of the pages and build the site
 	$(BIN)/python scripts/make_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.venv/ready-docs: requirements-docs.txt $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
-	touch $@
+dist: .venv/ready-dev ## build a source archive and a wheel in dist/
+	$(BIN)/python -m build --no-isolation
 
-dist: $(READY) ## build a wheel in dist/
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+.venv/ready-%: requirements-%.txt $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
 
 bench: $(READY) ## measure the operator
 	$(BIN)/python scripts/benchmark.py op

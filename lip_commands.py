@@ -21,7 +21,7 @@ def train_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
         description="Train a recipe: torchrun --nproc_per_node=8 train.py --config configs/imagenet/NAME.yaml "
         "data.root=DIR. Every key of the recipe can be overridden as section.key=value."
     )
-    parser.add_argument("--config", required=True, help="the recipe, a YAML file")
+    parser.add_argument("--config", required=True, help="the recipe: a YAML file, or a shipped one by name")
     parser.add_argument("--output", help="the run folder (default: runs/<folder of the recipe>/<its name>)")
     parser.add_argument("--resume", default="none", metavar="auto|none|PATH", help="continue a run (default: none)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -52,7 +52,7 @@ def eval_parser(
     add("--checkpoint", help="a run folder, or a .pt, .pth or .safetensors file")
     add("--pretrained", action="store_true", help="timm's own weights of --model, downloaded")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--config", help="the recipe of the checkpoint")
+    which.add_argument("--config", help="the recipe of the checkpoint, as for train.py")
     which.add_argument("--model", help="the timm name of the checkpoint's model; its protocol is timm's for that model")
     add(
         "--data", help=f"{DATA_HELP}; for a test set its folder, or the directory that holds it (default: the recipe's)"

@@ -7,6 +7,8 @@ from lip_resnet.layers import DOWNSAMPLING, make_layer, replace_downsampling
 from lip_resnet.models import load_weights
 from lip_resnet.ops import lip2d
 
+__version__ = "0.1.0"
+
 LAYERS = DOWNSAMPLING
 """The name of ``DOWNSAMPLING`` in version 0.1."""
 

@@ -1,6 +1,7 @@
 """YAML files and command-line overrides to a ``Config``. Every error is one line with the key and what is allowed."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,16 +83,42 @@ def _check_plain(tree: Any) -> None:
             raise ValueError(f"{where}: a whole number of {value.bit_length()} bits; 64 are allowed")
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Name, such as ``imagenet/lip_resnet50_step90``, to file of the recipes that come with the package."""
+    folder = Path(__file__).with_name("configs")
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that ``path`` names, with or without ``.yaml``; where there is none, the shipped recipe of that name.
+
+    A shipped recipe is named ``imagenet/lip_resnet50_step90`` or ``configs/imagenet/lip_resnet50_step90``. A name that
+    is neither a file nor a shipped recipe is returned as it is.
+    """
+    for candidate in (str(path), f"{path}.yaml"):
+        if os.path.isfile(candidate):
+            return Path(candidate)
+    return shipped_recipes().get(_recipe_name(path), Path(path))
+
+
+def _recipe_name(path: str | Path) -> str:
+    return Path(path).as_posix().removeprefix("configs/").removesuffix(".yaml")
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a recipe and apply ``section.key=value`` overrides, whose values are YAML.
+    """Read a recipe, found by ``find_recipe``, and apply ``section.key=value`` overrides, whose values are YAML.
 
     Raises:
         InputError: one line naming file, key, what was given, what is allowed, and the nearest valid key.
     """
+    path = find_recipe(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        if isinstance(error, FileNotFoundError):
+            near = difflib.get_close_matches(_recipe_name(path), shipped_recipes(), n=3)
+            reason += f"; shipped recipes with a similar name: {', '.join(near)}" if near else ""
         raise _refusal(f"{path}: cannot read the recipe: {reason}") from error
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):

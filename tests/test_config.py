@@ -15,7 +15,7 @@ from lip_resnet.commands.train import regularisers
 from lip_resnet.config import EFFECTS, Config, Effect, InputError
 from lip_resnet.data.transforms import TrainTransform
 from lip_resnet.models.registry import build_model
-from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.recipe import find_recipe, load_config, parse_config
 from lip_resnet.training.run_folder import check_same_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +43,25 @@ def test_recipe_loads_and_survives_its_own_dump(path):
     assert parse_config(yaml.safe_load(config.dump()), "dump") == config
     header = path.read_text(encoding="utf-8").splitlines()[0]
     assert header.startswith("# ")
+
+
+def test_shipped_recipe_is_found_by_name(tmp_path, monkeypatch):
+    """From any folder, with or without .yaml; a file of the working folder comes first, a folder does not."""
+    monkeypatch.chdir(tmp_path)
+    name = "imagenet/lip_resnet50_step90"
+    shipped = ROOT / "configs" / f"{name}.yaml"
+    for given in (name, f"{name}.yaml", f"configs/{name}", f"configs/{name}.yaml"):
+        assert find_recipe(given).samefile(shipped)
+        assert load_config(given) == load_config(shipped)
+    with pytest.raises(InputError, match=rf"lip_resnt50.*No such file.*similar name: {name}, [^\n]*$"):
+        load_config("imagenet/lip_resnt50_step90")
+    with pytest.raises(InputError, match=r"^/data/mine\.yaml: cannot read the recipe: No such file or directory$"):
+        load_config("/data/mine.yaml")
+    Path(name).mkdir(parents=True)
+    assert find_recipe(name).samefile(shipped)
+    Path(f"{name}.yaml").write_text(MINIMAL)
+    assert find_recipe(name) == find_recipe(f"{name}.yaml") == Path(f"{name}.yaml")
+    assert load_config(name).model.name == "resnet50"
 
 
 def baseline(path: Path) -> Path:

@@ -18,7 +18,7 @@ from lip_resnet.files import sha256
 from lip_resnet.layers.pooling import logit_parameters
 from lip_resnet.models import registry
 from lip_resnet.models.weights import put_weights
-from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.recipe import find_recipe, load_config, parse_config
 from lip_resnet.training import run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import build_state
@@ -28,8 +28,8 @@ from lip_resnet.training.run import Provenance, Run, describe_datasets, restore
 
 def main(options: Namespace) -> None:
     """Train a recipe; ``options`` are parsed by ``lip_commands.train_parser``. Raises what ``cli.launch`` maps."""
-    config = load_config(options.config, options.overrides)
-    recipe = Path(options.config)
+    recipe = find_recipe(options.config)
+    config = load_config(recipe, options.overrides)
     folder = Path(options.output or Path("runs") / recipe.resolve().parent.name / recipe.stem)
     interrupts = Interrupts(config.train.checkpoint_steps, config.train.checkpoint_minutes)
     try:

@@ -21,7 +21,7 @@ import lip_commands
 from lip_resnet import checkpoint, cli, distributed, environment, errors
 from lip_resnet.commands import train
 from lip_resnet.config import InputError
-from lip_resnet.evaluation.results import describe_training, difference
+from lip_resnet.evaluation.protocol import describe_training, difference
 from lip_resnet.recipe import parse_config
 from lip_resnet.training import run, run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
