@@ -115,7 +115,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not a text file"
         if isinstance(error, FileNotFoundError):
             near = difflib.get_close_matches(_recipe_name(path), shipped_recipes(), n=3)
             reason += f"; shipped recipes with a similar name: {', '.join(near)}" if near else ""
