@@ -100,7 +100,7 @@ def replace_downsampling(
     for name, old in strided.items():
         reads_image = name == next(iter(channels), None) and getattr(old, "in_channels", None) == input_size[0]
         site = "image" if reads_image else _site(name, list(strided))
-        reason = _reason_to_keep(old, name in channels)
+        reason = _reason_to_keep(old, name in channels) if name else "it is the model itself"
         if reason is None and site not in chosen:
             reason = f"no layer was chosen for the site {site!r}"
         if reason is not None:
@@ -217,8 +217,7 @@ def _describe(module: StridedLayer) -> str:
 
 
 def _set(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` stands: a module may be shared."""
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
+    """Replace ``old`` under all of its names: a module may be shared."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)

@@ -157,6 +157,10 @@ def test_a_shared_layer_is_replaced_everywhere():
     assert model[1] is model[2][1]
 
 
+def test_a_layer_alone_is_kept():
+    assert replace_downsampling(nn.MaxPool2d(2)).kept == {"": "it is the model itself"}
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
