@@ -93,14 +93,15 @@ def replace_downsampling(
     if input_size is None:
         input_size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
 
-    channels = _traced_channels(model, input_size)
+    like = next(model.parameters(), torch.empty(0))
+    channels = _traced_channels(model, input_size, like.dtype)
     strided = {name: module for name, module in model.named_modules() if _is_strided(module)}
     report = Replacements()
     new: dict[str, nn.Module] = {}
     for name, old in strided.items():
         reads_image = name == next(iter(channels), None) and getattr(old, "in_channels", None) == input_size[0]
         site = "image" if reads_image else _site(name, list(strided))
-        reason = _reason_to_keep(old, name in channels)
+        reason = _reason_to_keep(old, name in channels) if name else "it is the model itself"
         if reason is None and site not in chosen:
             reason = f"no layer was chosen for the site {site!r}"
         if reason is not None:
@@ -108,7 +109,7 @@ def replace_downsampling(
             continue
         layer = "lip_simplified" if chosen[site] == "lip" and site == "stem" else chosen[site]
         try:
-            new[name] = _replacement(old, layer, channels[name], options, next(model.parameters()))
+            new[name] = _replacement(old, layer, channels[name], options, like)
         except ValueError as error:
             report.kept[name] = str(error)
             continue
@@ -131,7 +132,7 @@ def _replacement(old: StridedLayer, layer: str, channels: int, options: LogitOpt
     return make_layer(layer, channels, *window, options, **factory_kwargs).train(old.training)
 
 
-def _traced_channels(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+def _traced_channels(model: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, int]:
     """Output channels of every strided layer, in the order of the forward pass, from a copy on the meta device."""
     trial = copy.deepcopy(model).to("meta").eval()
     channels: dict[str, int] = {}
@@ -142,7 +143,6 @@ def _traced_channels(model: nn.Module, input_size: tuple[int, int, int]) -> dict
 
     for module in names:
         module.register_forward_hook(record)
-    dtype = next(model.parameters()).dtype
     with torch.no_grad():
         trial(torch.empty(2, *input_size, device="meta", dtype=dtype))
     return channels
@@ -217,8 +217,7 @@ def _describe(module: StridedLayer) -> str:
 
 
 def _set(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` stands: a module may be shared."""
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
+    """Replace ``old`` under all of its names: a module may be shared."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)

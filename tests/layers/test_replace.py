@@ -157,6 +157,13 @@ def test_a_shared_layer_is_replaced_everywhere():
     assert model[1] is model[2][1]
 
 
+def test_models_without_parameters():
+    assert replace_downsampling(nn.MaxPool2d(2)).kept == {"": "it is the model itself"}
+    model = nn.Sequential(nn.MaxPool2d(2), nn.ReLU())
+    replace_downsampling(model, "average")
+    assert isinstance(model[0], nn.AvgPool2d)
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
