@@ -163,7 +163,7 @@ def main() -> None:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, help="at most so many injections of each fault, and no record is kept")
     parser.add_argument("--only", nargs="+", choices=PLAN, metavar="FAULT", help=f"of {', '.join(PLAN)}; no record")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="a folder: new, empty, or of an earlier call")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="new, empty, or of an earlier call")
     parser.add_argument("--table", action="store_true", help=f"only render {PAGE.name} from {RECORD.name}")
     options = parser.parse_args()
     if options.times is not None and options.times < 1:
