@@ -1,4 +1,4 @@
-"""Break training runs in every way a cluster can, and compare each end with that of an undisturbed run:  make faults
+"""Inject faults into training runs, and compare each result with that of an undisturbed run:  make faults
 
 Injects the faults of PLAN into train.py on a small LIP network and renders results/faults.json into docs/faults.md.
 Every finished group of injections is kept below --work: the same command goes on after an interruption.
@@ -163,7 +163,7 @@ def main() -> None:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, help="at most so many injections of each fault, and no record is kept")
     parser.add_argument("--only", nargs="+", choices=PLAN, metavar="FAULT", help=f"of {', '.join(PLAN)}; no record")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="new, or of an earlier call")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="new, empty, or of an earlier call")
     parser.add_argument("--table", action="store_true", help=f"only render {PAGE.name} from {RECORD.name}")
     options = parser.parse_args()
     if options.times is not None and options.times < 1:

@@ -139,7 +139,7 @@ def main() -> None:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=4.0, help="how long (default: 4)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "soak", help="new, or of an earlier call")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "soak", help="new, empty, or of an earlier call")
     options = parser.parse_args()
     work, rng = open_work_folder(options.work), random.Random(options.seed)
     shutil.rmtree(work / "run", ignore_errors=True)
