@@ -3,9 +3,6 @@
 A generated part is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 """
 
-import ast
-import inspect
-import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,8 +14,7 @@ from bench import tables
 from reproduce_paper import count_networks
 
 from lip_resnet import cli
-from lip_resnet import config as recipe_config
-from lip_resnet.config import Config, InputError
+from lip_resnet.config import EFFECTS, Config, Effect, InputError
 from lip_resnet.evaluation.paper import load_paper, render_table
 from lip_resnet.evaluation.tables import render
 from lip_resnet.files import write_text
@@ -62,34 +58,21 @@ def bad_images() -> str:
 
 def recipe_keys() -> str:
     """Every key of a recipe: its type, default, docstring and effect."""
-    effects = list(getattr(recipe_config, "Effect", ()))
-    parts = [f"- *{effect.name.lower()}*: {effect.value}" for effect in effects]
-    parts = [f"The last column says what another value changes.\n\n{chr(10).join(parts)}"] if parts else []
+    effects = "\n".join(f"- *{effect.name.lower()}*: {effect.value}" for effect in Effect)
+    parts = [f"The last column says what another value changes.\n\n{effects}"]
     for section, field in Config.model_fields.items():
         model = field.annotation
-        schema, texts = model.model_json_schema()["properties"], _attribute_docstrings(model)
-        header = ["key", "values", "default", "meaning", *(["changes"] if effects else [])]
+        schema = model.model_json_schema()["properties"]
+        header = ["key", "values", "default", "meaning", "changes"]
         lines = []
         for key, about in model.model_fields.items():
-            default = "required" if about.is_required() else f"`{_yaml(about.default)}`"
-            cells = [f"`{section}.{key}`", _values(schema[key]), default, texts.get(key, "")]
-            cells += [item.name.lower() for item in about.metadata if item in effects]
+            default = "required" if about.is_required() else f"`{_yaml(about.get_default(call_default_factory=True))}`"
+            meaning, effect = " ".join(about.description.split()), EFFECTS[f"{section}.{key}"]
+            cells = [f"`{section}.{key}`", _values(schema[key]), default, meaning, effect.name.lower()]
             lines.append([cell.replace("|", "&#124;") for cell in cells])
         table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
         parts.append("\n".join([f"### {section}", "", model.__doc__, "", *table]))
     return "\n\n".join(parts)
-
-
-def _attribute_docstrings(model: type) -> dict[str, str]:
-    """Field (own or inherited) -> the docstring below it, on one line."""
-    classes = {node.name: node for node in ast.parse(inspect.getsource(recipe_config)).body if hasattr(node, "name")}
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for base in reversed(model.__mro__)
-        if base.__name__ in classes
-        for field, text in itertools.pairwise(classes[base.__name__].body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
 
 
 def _yaml(value: Any) -> str:

@@ -1,0 +1,40 @@
+"""What the sections of a recipe are made of: the base class, kinds of values, and the effect of a key.
+
+A field is ``Trains[...]``, ``Evaluates[...]`` or ``Neutral[...]``, by what a change of its value affects (``Effect``).
+"""
+
+import enum
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+
+
+class Effect(enum.Enum):
+    """What a change of a field's value affects; docs/recipes.md repeats these sentences."""
+
+    WEIGHTS = "Changes the trained weights: part of the training protocol; it cannot change when a run is resumed."
+    EVALUATION = "Changes how weights are evaluated, not the weights. Changed on resume, `best` is chosen afresh."
+    NOTHING = "Changes neither weights nor figures; it may change when a run is resumed."
+
+
+Trains = Annotated[T, Effect.WEIGHTS]
+Evaluates = Annotated[T, Effect.EVALUATION]
+Neutral = Annotated[T, Effect.NOTHING]
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Colour = Annotated[tuple[float, float, float], Field(strict=False)]
+Range = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys: unknown keys, wrong types, NaN and infinity are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
