@@ -64,7 +64,6 @@ def faults() -> str:
     """The faults injected by ``make faults`` and what became of the runs and files."""
     record = json.loads((ROOT / "results" / "faults.json").read_text(encoding="utf-8"))
     environment, reference, rows = record["environment"], record["reference"], record["faults"]
-
     runs, files = [], []
     for fault, row in rows.items():
         counts = ", ".join(f"{name} {count}" for name, count in (row.get("phases") or row["became"]).items())
@@ -76,15 +75,7 @@ def faults() -> str:
         else:
             memory = f"+{row['memory_mb']} MB"
             files.append([fault, f"{row['cases']}", counts, f"{row['failed']}", memory, holds])
-    header = [
-        "fault",
-        "times",
-        "when it hit",
-        "steps recomputed: median, most",
-        "files lost",
-        "same end (sha256)",
-        "holds",
-    ]
+    header = ["fault", "times", "when it hit", "steps recomputed: median, most", "files lost", "same end (sha256)"]
     return (
         f"{environment['hardware']}, torch {environment['torch']}, Python {environment['python']}; "
         f"commit {environment['git_commit'][:12]}. The uninterrupted run ends in `{reference['plain'][:16]}`, with a "
