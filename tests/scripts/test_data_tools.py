@@ -180,9 +180,7 @@ def test_wrong_archives_are_refused(prepare, archives, tmp_path, capsys):
     assert "there is no" in capsys.readouterr().err
 
 
-def test_wrong_sizes_and_checksums_are_refused(
-    monkeypatch, prepare, archives, tmp_path, capsys
-):
+def test_wrong_sizes_and_checksums_are_refused(monkeypatch, prepare, archives, tmp_path, capsys):
     """The archives' sizes are checked first: hours of reading a truncated download would be lost."""
     paths = {key: archives[0] / name for key, (name, _) in ARCHIVE_META.items()}
     assert prepare(output=tmp_path / "out") == 2
