@@ -3,7 +3,6 @@
 import importlib.resources
 import json
 import os
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import timm
 import torch
 from helpers.commands import call, done, refuse
-from helpers.sets import add
+from helpers.sets import add_shards
 from PIL import Image
 from torch.nn import functional
 from torchvision import datasets
@@ -324,12 +323,8 @@ def test_refusals(capsys, monkeypatch, sets, weights, tmp_path, images):
 def test_shards_are_recognised_by_the_folder_s_content(image_folder, tmp_path, monkeypatch, capsys):
     """The same images as class folders and as shards, recognised by --data: the same counts."""
     shards = tmp_path / "shards" / "val"
-    shards.mkdir(parents=True)
-    (shards / "classes.txt").write_text("ant\nbee\ncat\n")
-    with tarfile.open(shards / "0.tar", "w") as archive:
-        for path in sorted((image_folder / "val").glob("*/*")):
-            add(archive, f"{path.stem}.jpg", path.read_bytes())
-            add(archive, f"{path.stem}.cls", str(("ant", "bee", "cat").index(path.parent.name)).encode())
+    shards.parent.mkdir()
+    add_shards(image_folder, shards.parent)
     checkpoint, rows = tmp_path / "three.pth", []
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), checkpoint)
