@@ -1,4 +1,4 @@
-"""LIP, local importance-based pooling: the operator, its networks, and their honest measurement.
+"""LIP, local importance-based pooling: the operator, downsampling layers, networks, and their training and evaluation.
 
 Importing the package registers ``lip_resnet18`` to ``152`` and ``lip_densenet121`` to ``201`` with timm.
 """
@@ -10,6 +10,6 @@ from lip_resnet.ops import lip2d
 __version__ = "0.1.0"
 
 LAYERS = DOWNSAMPLING
-"""The name of ``DOWNSAMPLING`` in version 0.1."""
+"""An earlier name of ``DOWNSAMPLING``."""
 
 __all__ = ["DOWNSAMPLING", "LAYERS", "lip2d", "load_weights", "make_layer", "replace_downsampling"]

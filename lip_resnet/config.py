@@ -240,7 +240,7 @@ class TrainConfig(Section):
     seed: Trains[Annotated[int, Field(ge=0, lt=2**32)]] = 0
     """Seed of all randomness: initial weights, order of the images, augmentation, dropout."""
     max_steps: Trains[Positive | None] = None
-    """Stop after this many optimizer steps; the schedule still spans `epochs`."""
+    """Stop after this many optimizer steps; the schedule still spans `epochs`. It may change on resume."""
     precision: Trains[Literal["float32", "tf32", "bfloat16", "float16"]] = "float32"
     """Precision of the forward (autocast). tf32: float32, TF32 products; float16: scaled loss, sgd or adamw only."""
     channels_last: Trains[bool] = True

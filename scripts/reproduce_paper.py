@@ -49,7 +49,7 @@ def main() -> None:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     files = {"nargs": "+", "metavar": "NAME=FILE", "default": []}
     parser.add_argument("--checkpoints", **files, help="released weights of rows")
-    parser.add_argument("--weights", dest="checkpoints", **files, help=argparse.SUPPRESS)  # the name in version 0.1
+    parser.add_argument("--weights", dest="checkpoints", **files, help=argparse.SUPPRESS)  # an earlier name
     parser.add_argument("--data", help=f"for --checkpoints, ImageNet: {DATA_HELP}")
     parser.add_argument("--data-name", choices=KINDS, metavar="NAME", help=DATA_NAME_HELP)
     parser.add_argument("--workers", type=int, default=8, help="for --checkpoints: loader processes of each process")

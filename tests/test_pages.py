@@ -64,6 +64,11 @@ def test_python_blocks_run():
         exec(compile(block, "docs/layers.md", "exec"), values)
     assert values["report"].swapped
     assert values["y"].shape == values["pool"](values["x"]).shape == (2, 256, 7, 7)
+    (block,) = re.findall(r"```python\n(.*?)```", TEXTS["docs/api.md"], re.DOTALL)
+    values = {}
+    exec(compile(block.replace('"digits"', '"synthetic", images=64'), "docs/api.md", "exec"), values)
+    assert values["x"].shape == (64, 3, 32, 32)
+    assert values["x"].dtype == torch.float32
 
 
 def test_links_have_targets():

@@ -50,7 +50,7 @@ class Replacements:
 
     @property
     def left(self) -> dict[str, str]:
-        """The name of ``kept`` in version 0.1."""
+        """An earlier name of ``kept``."""
         return self.kept
 
     def __str__(self) -> str:

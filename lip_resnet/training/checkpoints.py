@@ -2,6 +2,7 @@
 
 import os
 import re
+import reprlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def check_entries(
     ):
         if not valid:
             given = payload[entry]
-            shown = tuple(given.shape) if isinstance(given, Tensor) else f"{given!r:.80}"
+            shown = tuple(given.shape) if isinstance(given, Tensor) else reprlib.repr(given)  # bounded, unlike repr
             raise ValueError(f"{entry} is {shown} ({type(given).__name__}); it must be {allowed}")
     for entry, network in networks.items():
         for name, ours in network.state_dict().items():

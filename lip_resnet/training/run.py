@@ -49,8 +49,8 @@ def describe_datasets(train: Any, val: Any) -> Datasets:
     for split, source in (("train", train), ("val", val)):
         if len(source) != datasets[split]["images"]:
             raise InputError(
-                f"data.root: {len(source)} images of {split} here, {datasets[split]['images']} on rank 0; "
-                "all processes need the same files"
+                f"data.root: {len(source)} {split} images here, {datasets[split]['images']} on rank 0; all processes "
+                "need the same files"
             )
     return datasets
 

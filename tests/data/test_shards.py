@@ -150,8 +150,8 @@ def test_keys_that_exclude_each_other():
         ({"name": "shards"}, "root is missing"),
         ({"classes": "x"}, "classes needs data.name: folder"),
         ({"name": "cifar10"}, "root is missing; data.name: cifar10 needs the directory of the set"),
-        ({"download": True}, "download belongs to torchvision's sets; the name is digits"),
-        ({"label_column": "x"}, "label_column belongs to name: huggingface"),
+        ({"download": True}, "download needs one of torchvision's sets; data.name is digits"),
+        ({"label_column": "x"}, "label_column needs data.name: huggingface"),
         ({"name": "cifar11"}, "did you mean cifar10?"),
     ):
         with pytest.raises(InputError, match=words):

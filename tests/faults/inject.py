@@ -1,4 +1,4 @@
-"""Break training runs in every way a cluster can, and compare each end with that of an undisturbed run:  make faults
+"""Inject faults into training runs, and compare each result with that of an undisturbed run:  make faults
 
 Injects the faults of PLAN into train.py on a small LIP network and writes the summary to results/faults.json.
 """

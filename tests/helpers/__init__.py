@@ -7,12 +7,15 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from lip_resnet.config import Config
 from lip_resnet.recipe import parse_config
 
 ROOT = Path(__file__).parents[2]
+OLD_EXPORT = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+"""torch.export of 2.11 guards a dynamic size by the sample's remainder in every division by a stride."""
 
 
 def small_config(**changes: object) -> Config:

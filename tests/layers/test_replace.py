@@ -145,7 +145,7 @@ def test_kept_layers_have_a_reason():
     assert torch.equal(model(x), reference(x))
     tf = replace_downsampling(network("timm:tf_efficientnet_b0"), "lip")
     assert not tf.swapped
-    assert tf.left == tf.kept  # the name in version 0.1
+    assert tf.left == tf.kept  # an earlier name
     assert set(tf.kept.values()) == {"Conv2dSame is a subclass whose forward may do more than pool or convolve"}
 
 

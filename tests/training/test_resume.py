@@ -267,7 +267,7 @@ def test_a_process_with_other_files_is_refused(monkeypatch):
     described = {"train": {"images": 1442}, "val": {"images": 355}}
     monkeypatch.setattr(distributed, "on_main", lambda _: described)
     assert run.describe_datasets(range(1442), range(355)) == described
-    with pytest.raises(InputError, match=r"data\.root: 354 images of val here, 355 on rank 0"):
+    with pytest.raises(InputError, match=r"data\.root: 354 val images here, 355 on rank 0"):
         run.describe_datasets(range(1442), range(354))
 
 

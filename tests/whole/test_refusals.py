@@ -103,7 +103,7 @@ def test_eval_refuses(capsys, monkeypatch, recipe, tmp_path, image_folder):
 
 def test_make_table_refuses(capsys, monkeypatch, tmp_path):
     (tmp_path / "row.json").write_text(json.dumps({"model": "x"}))
-    assert "lacks" in refuse(capsys, monkeypatch, make_table, tmp_path / "row.json")
+    assert "missing keys: top1" in refuse(capsys, monkeypatch, make_table, tmp_path / "row.json")
     (tmp_path / "table.md").write_text("mine")
     line = refuse(capsys, monkeypatch, make_table, tmp_path / "row.json", "--output", tmp_path / "table.md")
     assert "exists" in line
