@@ -122,11 +122,6 @@ noise = st.builds(
         st.text(max_size=200).map(str.encode),
         st.text(INDICATORS + "ab01", max_size=60).map(str.encode),
         st.integers(1, 30).map(lambda depth: b"[" * 1000 * depth),
-        # Ten names of nine names each, nine deep: a few lines that stand for a billion.
-        st.just(
-            b"a0: &a0 x\n"
-            + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 10))
-        ),
     ),
 )
 
