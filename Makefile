@@ -63,6 +63,7 @@ bench: $(READY) ## measure the operator
 # Both go on where they were stopped, and leave nothing running.
 faults: $(READY) ## kill runs, fill disks, break files (docs/faults.md)
 	$(BIN)/python tests/faults/inject.py
+	$(BIN)/python scripts/make_docs.py
 
 soak: $(READY) ## train under repeated kills and look for leaks
 	$(BIN)/python tests/faults/soak.py

@@ -24,7 +24,7 @@ from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.sources.shards import Shards
 from lip_resnet.evaluation import testsets
 from lip_resnet.evaluation.location import layout
-from lip_resnet.files import write_atomically
+from lip_resnet.files import write_text
 
 _IMAGENET = {"train": 1_281_167, "val": 50_000}
 
@@ -121,10 +121,8 @@ def main() -> None:
         source, entry, bad, ignored = check_split(options.root / split, options.workers)
         entries[split] = entry
         print(f"{split}: {entry['images']} images, {entry['classes']} classes, {entry['bytes']} bytes, {len(bad)} bad")
-        for line in bad:
-            print(f"bad: {line}")
-        for path in ignored:
-            print(f"ignored, not an image's suffix: {path}")
+        print(*(f"bad: {line}\n" for line in bad), sep="", end="")
+        print(*(f"ignored, not an image's suffix: {path}\n" for path in ignored), sep="", end="")
         problems += bad
         if list(source.classes) == testsets.wnids():
             complete = entry["images"] == _IMAGENET[split]
@@ -135,8 +133,7 @@ def main() -> None:
         raise InputError(f"{options.root}: the classes of train/ and val/ differ, so their labels do too")
     if problems:
         raise InputError(f"{options.root}: {len(problems)} bad files, listed above; the first is {problems[0]}")
-    text = json.dumps(entries, indent=2) + "\n"
-    write_atomically(output, lambda file: file.write(text.encode()))
+    write_text(output, json.dumps(entries, indent=2) + "\n")
     print(f"every image decodes; {output} written")
 
 

@@ -51,33 +51,23 @@ def pool(features: Tensor, logits: Tensor) -> tuple[Tensor, float]:
 
 def draw() -> str:
     """The figure as SVG."""
-    features, logits = (torch.tensor(values, dtype=torch.float64) for values in (FEATURES, LOGITS))
+    features, lip = (torch.tensor(values, dtype=torch.float64) for values in (FEATURES, LOGITS))
     rows = (
         ("Average pooling", "every feature counts the same", "0", "constant", torch.zeros_like(features)),
         ("Max pooling", "only the largest feature counts", "a x", f"a = {SCALE:g}", SCALE * features),
-        (
-            "LIP",
-            "a small trained network G finds out which features count",
-            "G(x)",
-            "learnt",
-            torch.tensor(LOGITS, dtype=features.dtype),
-        ),
+        ("LIP", "a small trained network G finds out which features count", "G(x)", "learnt", lip),
     )
-    values = [pool(features, row[-1])[1] for row in rows]
+    alt = ALT.format(*(pool(features, row[-1])[1] for row in rows))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{ALT.format(*values)}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{alt}">',
         f"<style>{STYLE}\n</style>",
         f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10"/>',
-        _text(FEATURES_AT + 69, 34, "features x", "middle bold"),
-        _text(LOGITS_AT + 69, 34, "logits", "middle bold"),
-        _text(WEIGHTS_AT + 75, 34, "weights", "middle bold"),
-        _text(OUTPUT_AT + 34, 34, "output", "middle bold"),
-        _text(FEATURES_AT + 69, 54, "of one 3x3 window", "middle small"),
-        _text(LOGITS_AT + 69, 54, "one per feature", "middle small"),
-        _text(WEIGHTS_AT + 75, 54, "softmax of the logits", "middle small"),
-        _text(OUTPUT_AT + 34, 54, "weighted sum", "middle small"),
     ]
+    headings = ["features x", "logits", "weights", "output"]
+    remarks = ["of one 3x3 window", "one per feature", "softmax of the logits", "weighted sum"]
+    centers = [FEATURES_AT + 69, LOGITS_AT + 69, WEIGHTS_AT + 75, OUTPUT_AT + 34]
+    for texts, y, style in ((headings, 34, "middle bold"), (remarks, 54, "middle small")):
+        parts += [_text(x, y, text, style) for x, text in zip(centers, texts, strict=True)]
     middle = ROWS_AT[1] + 1.5 * CELL_HEIGHT
     parts += _grid(FEATURES_AT, ROWS_AT[1], 46, features, "feature", features / 9, "{:.0f}")
     for top, (name, remark, function, kind, logits) in zip(ROWS_AT, rows, strict=True):
@@ -118,12 +108,11 @@ def _grid(x: float, y: float, width: float, values: Tensor, style: str, strength
     """(3, 3) values as cells with their numbers."""
     digits = 0 if bool((values == values.round()).all()) else 1
     parts = []
-    for row in range(3):
-        for column in range(3):
-            left, top = x + column * width, y + row * CELL_HEIGHT
-            parts.append(_cell(left, top, width, CELL_HEIGHT, style, strengths[row, column].item()))
-            text = form.format(values[row, column].item(), digits=digits)
-            parts.append(_text(left + width / 2, top + CELL_HEIGHT / 2 + 5, text, "middle"))
+    for index, (value, strength) in enumerate(zip(values.flatten(), strengths.flatten(), strict=True)):
+        left, top = x + index % 3 * width, y + index // 3 * CELL_HEIGHT
+        parts.append(_cell(left, top, width, CELL_HEIGHT, style, strength.item()))
+        text = form.format(value.item(), digits=digits)
+        parts.append(_text(left + width / 2, top + CELL_HEIGHT / 2 + 5, text, "middle"))
     return parts
 
 

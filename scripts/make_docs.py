@@ -56,6 +56,32 @@ def bad_images() -> str:
     return render(["a file named .JPEG that is", "training, `exact`", "training, `fast`", "validation"], rows)
 
 
+def faults() -> str:
+    """The faults injected by ``make faults`` and what became of the runs and files."""
+    record = json.loads((ROOT / "results" / "faults.json").read_text(encoding="utf-8"))
+    environment, reference, rows = record["environment"], record["reference"], record["faults"]
+    runs, files = [], []
+    for fault, row in rows.items():
+        counts = ", ".join(f"{name} {count}" for name, count in (row.get("phases") or row["became"]).items())
+        holds = "yes" if row["holds"] else "**no**"
+        if "times" in row:
+            recomputed = f"{row['recomputed']['median']:g}, {row['recomputed']['most']}"
+            equal = f"{row['equal']} of {row['times']}"
+            runs.append([fault, f"{row['times']}", counts, recomputed, f"{row['lost']}", equal, holds])
+        else:
+            memory = f"+{row['memory_mb']} MB"
+            files.append([fault, f"{row['cases']}", counts, f"{row['failed']}", memory, holds])
+    header = ["fault", "times", "when it hit", "steps recomputed: median, most", "files lost", "same end (sha256)"]
+    return (
+        f"{environment['hardware']}, torch {environment['torch']}, Python {environment['python']}; "
+        f"commit {environment['git_commit'][:12]}. The uninterrupted run ends in `{reference['plain'][:16]}`, with a "
+        f"log line every 4 steps in `{reference['sparse'][:16]}`, of two processes in `{reference['pair'][:16]}`.\n\n"
+        + render([*header, "holds"], runs)
+        + "\n"
+        + render(["file", "cases", "what became of them", "tracebacks or wrong loads", "most memory", "holds"], files)
+    )
+
+
 def recipe_keys() -> str:
     """Every key of a recipe: its type, default, docstring and effect."""
     effects = "\n".join(f"- *{effect.name.lower()}*: {effect.value}" for effect in Effect)
@@ -104,6 +130,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/paper.md": {"paper-report": paper},
     "docs/performance.md": {"performance": tables.performance},
     "docs/data.md": {"data": tables.loaders, "bad-images": bad_images},
+    "docs/faults.md": {"faults": faults},
 }
 
 

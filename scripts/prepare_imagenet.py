@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.data.sources.index import write_index
-from lip_resnet.files import write_atomically
+from lip_resnet.files import write_text
 
 _DATA = "ILSVRC2012_devkit_t12/data"
 _PER_SHARD = 1000
@@ -194,8 +194,7 @@ def write_shards(images: Iterator[Member], folder: Path, encode: Encode | None, 
         The number of ``images`` and ``classes``.
     """
     _make(folder)
-    names = "".join(f"{name}\n" for name in classes).encode()
-    write_atomically(folder / "classes.txt", lambda file: file.write(names))
+    write_text(folder / "classes.txt", "".join(f"{name}\n" for name in classes))
     labels = {name: label for label, name in enumerate(classes)}
     batch: list[tuple[str, int, Future[bytes]]] = []
     present: set[str] = set()
@@ -284,12 +283,11 @@ def parse() -> Any:
 
 def main() -> None:
     options = parse()
-    longest = options.longest or (500 if options.effect else None)
-    encode = functools.partial(reencoding.shrink, longest=longest, quality=options.quality) if longest else None
     if options.effect:
-        result = reencoding.measure(options.effect, encode, options.rounds)
-        print(reencoding.render(result, longest, options.quality))
+        print(reencoding.effect(options.effect, options.longest or 500, options.quality, options.rounds))
         return
+    shrink = functools.partial(reencoding.shrink, longest=options.longest, quality=options.quality)
+    encode = shrink if options.longest else None
     paths = {key: options.archives / name for key, (name, _) in ARCHIVE_META.items()}
     check_there(paths, options.any_archive)
     quality = options.quality if options.longest else None
@@ -301,27 +299,24 @@ def main() -> None:
             f"--output {options.output} holds images written with {done['encoding']}, not {encoding}; choose another"
         )
     _make(options.output)
-    _save(record, done)
+    write_text(record, json.dumps(done, indent=2) + "\n")
 
     md5, classes, truth = read_devkit(paths["devkit"])
     check(paths["devkit"], md5, options.any_archive)
     images = {
-        "val": lambda archive: val_images(archive, paths["val"], truth),
-        "train": lambda archive: train_images(archive, paths["train"]),
+        "val": functools.partial(val_images, path=paths["val"], truth=truth),
+        "train": functools.partial(train_images, path=paths["train"]),
     }
     write = functools.partial(write_shards, classes=classes) if options.format == "shards" else write_folder
-    for split in images:
+    for split, members in images.items():
         if split in done:
             print(f"{split}: {done[split]['images']} images, already done")
             continue
-
-        def read(archive: tarfile.TarFile, split: str = split) -> dict[str, int]:
-            return write(images[split](archive), options.output / split, encode)
-
-        counts, md5 = read_archive(paths[split], read)
+        to = options.output / split
+        counts, md5 = read_archive(paths[split], lambda archive, read=members, to=to: write(read(archive), to, encode))
         check(paths[split], md5, options.any_archive)
         done[split] = {**counts, "md5": md5}
-        _save(record, done)
+        write_text(record, json.dumps(done, indent=2) + "\n")
         print(f"{split}: {counts['images']} images of {counts['classes']} classes")
 
 
@@ -336,11 +331,6 @@ def _begun(record: Path) -> dict[str, Any] | None:
     raise InputError(
         f"{record}: damaged; remove it: the same command then reads the archives again, and keeps the files written"
     )
-
-
-def _save(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Fixtures that tests of several folders use: small sets of images as folders, Parquet files and shards."""
 
-import tarfile
 import threading
 from pathlib import Path
 
@@ -50,20 +49,13 @@ def parquet(image_folder, tmp_path, monkeypatch) -> Path:
 def served(image_folder, tmp_path, monkeypatch):
     """(server, URL) of the shared folder in shards of five, indexed."""
     from helpers.server import Server
-    from helpers.sets import add
+    from helpers.sets import add_shards
 
     from lip_resnet.data.sources import remote
     from lip_resnet.data.sources.index import write_index
 
+    add_shards(image_folder, tmp_path)
     for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        (tmp_path / split / "classes.txt").write_text("ant\nbee\ncat\n")
-        paths = sorted((image_folder / split).glob("*/*"))
-        for start in range(0, len(paths), 5):
-            with tarfile.open(tmp_path / split / f"{start:04}.tar", "w") as archive:
-                for path in paths[start : start + 5]:
-                    add(archive, f"{path.stem}.jpg", path.read_bytes())
-                    add(archive, f"{path.stem}.cls", str(("ant", "bee", "cat").index(path.parent.name)).encode())
         write_index(tmp_path / split)
     monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0, 0.0))
     server = Server(tmp_path)

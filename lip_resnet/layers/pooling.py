@@ -93,24 +93,27 @@ class Window(NamedTuple):
         return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
 
 
-class SoftPool(nn.Module):
-    """lip2d(x, x): every position weighted by exp(x), G(x) = x."""
+class _WindowLayer(nn.Module):
+    """Keeps the window of a layer."""
 
     def __init__(self, window: Window) -> None:
         super().__init__()
         self.window = window
+
+
+class SoftPool(_WindowLayer):
+    """lip2d(x, x): every position weighted by exp(x), G(x) = x."""
 
     def forward(self, x: Tensor) -> Tensor:
         return lip2d(x, x, *self.window)
 
 
 @register_notrace_module
-class Strided(nn.Module):
+class Strided(_WindowLayer):
     """x at the centre of every window (of two centres the upper left): importance 1 on a grid, 0 off it."""
 
     def __init__(self, window: Window) -> None:
-        super().__init__()
-        self.window = window
+        super().__init__(window)
         self.first = (window.kernel_size - 1) // 2 - window.padding
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,19 +122,15 @@ class Strided(nn.Module):
 
 
 @register_notrace_module
-class StridedAverage(nn.Module):
+class StridedAverage(_WindowLayer):
     """The mean of stride x stride positions without overlap or padding; the kernel size sets only the output size."""
-
-    def __init__(self, window: Window) -> None:
-        super().__init__()
-        self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = map(self.window.out, x.shape[-2:])
         return F.avg_pool2d(x, self.window.stride, ceil_mode=True, count_include_pad=False)[..., :h, :w]
 
 
-class DetailPreserving(nn.Module):
+class DetailPreserving(_WindowLayer):
     """Importance alpha + (d^2 + eps^2)^(lambda / 2), d = x - mean of x in 3x3, eps = 1e-3.
 
     alpha and lambda are positive, learnt per channel and start at 1. This is the symmetric "lite" form (mean by a box
@@ -140,8 +139,7 @@ class DetailPreserving(nn.Module):
     """
 
     def __init__(self, channels: int, window: Window, device=None, dtype=None) -> None:
-        super().__init__()
-        self.window = window
+        super().__init__(window)
         self.log_alpha = nn.Parameter(torch.zeros(channels, 1, 1, device=device, dtype=dtype))
         self.log_lambda = nn.Parameter(torch.zeros(channels, 1, 1, device=device, dtype=dtype))
 
@@ -151,7 +149,7 @@ class DetailPreserving(nn.Module):
         return lip2d(x, torch.log(torch.exp(self.log_alpha) + reward).to(x.dtype), *self.window)
 
 
-class MaxAverage(nn.Module):
+class MaxAverage(_WindowLayer):
     """a * max + (1 - a) * average of every window; a in (0, 1) starts at 1/2.
 
     mixed: one learnt a = sigmoid(m). gated: a = sigmoid(m + <mask, window>), one learnt mask for all channels.
@@ -159,13 +157,10 @@ class MaxAverage(nn.Module):
     """
 
     def __init__(self, window: Window, gated: bool, device=None, dtype=None) -> None:
-        super().__init__()
-        self.window = window
-        factory_kwargs = {"device": device, "dtype": dtype}
+        super().__init__(window)
+        factory_kwargs, side = {"device": device, "dtype": dtype}, window.kernel_size
         self.mix = nn.Parameter(torch.zeros(1, **factory_kwargs))
-        self.mask = (
-            nn.Parameter(torch.zeros(1, 1, window.kernel_size, window.kernel_size, **factory_kwargs)) if gated else None
-        )
+        self.mask = nn.Parameter(torch.zeros(1, 1, side, side, **factory_kwargs)) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         largest = F.max_pool2d(x, *self.window)

@@ -23,18 +23,9 @@ def norm_act(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: in
     return F.relu(t) if activation == RELU else t
 
 
-def norm_forward(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    activation: int,
-    eps: float,
-    coefficient: float,
-) -> None:
-    """Fill ``out`` (B, C, H, W), ``mean`` and ``rstd`` (B, C)."""
+def norm_forward(tensors: tuple[Tensor, ...], activation: int, eps: float, coefficient: float) -> None:
+    """As ``norm.instance_norm`` calls it."""
+    z, weight, bias, out, mean, rstd = tensors
     for i in range(len(z)):
         image = slice(i, i + 1)
         results = (out[image], mean[i], rstd[i])
@@ -45,20 +36,9 @@ def norm_forward(
             out[image].sigmoid_().mul_(coefficient)
 
 
-def norm_backward(
-    dout: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dz: Tensor,
-    sum_g: Tensor,
-    sum_gz: Tensor,
-    activation: int,
-    coefficient: float,
-) -> None:
-    """Fill ``dz`` (B, C, H, W), and ``sum_g`` and ``sum_gz`` (B, C): the parts of dbias and dweight of every image."""
+def norm_backward(tensors: tuple[Tensor, ...], activation: int, coefficient: float) -> None:
+    """As ``norm.instance_norm_backward`` calls it."""
+    dout, z, weight, bias, mean, rstd, dz, sum_g, sum_gz = tensors
     for i in range(len(z)):
         image = slice(i, i + 1)
         g, gain = dout[image], weight

@@ -63,10 +63,10 @@ def link_images(source: Path, root: Path, images: int) -> tuple[int, float]:
 
 def contenders(root: Path, workers: int, batch: int) -> dict[str, Callable[[], int]]:
     """Name -> a function that loads one epoch and returns the number of images; workers persist between epochs."""
+    # Ours start their workers at once, the others at their first epoch.
     decoders = ["fast", "exact", *(["gpu"] if _gpu() else [])]
-    functions = {
-        f"ours, decode: {decode}": ours(root, workers, batch, decode) for decode in decoders
-    }  # ours start their workers at once, the others at their first epoch
+    functions = {f"ours, decode: {decode}": ours(root, workers, batch, decode) for decode in decoders}
+    persistent = {"num_workers": workers, "persistent_workers": True}
     timm_loader = create_loader(
         create_dataset("", root=str(root)),
         (3, 224, 224),
@@ -75,23 +75,14 @@ def contenders(root: Path, workers: int, batch: int) -> dict[str, Callable[[], i
         use_prefetcher=True,
         color_jitter=0,
         interpolation="bilinear",
-        persistent_workers=True,
-        num_workers=workers,
         device=torch.device("cpu"),
         pin_memory=False,
-    ).loader  # the inner loader, without timm's normalisation on the device
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(224),
-            v2.RandomHorizontalFlip(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    torchvision_loader = DataLoader(
-        ImageFolder(str(root), transform), batch, True, num_workers=workers, persistent_workers=True, drop_last=True
-    )
+        **persistent,
+    ).loader  # fmt: skip  (the inner loader, without timm's normalisation on the device)
+    steps = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    transform = v2.Compose([*steps, v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    images = ImageFolder(str(root), transform)
+    torchvision_loader = DataLoader(images, batch, shuffle=True, drop_last=True, **persistent)
     functions[_BASELINE] = lambda: sum(len(labels) for _, labels in timm_loader)
     functions["torchvision, float32"] = lambda: sum(len(labels) for _, labels in torchvision_loader)
     return functions

@@ -7,18 +7,21 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import PIL
 import simplejpeg
 import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
 from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data.decode import decode_exact, read_file
 from lip_resnet.data.transforms import TrainTransform, eval_transform
+
+File = tuple[str, bytes, bytes]
+"""Path, content before and content after."""
 
 
 def shrink(data: bytes, name: str, longest: int, quality: int) -> bytes:
@@ -39,26 +42,14 @@ def shrink(data: bytes, name: str, longest: int, quality: int) -> bytes:
     return min(data, buffer.getvalue(), key=len)
 
 
-class _File(NamedTuple):
-    path: str
-    before: bytes
-    after: bytes
+def effect(folder: Path, longest: int, quality: int, rounds: int) -> str:
+    """What re-encoding does to the images below a folder, as Markdown: sizes, the evaluation's pixels, and times.
 
-
-def measure(folder: Path, encode: Callable[[bytes, str], bytes], rounds: int) -> dict[str, Any]:
-    """Measure what re-encoding does to the images below a folder.
-
-    Times are of one thread, files in memory. Each round shuffles the files and times each original and its re-encoded
-    file one after the other, in alternating order.
+    Times are of one thread, files in memory.
 
     Args:
-        encode: (a file's bytes, its path) -> the re-encoded file's bytes.
+        longest, quality: as ``shrink``'s.
         rounds: how many are timed, after one that is not.
-
-    Returns:
-        ``images``; ``kept``: files not re-encoded, because that would not make them smaller; ``bytes``, ``width`` and
-        ``height``: means [before, after]; ``difference``: mean absolute difference of the evaluation's pixels (0 to
-        255), ``mean`` over the images and ``worst`` image; ``time``: operation -> time after / before of each round.
 
     Raises:
         InputError: the folder has no images, or one does not decode.
@@ -66,78 +57,54 @@ def measure(folder: Path, encode: Callable[[bytes, str], bytes], rounds: int) ->
     paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
         raise InputError(f"--effect {folder} holds no images")
-    files = []
-    for path in paths:
-        data = read_file(path)
-        files.append(_File(path, data, encode(data, path)))
-    sizes = [[decode_exact(data, file.path).size for data in (file.before, file.after)] for file in files]
+    files = [(path, data, shrink(data, path, longest, quality)) for path in paths for data in [read_file(path)]]
     config = DataConfig(root=str(folder), batch_size=1)
-    evaluation = eval_transform(config)
-    differences = []
-    for file in files:
-        before, after = (evaluation(decode_exact(data, file.path)).int() for data in (file.before, file.after))
-        differences.append((before - after).abs().double().mean().item())
-    return {
-        "images": len(files),
-        "kept": sum(file.after is file.before for file in files),
-        "bytes": [
-            statistics.fmean(len(file.before) for file in files),
-            statistics.fmean(len(file.after) for file in files),
-        ],
-        "width": [statistics.fmean(both[which][0] for both in sizes) for which in (0, 1)],
-        "height": [statistics.fmean(both[which][1] for both in sizes) for which in (0, 1)],
-        "difference": {"mean": statistics.fmean(differences), "worst": max(differences)},
-        "time": {name: _ratios(files, work, rounds) for name, work in _work(config, evaluation).items()},
-    }
-
-
-def _work(config: DataConfig, evaluation: v2.Transform) -> dict[str, Callable[[_File, bytes], Any]]:
-    """The timed operations: from a file's bytes to pixels of 224x224."""
-    out = torch.empty(config.size, config.size, 3, dtype=torch.uint8)
+    evaluation, out = eval_transform(config), torch.empty(config.size, config.size, 3, dtype=torch.uint8)
     fast, exact = (TrainTransform(config.model_copy(update={"decode": decode})) for decode in ("fast", "exact"))
-    return {
-        "training, decode: fast": lambda file, data: fast.data(data, file.path, 0, out),
-        "training, decode: exact": lambda file, data: exact.data(data, file.path, 0, out),
-        "validation": lambda file, data: evaluation(decode_exact(data, file.path)),
+    work: dict[str, Callable[[bytes, str], Any]] = {  # from a file's bytes to pixels of 224x224
+        "training, decode: fast": lambda data, path: fast.data(data, path, 0, out),
+        "training, decode: exact": lambda data, path: exact.data(data, path, 0, out),
+        "validation": lambda data, path: evaluation(decode_exact(data, path)),
     }
-
-
-def _ratios(files: list[_File], work: Callable[[_File, bytes], Any], rounds: int) -> list[float]:
-    shuffle, ratios = random.Random(0), []
-    for number in range(rounds + 1):
-        seconds = {"before": 0.0, "after": 0.0}
-        for file in shuffle.sample(files, len(files)):
-            for which in ("before", "after") if number % 2 else ("after", "before"):
-                data = file.before if which == "before" else file.after
-                start = time.perf_counter()
-                work(file, data)
-                seconds[which] += time.perf_counter() - start
-        if number:  # the first round is a warm-up
-            ratios.append(seconds["after"] / seconds["before"])
-    return ratios
-
-
-def render(result: dict[str, Any], longest: int, quality: int) -> str:
-    """The result of ``measure`` as Markdown, with versions and machine load."""
-    (before, after), (width, narrower), (height, lower) = result["bytes"], result["width"], result["height"]
+    sizes, differences = [], []
+    for path, *contents in files:
+        images = [decode_exact(data, path) for data in contents]
+        sizes.append([(len(data) / 1000, *image.size) for data, image in zip(contents, images, strict=True)])
+        first, second = (evaluation(image).int() for image in images)
+        differences.append((first - second).abs().double().mean().item())
+    (before, width, height), (after, narrower, lower) = np.mean(sizes, axis=0)
+    kept = sum(data is new for _, data, new in files)
     lines = [
-        f"Longest side at most {longest}, quality {quality}: {result['images']} images, "
-        f"{result['kept']} of them kept as they are because the new file would not be smaller.",
+        f"Longest side at most {longest}, quality {quality}: {len(files)} images, "
+        f"{kept} of them kept as they are because the new file would not be smaller.",
         "",
         "| mean | before | after | after / before |",
         "|---|--:|--:|--:|",
-        f"| file | {before / 1000:.1f} KB | {after / 1000:.1f} KB | {after / before:.2f} |",
+        f"| file | {before:.1f} KB | {after:.1f} KB | {after / before:.2f} |",
         f"| width x height | {width:.0f} x {height:.0f} | {narrower:.0f} x {lower:.0f} | |",
     ]
-    for name, ratios in result["time"].items():
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    for name, function in work.items():
+        low, middle, high = statistics.quantiles(_ratios(files, function, rounds), n=4, method="inclusive")
         lines.append(f"| time, {name} | | | {middle:.2f} ({low:.2f} to {high:.2f}) |")
-    difference = result["difference"]
     lines += [
         "",
-        f"The evaluation's pixels differ by {difference['mean']:.2f} of 255 on average, {difference['worst']:.2f} in "
-        f"the worst image. Times: one thread, median and quartiles of {len(ratios)} interleaved rounds, load "
-        f"{os.getloadavg()[0]:.1f} at the end; Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}, "
-        f"torch {torch.__version__}.",
+        f"The evaluation's pixels differ by {statistics.fmean(differences):.2f} of 255 on average, "
+        f"{max(differences):.2f} in the worst image. Times: one thread, median and quartiles of {rounds} interleaved "
+        f"rounds, load {os.getloadavg()[0]:.1f} at the end; Pillow {PIL.__version__}, "
+        f"simplejpeg {simplejpeg.__version__}, torch {torch.__version__}.",
     ]
     return "\n".join(lines)
+
+
+def _ratios(files: list[File], work: Callable[[bytes, str], Any], rounds: int) -> list[float]:
+    """Time after / before of each round, which shuffles the files and times the two of each in alternating order."""
+    shuffle, ratios = random.Random(0), []
+    for number in range(rounds + 1):
+        seconds = [0.0, 0.0]
+        for path, *contents in shuffle.sample(files, len(files)):
+            for which in (0, 1) if number % 2 else (1, 0):
+                start = time.perf_counter()
+                work(contents[which], path)
+                seconds[which] += time.perf_counter() - start
+        ratios.append(seconds[1] / seconds[0])
+    return ratios[1:]  # the first round is a warm-up

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import small_config
+from bad_images import encode
+from helpers import photograph, small_config
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
@@ -19,19 +20,8 @@ from lip_resnet.data.transforms import TrainTransform
 from lip_resnet.data.workers import BufferPool
 
 
-def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with edges and a little grain: what JPEG is made for."""
-    random = np.random.default_rng(seed)
-    coarse = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
-    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    pixels[:, width // 3 :] = 255 - pixels[:, width // 3 :]
-    return Image.fromarray(np.clip(pixels + random.normal(0, 4, pixels.shape), 0, 255).astype(np.uint8))
-
-
 def jpeg(image: Image.Image, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **{"quality": 92, **options})
-    return buffer.getvalue()
+    return encode(image, **{"quality": 92, **options})
 
 
 def config(**changes: object) -> DataConfig:

@@ -8,6 +8,8 @@ import bad_images
 import numpy as np
 import pytest
 import torch
+from bad_images import encode
+from helpers import photograph
 from PIL import Image
 from torch.nn import functional
 
@@ -20,19 +22,6 @@ from lip_resnet.data.transforms import TrainTransform
 
 needs_library = pytest.mark.skipif(not gpu_decode.installed(), reason="nvImageCodec is published for Linux only")
 CPU = torch.device("cpu")
-
-
-def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
-    random = np.random.default_rng(seed)
-    coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    return Image.fromarray(np.clip(pixels + random.normal(0, 4, pixels.shape), 0, 255).astype(np.uint8))
-
-
-def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def rotated() -> Image.Exif:

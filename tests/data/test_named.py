@@ -1,6 +1,5 @@
 """torchvision's sets by name, from small imitations of their files."""
 
-import csv
 import gzip
 import json
 import struct
@@ -21,52 +20,53 @@ from lip_resnet.data import EvalLoader, TrainLoader, build_sources, describe_sou
 from lip_resnet.data.sources import named
 
 
+def write(path: Path, data: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
 def picture(path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels(20, 24, 3)).save(path)
     return path.stem
 
 
+def counted(train: str, val: str) -> list[tuple[str, int]]:
+    """(a set's own name of our split, how many images it gets)."""
+    return [(train, IMAGES["train"]), (val, IMAGES["val"])]
+
+
 def mnist(root: Path, name: str) -> None:
-    folder = root / name / "raw"
-    folder.mkdir(parents=True)
-    for prefix, split in (("train", "train"), ("t10k", "val")):
-        n = IMAGES[split]
+    for prefix, n in counted("train", "t10k"):
         images = struct.pack(">IIII", 0x803, n, 28, 28) + pixels(n, 28, 28).tobytes()
         labels = struct.pack(">II", 0x801, n) + bytes(index % 3 for index in range(n))
         for kind, data in (("images-idx3", images), ("labels-idx1", labels)):
-            (folder / f"{prefix}-{kind}-ubyte").write_bytes(data)
-            (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
+            write(root / name / "raw" / f"{prefix}-{kind}-ubyte", data)
+            write(root / name / "raw" / f"{prefix}-{kind}-ubyte.gz", gzip.compress(data))
 
 
 def svhn(root: Path) -> None:
-    for name, split in (("train", "train"), ("test", "val")):
-        n = IMAGES[split]
+    for name, n in counted("train", "test"):
         labels = np.array([10, 1, 2, 10, 1, 2][:n], np.uint8)[:, None]  # 10 stands for 0
         savemat(root / f"{name}_32x32.mat", {"X": pixels(32, 32, 3, n), "y": labels})
 
 
 def stl10(root: Path) -> None:
     folder = root / "stl10_binary"
-    folder.mkdir(parents=True)
-    (folder / "class_names.txt").write_text("ape\nbat\ncow\n")
-    for name, split in (("train", "train"), ("test", "val")):
-        n = IMAGES[split]
-        (folder / f"{name}_X.bin").write_bytes(pixels(n, 3, 96, 96).tobytes())
-        (folder / f"{name}_y.bin").write_bytes(bytes(1 + index % 3 for index in range(n)))
+    write(folder / "class_names.txt", "ape\nbat\ncow\n")
+    for name, n in counted("train", "test"):
+        write(folder / f"{name}_X.bin", pixels(n, 3, 96, 96).tobytes())
+        write(folder / f"{name}_y.bin", bytes(1 + index % 3 for index in range(n)))
 
 
 def gtsrb(root: Path) -> None:
-    base = root / "gtsrb"
+    base, lines = root / "gtsrb", ["Filename;ClassId\n"]
     for index in range(IMAGES["train"]):
         picture(base / "GTSRB" / "Training" / f"{index % 3:05}" / f"{index}.ppm")
-    rows = [{"Filename": f"{index:05}.ppm", "ClassId": index % 3} for index in range(IMAGES["val"])]
-    for row in rows:
-        picture(base / "GTSRB" / "Final_Test" / "Images" / row["Filename"])
-    with open(base / "GT-final_test.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["Filename", "ClassId"], delimiter=";")
-        writer.writeheader()
-        writer.writerows(rows)
+    for index in range(IMAGES["val"]):
+        picture(base / "GTSRB" / "Final_Test" / "Images" / f"{index:05}.ppm")
+        lines.append(f"{index:05}.ppm;{index % 3}\n")
+    write(base / "GT-final_test.csv", "".join(lines))
 
 
 def folders(base: Path, splits: dict[str, int], names: list[str], suffix: str) -> None:
@@ -84,48 +84,46 @@ def flowers102(root: Path) -> None:
 
 
 def food101(root: Path) -> None:
-    base = root / "food-101"
-    (base / "meta").mkdir(parents=True)
-    for name, split in (("train", "train"), ("test", "val")):
+    for name, n in counted("train", "test"):
         listed: dict[str, list[str]] = {"pie": [], "rice": [], "soup": []}
-        for index in range(IMAGES[split]):
+        for index in range(n):
             label = list(listed)[index % 3]
-            picture(base / "images" / label / f"{name}{index}.jpg")
-            listed[label].append(f"{label}/{name}{index}")
-        (base / "meta" / f"{name}.json").write_text(json.dumps(listed))
+            listed[label].append(f"{label}/{picture(root / 'food-101' / 'images' / label / f'{name}{index}.jpg')}")
+        write(root / "food-101" / "meta" / f"{name}.json", json.dumps(listed))
+
+
+def listed_files(images: Path, name: str, n: int, image: str, line: str) -> str:
+    """Write ``n`` images and return the lines of a list of them; the classes are a, b and c.
+
+    Args:
+        image, line: templates, with the class as {0}, the image's number as {1} and the class's number as {2}.
+    """
+    lines = []
+    for index in range(n):
+        values = "abc"[index % 3], f"{name}{index}", index % 3 + 1
+        picture(images / image.format(*values))
+        lines.append(line.format(*values) + "\n")
+    return "".join(lines)
 
 
 def pets(root: Path) -> None:
     base = root / "oxford-iiit-pet"
-    (base / "annotations").mkdir(parents=True)
-    for name, split in (("trainval", "train"), ("test", "val")):
-        lines = []
-        for index in range(IMAGES[split]):
-            stem = picture(base / "images" / f"{'abc'[index % 3]}_{name}{index}.jpg")
-            lines.append(f"{stem} {1 + index % 3} 1 1\n")
-        (base / "annotations" / f"{name}.txt").write_text("".join(lines))
+    for name, n in counted("trainval", "test"):
+        lines = listed_files(base / "images", name, n, "{0}_{1}.jpg", "{0}_{1} {2} 1 1")
+        write(base / "annotations" / f"{name}.txt", lines)
 
 
 def dtd(root: Path) -> None:
     base = root / "dtd" / "dtd"
-    (base / "labels").mkdir(parents=True)
-    for name, count in (("train", 3), ("val", 3), ("test", 4)):
-        lines = [f"{'abc'[index % 3]}/{name}{index}.jpg" for index in range(count)]
-        for line in lines:
-            picture(base / "images" / line)
-        (base / "labels" / f"{name}1.txt").write_text("".join(f"{line}\n" for line in lines))
+    for name, n in (("train", 3), ("val", 3), ("test", 4)):
+        write(base / "labels" / f"{name}1.txt", listed_files(base / "images", name, n, "{0}/{1}.jpg", "{0}/{1}.jpg"))
 
 
 def aircraft(root: Path) -> None:
     base = root / "fgvc-aircraft-2013b" / "data"
-    (base / "images").mkdir(parents=True)
-    (base / "variants.txt").write_text("A 1\nB 2\nC 3\n")
-    for name, split in (("trainval", "train"), ("test", "val")):
-        lines = []
-        for index in range(IMAGES[split]):
-            stem = picture(base / "images" / f"{name}{index}.jpg")
-            lines.append(f"{stem} {('A 1', 'B 2', 'C 3')[index % 3]}\n")
-        (base / f"images_variant_{name}.txt").write_text("".join(lines))
+    write(base / "variants.txt", "a 1\nb 2\nc 3\n")
+    for name, n in counted("trainval", "test"):
+        write(base / f"images_variant_{name}.txt", listed_files(base / "images", name, n, "{1}.jpg", "{1} {0} {2}"))
 
 
 FIVE = [f"data_batch_{number}" for number in range(1, 6)]

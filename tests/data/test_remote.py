@@ -17,10 +17,8 @@ from lip_resnet.evaluation import testsets
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_url_gives_the_batches_of_its_folder(image_folder, served, workers):
     server, url = served
-    ours, theirs = (
-        folder_config(url, name="shards", decode="fast", workers=workers),
-        folder_config(image_folder, decode="fast"),
-    )
+    ours = folder_config(url, name="shards", decode="fast", workers=workers)
+    theirs = folder_config(image_folder, decode="fast")
     far, near = build_sources(ours, 3), build_sources(theirs, 3)
     assert [source.classes for source in far] == [["ant", "bee", "cat"]] * 2
     loaders = TrainLoader(far[0], ours, 1, 0), TrainLoader(near[0], theirs, 1, 0)
@@ -32,7 +30,7 @@ def test_a_url_gives_the_batches_of_its_folder(image_folder, served, workers):
         assert torch.equal(mine[0], other[0])
         assert torch.equal(mine[1], other[1])
     assert len(server.requests) == 23 + (23 - 3 * 4) + 11  # one request an image, none twice
-    assert far[0].path(7) == f"{url}/train/0005.tar:ant_9"
+    assert far[0].path(7) == f"{url}/train/0005.tar:./000007"
     assert describe_source(far[0])["images"] == 23
 
 
@@ -75,10 +73,8 @@ def test_damaged_and_missing_shards_are_never_skipped(served, workers):
     shard.write_bytes(whole[: len(whole) // 2])
     assert re.search(rf"{url}/train/0010\.tar: (the server gave \d+ bytes where|cannot read from byte)", refusal())
     shard.write_bytes(whole[512:] + bytes(512))
-    assert re.search(
-        r"train/0010\.tar:\w+: its tar header is another; the shard is not the one that was indexed",
-        refusal(),
-    )
+    words = "its tar header is another; the shard is not the one that was indexed"
+    assert re.search(rf"train/0010\.tar:\./\d+: {words}", refusal())
     shard.unlink()
     assert f"there is no {url}/train/0010.tar" in refusal()
     shard.write_bytes(whole)

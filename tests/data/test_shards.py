@@ -24,10 +24,8 @@ def shard_folder(image_folder, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_give_the_batches_of_their_folders(image_folder, shard_folder, workers):
-    folder, shards = (
-        folder_config(image_folder, decode="fast"),
-        folder_config(shard_folder, name="shards", decode="fast", workers=workers),
-    )
+    folder = folder_config(image_folder, decode="fast")
+    shards = folder_config(shard_folder, name="shards", decode="fast", workers=workers)
     ours, theirs = build_sources(shards, 3), build_sources(folder, 3)
     assert [source.classes for source in ours] == [source.classes for source in theirs]
     assert [source.targets for source in ours] == [source.targets for source in theirs]

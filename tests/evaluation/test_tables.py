@@ -7,7 +7,7 @@ import math
 import pytest
 from helpers import small_config
 
-from lip_resnet.config import InputError
+from lip_resnet.config import Config, InputError
 from lip_resnet.evaluation import protocol, tables
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.rows import read_rows
@@ -21,20 +21,19 @@ def row(model: str, top1: float, seed: int | None = 0, **changes) -> dict:
     return {
         **{"model": model, "args": {}, "checkpoint": f"{model}-{seed}", "weights": "model", "selected_on_val": False},
         **{"top1": top1, "top5": 99.0, "loss": 0.1, "images": 355, "params": 23_864_232, "macs": 5_299_830_784},
-        **{
-            "seed": seed,
-            "protocol": protocol.describe_protocol(
-                EvalConfig.from_recipe(config), protocol.describe_training(config, [2])
-            ),
-        },
+        **{"seed": seed, "protocol": described(config, protocol.describe_training(config, [2]))},
     }
+
+
+def described(config: Config, training: dict | None) -> dict:
+    return protocol.describe_protocol(EvalConfig.from_recipe(config), training)
 
 
 def tuned(model: str, top1: float, initial: dict | None, weights: str | None = None) -> dict:
     """A row of weights that were trained from others."""
     config = small_config(model__name=model, model__weights=weights or f"runs/{model}")
     training = protocol.describe_training(config, [2], initial)
-    return {**row(model, top1), "protocol": protocol.describe_protocol(EvalConfig.from_recipe(config), training)}
+    return {**row(model, top1), "protocol": described(config, training)}
 
 
 def source(model: str, sha256: str, before: dict | None = None, **changes) -> dict:
@@ -50,13 +49,8 @@ def table(rows: list[dict]) -> tuple[dict[str, dict[str, str]], list[str]]:
 
 
 def test_delta_and_seeds():
-    rows = [
-        row("lip_resnet50", 98.0, 0),
-        row("resnet50", 97.0, 0),
-        row("lip_resnet50", 99.0, 1),
-        row("resnet50", 96.0, 1),
-    ]
-    lines, notes = table(rows)
+    ours, theirs = (row("lip_resnet50", 98.0, 0), row("lip_resnet50", 99.0, 1)), (row("resnet50", 97.0, 0),)
+    lines, notes = table([*ours, *theirs, row("resnet50", 96.0, 1)])
     assert lines["lip_resnet50"]["top-1 (%)"] == f"98.50 ± {math.sqrt(0.5):.2f}"
     assert lines["lip_resnet50"]["delta top-1"] == "+2.00"
     assert lines["lip_resnet50"]["seeds"] == "2"
@@ -67,6 +61,14 @@ def test_delta_and_seeds():
     assert "paper top-1" not in lines["resnet50"]  # digits are not the paper's data
 
 
+def no_delta(ours: dict, theirs: dict, words: str) -> None:
+    """There is no delta, and one note says why."""
+    lines, notes = table([ours, theirs])
+    assert lines["lip_resnet50"]["delta top-1"] == "-"
+    (note,) = notes
+    assert words in note
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -75,23 +77,21 @@ def test_delta_and_seeds():
         ({"data__eval_resize": 40}, "eval_resize"),
         ({"data__flip": 0.5}, "data.flip"),
         ({"data__batch_size": 32}, "data.batch_size"),
+        ({"selected_on_val": True}, "selected_on_val"),
+        ({"weights": "ema"}, "weights: model against ema"),
+        ({"images": 100}, "images: 355 against 100"),
     ],
 )
-def test_no_delta_between_protocols(changes, words):
-    lines, notes = table([row("lip_resnet50", 98.0), row("resnet50", 97.0, **changes)])
-    assert lines["lip_resnet50"]["delta top-1"] == "-"
-    assert len(notes) == 1
-    assert words in notes[0]
+def test_no_delta_between_protocols_weights_or_images(changes, words):
+    recipe = {key: value for key, value in changes.items() if "__" in key}
+    facts = {key: value for key, value in changes.items() if "__" not in key}
+    no_delta(row("lip_resnet50", 98.0), {**row("resnet50", 97.0, **recipe), **facts}, words)
 
 
 def test_no_delta_between_batch_norms_of_other_sizes():
-    ours, theirs = row("lip_resnet50", 98.0), row("resnet50", 97.0)
-    theirs["protocol"] = protocol.describe_protocol(
-        EvalConfig.from_recipe(small_config()), protocol.describe_training(small_config(), [1])
-    )
-    lines, notes = table([ours, theirs])
-    assert lines["lip_resnet50"]["delta top-1"] == "-"
-    assert "images_per_batch_norm: 32 against 64" in notes[0]
+    theirs = row("resnet50", 97.0)
+    theirs["protocol"] = described(small_config(), protocol.describe_training(small_config(), [1]))
+    no_delta(row("lip_resnet50", 98.0), theirs, "images_per_batch_norm: 32 against 64")
 
 
 def test_hardware_is_not_protocol():
@@ -148,10 +148,8 @@ def test_rows_of_earlier_versions_compare_with_todays(tmp_path):
 def test_unknown_training_has_no_delta():
     ours, theirs = row("lip_resnet50", 98.0, None), row("resnet50", 97.0, None)
     for measured in (ours, theirs):
-        measured["protocol"] = protocol.describe_protocol(EvalConfig.from_recipe(small_config()), None)
-    lines, notes = table([ours, theirs])
-    assert lines["lip_resnet50"]["delta top-1"] == "-"
-    assert "unknown training" in notes[0]
+        measured["protocol"] = described(small_config(), None)
+    no_delta(ours, theirs, "unknown training")
 
 
 def test_paper_figures_are_shown_beside_imagenet():
@@ -217,23 +215,7 @@ def test_old_rows_were_centre_crops():
     assert not {key for key in old["protocol"]["training"] if "crop_mode" in key}
     lines, notes = table([row("lip_resnet50", 98.0), old, seed])
     assert (lines["lip_resnet50"]["delta top-1"], lines["resnet50"]["seeds"], notes) == ("+1.50", "2", [])
-    lines, notes = table([row("lip_resnet50", 98.0, data__crop_mode="squash"), old])
-    assert lines["lip_resnet50"]["delta top-1"] == "-"
-    assert "crop_mode: squash against center" in notes[0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"selected_on_val": True}, "selected_on_val"),
-        ({"weights": "ema"}, "weights: model against ema"),
-        ({"images": 100}, "images: 355 against 100"),
-    ],
-)
-def test_no_delta_between_other_weights_or_images(changes, words):
-    lines, notes = table([row("lip_resnet50", 98.0), {**row("resnet50", 97.0), **changes}])
-    assert lines["lip_resnet50"]["delta top-1"] == "-"
-    assert words in notes[0]
+    no_delta(row("lip_resnet50", 98.0, data__crop_mode="squash"), old, "crop_mode: squash against center")
 
 
 def test_rows_of_other_images_are_not_seeds_of_each_other():
@@ -268,11 +250,8 @@ def test_test_sets_are_compared_separately():
     """A delta is to the baseline on the same set; where the baseline is missing there is none."""
     header, lines, notes = tables.build_table(ROWS, PAPER)
     cells = {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
-    assert [cells["lip_resnet50", name]["delta top-1"] for name in ("digits", "imagenet-v2", "imagenet-c")] == [
-        "+1.00",
-        "+3.00",
-        "+1.00",
-    ]
+    deltas = {"digits": "+1.00", "imagenet-v2": "+3.00", "imagenet-c": "+1.00"}
+    assert {name: cells["lip_resnet50", name]["delta top-1"] for name in deltas} == deltas
     assert cells["lip_resnet50", "imagenet-a"]["delta top-1"] == "-"
     assert cells["lip_resnet50", "imagenet-c"]["mCE (%)"] == "75.00"
     assert cells["lip_resnet50", "digits"]["mCE (%)"] == "-"
@@ -303,9 +282,7 @@ def test_no_delta_between_other_images_of_one_name():
     """ImageNet-V2 has three variants of 10,000 images in the same layout."""
     other = on("imagenet-v2", "resnet50", 70.0)
     other["dataset"]["names"] = "top images"
-    lines, notes = table([on("imagenet-v2", "lip_resnet50", 66.0), other])
-    assert lines["lip_resnet50"]["delta top-1"] == "-"
-    assert "other images (dataset.names)" in notes[0]
+    no_delta(on("imagenet-v2", "lip_resnet50", 66.0), other, "other images (dataset.names)")
 
 
 def test_the_papers_figures_are_not_those_of_sketch():

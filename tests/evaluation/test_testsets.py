@@ -3,8 +3,6 @@
 import importlib.resources
 import json
 import os
-import sys
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +10,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.commands import done, refuse
-from helpers.sets import add
+from helpers.commands import call, done, refuse
+from helpers.sets import add_shards
 from PIL import Image
 from torch.nn import functional
 from torchvision import datasets
@@ -87,6 +85,12 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
+def opened(name: str, root: Path, classes: int = 1000, partial: bool = False, **changes: object) -> testsets.EvalSet:
+    """A test set below a folder, read as images of 32x32."""
+    settings = {"root": str(root), "batch_size": 1, "eval_size": 32, "eval_resize": 32, "workers": 0}
+    return testsets.open_set(name, DataConfig(**{**settings, **changes}), "", classes, partial)
+
+
 def test_every_set_on_any_number_of_processes(sets, weights, tmp_path):
     """Counts by hand, from the ranking and the images of each class; the same from 1 and 2 processes."""
     wanted = [name for name in testsets.IMAGES if name != "imagenet"]
@@ -124,9 +128,8 @@ def test_every_set_on_any_number_of_processes(sets, weights, tmp_path):
     row = rows[1]["imagenet-c"]
     assert "mce" not in row
     assert row["mean_error"] == pytest.approx(100 - 100 * 4 / 2002)
-    assert row["corruptions"] == {
-        "gaussian_noise": {"errors": pytest.approx({"1": 100 - 200 / 1001, "2": 100 - 200 / 1001})}
-    }
+    error = 100 - 200 / 1001
+    assert row["corruptions"] == {"gaussian_noise": {"errors": pytest.approx({"1": error, "2": error})}}
     assert len(row["protocol"]["lacks"]) == 73
 
 
@@ -134,16 +137,10 @@ def test_restricted_logits_are_the_authors(sets, images):
     """ImageNet-A by a plain loop over torchvision's ImageFolder and the authors' indices."""
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=1000).eval()
-    config = DataConfig(root=str(sets / "imagenet-a"), batch_size=1, eval_size=32, eval_resize=32, workers=0)
-    chosen = testsets.open_set("imagenet-a", config, "", 1000)
+    chosen = opened("imagenet-a", sets / "imagenet-a")
     assert chosen.classes[:10] == FIRST_OF_A
-    assert (
-        testsets.open_set("imagenet-r", config.model_copy(update={"root": str(sets / "imagenet-r")}), "", 1000).classes[
-            :10
-        ]
-        == FIRST_OF_R
-    )
-    loader, counts = EvalLoader(testsets.Joined([chosen]), config), metrics.AccuracyCounts(torch.device("cpu"))
+    assert opened("imagenet-r", sets / "imagenet-r").classes[:10] == FIRST_OF_R
+    loader, counts = EvalLoader(testsets.Joined([chosen]), chosen.config), metrics.AccuracyCounts(torch.device("cpu"))
     network = metrics.ClassLogits(model, chosen.classes)
     with torch.no_grad():
         for pixels, labels in loader:
@@ -164,14 +161,9 @@ def test_restricted_logits_are_the_authors(sets, images):
 
 
 def test_one_loader_reads_several_sets_in_turn(sets):
-    config = DataConfig(
-        root=str(sets / "imagenet-a"), batch_size=1, eval_size=32, eval_resize=32, workers=1, eval_batch_size=50
-    )
-    first = testsets.open_set("imagenet-a", config, "", 1000)
-    second = testsets.open_set(
-        "imagenet-r", config.model_copy(update={"root": str(sets / "imagenet-r"), "eval_size": 24}), "", 1000
-    )
-    loader = EvalLoader(testsets.Joined([first, second]), config)
+    first = opened("imagenet-a", sets / "imagenet-a", workers=1, eval_batch_size=50)
+    second = opened("imagenet-r", sets / "imagenet-r", eval_size=24)
+    loader = EvalLoader(testsets.Joined([first, second]), first.config)
     sizes = []
     for images in (range(203), range(203, 404), range(3)):
         loader.choose(images)
@@ -235,8 +227,7 @@ def test_corruptions_are_the_authors(two_classes, tmp_path):
     # Table 1 of the paper: AlexNet's errors, rounded; their mean is its "mean corruption error" before normalising.
     published = [88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.7]
     assert [round(100 * error, 1) for error in alexnet.values()] == pytest.approx(published, abs=0.11)
-    config = DataConfig(root=str(corrupt(tmp_path / "c")), batch_size=1, eval_resize=224, workers=0)
-    data = testsets.open_set("imagenet-c", config, "", 2)
+    data = opened("imagenet-c", corrupt(tmp_path / "c"), 2, eval_resize=224)
     assert list(data.parts) == [f"{name}/{severity}" for name in (*alexnet, *extra) for severity in range(1, 6)]
     for part, images in data.parts.items():
         assert [data.source.label(index) for index in images] == [0, 1]
@@ -246,39 +237,30 @@ def test_corruptions_are_the_authors(two_classes, tmp_path):
 
 
 def test_missing_corruptions(two_classes, tmp_path):
-    root = corrupt(tmp_path / "c")
-    config = DataConfig(root=str(root), batch_size=1, eval_resize=224, workers=0)
+    root, released = corrupt(tmp_path / "c"), {"classes": 2, "eval_resize": 224}
     (root / "gaussian_noise" / "3").rename(root / "away")
     with pytest.raises(InputError, match=r"1 folders .* are missing in .* gaussian_noise/3; --partial"):
-        testsets.open_set("imagenet-c", config, "", 2)
-    partial = testsets.open_set("imagenet-c", config, "", 2, partial=True)
+        opened("imagenet-c", root, **released)
+    partial = opened("imagenet-c", root, partial=True, **released)
     assert len(partial.parts) == 94
     assert partial.protocol["lacks"] == ["gaussian_noise/3"]
     (root / "away").rename(root / "gaussian_noise" / "3")
-    (root / "gaussian_noise" / "3" / "n01443537" / "image_1.jpg").hardlink_to(
-        root / "gaussian_noise" / "3" / "n01443537" / "image_0.jpg"
-    )
+    images = root / "gaussian_noise" / "3" / "n01443537"
+    (images / "image_1.jpg").hardlink_to(images / "image_0.jpg")
     with pytest.raises(InputError, match=r"has 2 images and gaussian_noise/3 3"):
-        testsets.open_set("imagenet-c", config, "", 2)
-    larger = config.model_copy(update={"root": str(corrupt(tmp_path / "larger", 299))})
+        opened("imagenet-c", root, **released)
     with pytest.raises(InputError, match=r"is 299x299; the released images are 224x224"):
-        testsets.open_set("imagenet-c", larger, "", 2)
+        opened("imagenet-c", corrupt(tmp_path / "larger", 299), **released)
     with pytest.raises(InputError, match="has none of the corruptions gaussian_noise"):
-        testsets.open_set("imagenet-c", config.model_copy(update={"root": str(tmp_path / "c" / "fog")}), "", 2)
+        opened("imagenet-c", root / "fog", **released)
 
 
 def test_mce_by_hand():
     alexnet = {"fog": 0.8, "snow": 0.5}
     tops = {"fog": [90, 80, 70, 60, 50], "snow": [60, 50, 40, 30, 20], "spatter": [1, 2, 3, 4, 5]}
+    common = {"top5": 100.0, "correct5": 100, "images": 100}
     parts = {
-        f"{name}/{severity}": {
-            "top1": top,
-            "top5": 100.0,
-            "loss": severity,
-            "correct1": top,
-            "correct5": 100,
-            "images": 100,
-        }
+        f"{name}/{severity}": {**common, "top1": top, "loss": severity, "correct1": top}
         for name, each in tops.items()
         for severity, top in enumerate(each, 1)
     }
@@ -341,22 +323,16 @@ def test_refusals(capsys, monkeypatch, sets, weights, tmp_path, images):
 def test_shards_are_recognised_by_the_folder_s_content(image_folder, tmp_path, monkeypatch, capsys):
     """The same images as class folders and as shards, recognised by --data: the same counts."""
     shards = tmp_path / "shards" / "val"
-    shards.mkdir(parents=True)
-    (shards / "classes.txt").write_text("ant\nbee\ncat\n")
-    with tarfile.open(shards / "0.tar", "w") as archive:
-        for path in sorted((image_folder / "val").glob("*/*")):
-            add(archive, f"{path.stem}.jpg", path.read_bytes())
-            add(archive, f"{path.stem}.cls", str(("ant", "bee", "cat").index(path.parent.name)).encode())
+    shards.parent.mkdir()
+    add_shards(image_folder, shards.parent)
     checkpoint, rows = tmp_path / "three.pth", []
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), checkpoint)
     for number, data in enumerate((image_folder, shards.parent, shards)):
         output = tmp_path / f"{number}.json"
-        command = ["eval.py", "--checkpoint", checkpoint, *SMALL, "--data", data, "--output", output]
-        monkeypatch.setattr(sys, "argv", [*map(str, command)])
-        with pytest.raises(SystemExit) as ended:
-            eval_command.main()
-        assert not ended.value.code, capsys.readouterr().err
+        arguments = ("--checkpoint", checkpoint, *SMALL, "--data", data, "--output", output)
+        code, _, printed = call(capsys, monkeypatch, eval_command, *arguments)
+        assert code == 0, printed
         rows.append(json.loads(output.read_text()))
     assert {row["images"] for row in rows} == {11}
     assert len({(row["correct1"], row["correct5"]) for row in rows}) == 1

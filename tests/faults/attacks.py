@@ -1,4 +1,4 @@
-"""The faults that hit a running training: each function injects one kind into real runs and returns a line for each.
+"""The faults that hit a running training: each function injects one kind into a real run and returns a line for each.
 
 A run is hit several times in turn, then finished and compared with the run that nothing happened to. A function may
 return fewer lines than it was asked for, where a run ended before the next fault.
@@ -8,32 +8,23 @@ import contextlib
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import kill_in_write as child
-from processes import Process, Worker, send, train_command
-from run_contents import (
-    INTERVAL,
-    TOTAL,
-    count_temporary_files,
-    find_phase,
-    hash_run,
-    lost_between,
-    take_inventory,
-)
+from processes import Group, Process, send, train_command
+from run_contents import INTERVAL, TOTAL, count_temporary_files, find_phase, hash_run, lost_between, take_inventory
 
 Line = dict[str, Any]
 SPARSE_LOG = "train.log_every=4"
 """So that a checkpoint holds counts between two log lines."""
-FULL = re.compile("(warning|error): .*(No space left|File too large)")
+FULL = re.compile("(warning|error): .*No space left")
 """What a run prints when its disk is full."""
 DISK = 48 << 20
 """Bytes of the small disk: room for a run folder, which holds at most five checkpoints of 6 MB."""
@@ -62,15 +53,15 @@ class Run:
         overrides: of its recipe.
     """
 
-    def __init__(self, worker: Worker, folder: Path, reference: Reference, *overrides: str) -> None:
-        self.worker, self.folder, self.reference, self.overrides = worker, folder, reference, overrides
+    def __init__(self, group: Group, folder: Path, reference: Reference, *overrides: str) -> None:
+        self.group, self.folder, self.reference, self.overrides = group, folder, reference, overrides
         self.lines: list[Line] = []
         shutil.rmtree(folder, ignore_errors=True)
         self.contents = take_inventory(folder)
 
     def start(self, *overrides: str, **options: Any) -> Process:
         """Start or continue it."""
-        return self.worker.start(train_command(self.folder, *self.overrides, *overrides, **options))
+        return self.group.start(train_command(self.folder, *self.overrides, *overrides, **options))
 
     def wait_at_random(self, process: Process, rng: random.Random) -> int | None:
         """Wait for a moment uniform over the rest of the run; the exit code if the process ends before.
@@ -80,42 +71,39 @@ class Run:
         startup, step = self.reference.startup, self.reference.step
         moment = rng.uniform(0, startup + step * (TOTAL - self.contents.newest))
         if moment < startup:
-            return process.wait(moment)
-        code = self.wait_for_training(process)
-        return process.wait(moment - startup) if code is None else code
+            return process.wait_until(seconds=moment)
+        self.wait_for_training(process)
+        return process.wait_until(seconds=moment - startup)
 
-    def wait_for_training(self, process: Process) -> int | None:
-        """Wait until the start-up is over; the exit code if the process ends before."""
-        return process.wait(until=lambda: self.phase(process) != "start-up")
+    def wait_for_training(self, process: Process) -> None:
+        """Wait until the start-up is over, or the process has ended."""
+        process.wait_until(lambda: self.phase(process) != "start-up")
 
     def phase(self, process: Process) -> str:
         """What the process does now."""
         return find_phase(self.folder, process.started, process.pid)
 
-    def add(self, process: Process, phase: str | None = None, ok: bool = True, **facts: Any) -> Line:
+    def add(self, process: Process, phase: str | None = None, **facts: Any) -> Line:
         """Note what a fault has done, in ``phase`` or where the traces say that the process has ended."""
         before, self.contents = self.contents, take_inventory(self.folder)
         phase = phase or self.phase(process)
         recomputed = 0 if phase == "start-up" else max(0, self.contents.logged - self.contents.newest)
         # A checkpoint counts once it is written, and one at most is on its way: the steps taken meanwhile are extra.
         line = {"phase": phase, "recomputed": recomputed, "lost": lost_between(before, self.contents), **facts}
-        self.lines.append(line | {"ok": ok and recomputed <= 2 * INTERVAL})
+        self.lines.append(line | {"ok": recomputed <= 2 * INTERVAL})
         return self.lines[-1]
 
-    def close(self, expected: str) -> list[Line]:
-        """Let it finish, compare the end with ``expected``, and put the result into every line."""
-        why = None
-        try:
-            self.worker.finish(train_command(self.folder, *self.overrides))
-        except RuntimeError as error:
-            why = str(error)
-        return self.compare(expected, why)
+    def finish(self) -> str:
+        """Continue it to its end; what went wrong, if anything."""
+        process = self.start()
+        code = process.exit_code()
+        return "" if code == 0 else f"exit code {code}: {process.printed()[-600:]}"
 
-    def compare(self, expected: str, why: str | None = None) -> list[Line]:
-        """The same for a run that has finished, or failed as ``why`` says.
+    def compare(self, expected: str, why: str) -> list[Line]:
+        """Compare the end with ``expected``; the lines with the result in each. ``why``: what went wrong, if anything.
 
         Raises:
-            RuntimeError: it failed before it was hit.
+            RuntimeError: the run failed before it was hit.
         """
         end = None
         try:
@@ -124,7 +112,7 @@ class Run:
             why = why or str(error)
         if why and not self.lines:
             raise RuntimeError(why)
-        facts = {"equal": end == expected, "processes": self.worker.end(seconds=20)}
+        facts = {"equal": end == expected, "processes": self.group.end(seconds=20)}
         facts["temporary_files"] = count_temporary_files(self.folder)
         holds = facts == {"equal": True, "processes": 0, "temporary_files": 0} and not why
         for line in self.lines:
@@ -132,29 +120,29 @@ class Run:
         return self.lines
 
 
-def kill(worker: Worker, reference: Reference, rng: random.Random, count: int) -> list[Line]:
+def kill(group: Group, reference: Reference, rng: random.Random, count: int) -> list[Line]:
     """SIGKILL, uniformly over the life of the process: start-up, training, evaluation, writing."""
-    run = Run(worker, worker.folder / "run", reference)
+    run = Run(group, group.folder / "run", reference)
     while len(run.lines) < count:
         process = run.start()
         if run.wait_at_random(process, rng) is not None:
             break
-        send(process.pid, signal.SIGKILL)
-        process.handle.wait()
+        process.kill()
+        process.wait()
         run.add(process)
-    return run.close(reference.plain)
+    return run.compare(reference.plain, run.finish())
 
 
-def terminate(worker: Worker, reference: Reference, rng: random.Random, count: int) -> list[Line]:
+def terminate(group: Group, reference: Reference, rng: random.Random, count: int) -> list[Line]:
     """SIGTERM at a random time: the step is finished, saved, `requeue` left, and the exit code is 75."""
-    run = Run(worker, worker.folder / "run", reference, SPARSE_LOG)
+    run = Run(group, group.folder / "run", reference, SPARSE_LOG)
     requeue = run.folder / "requeue"
     while len(run.lines) < count and run.contents.newest < TOTAL:
         process = run.start()
         if run.wait_at_random(process, rng) is not None:
             break
         phase = run.phase(process)
-        send(process.pid, signal.SIGTERM)
+        process.terminate()
         code = process.exit_code()
         line, printed = run.add(process, phase, code=code), process.printed()
         if code == 75:
@@ -168,15 +156,13 @@ def terminate(worker: Worker, reference: Reference, rng: random.Random, count: i
             line["ok"] &= line["phase"] == "start-up" and code == -signal.SIGTERM
         if not line["ok"]:
             line["why"] = f"exit code {code}, requeue {requeue.exists()}: {printed[-300:]}"
-    lines = run.close(reference.sparse)
-    if requeue.exists():
-        lines = [line | {"ok": False, "why": "requeue is still there at the end"} for line in lines]
-    return lines
+    why = run.finish()
+    return run.compare(reference.sparse, why or ("requeue is still there at the end" if requeue.exists() else ""))
 
 
-def kill_in_write(worker: Worker, reference: Reference, rng: random.Random, count: int) -> list[Line]:
+def kill_in_write(group: Group, reference: Reference, rng: random.Random, count: int) -> list[Line]:
     """SIGKILL between or within the calls that write a checkpoint."""
-    run = Run(worker, worker.folder / "run", reference)
+    run = Run(group, group.folder / "run", reference)
     points = rng.sample(child.POINTS, len(child.POINTS))
     while len(run.lines) < count:
         point = points[len(run.lines) % len(points)]
@@ -187,78 +173,60 @@ def kill_in_write(worker: Worker, reference: Reference, rng: random.Random, coun
         line = run.add(process, point)
         if code != -signal.SIGKILL:
             line |= {"ok": False, "why": f"exit code {code}: {process.printed()[-300:]}"}
-    return run.close(reference.plain)
+    return run.compare(reference.plain, run.finish())
 
 
 @contextlib.contextmanager
-def small_disk(worker: Worker) -> Iterator[Path | None]:
-    """A file system of its own with ``DISK`` bytes; None where this user may not mount one."""
-    folder = worker.folder / "disk"
+def small_disk(group: Group) -> Iterator[Path]:
+    """A file system of its own with ``DISK`` bytes, mounted by root or by sudo without a password."""
+    folder = group.folder / "disk"
     folder.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
-    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    subprocess.run([*sudo, "mount", "-t", "tmpfs", "-o", f"size={DISK},mode=1777", "tmpfs", folder], check=True)
     try:
-        yield folder if mounted else None
+        yield folder
     finally:
-        worker.end()
-        if mounted:
-            subprocess.run(["umount", folder], check=True)
+        group.end()
+        subprocess.run([*sudo, "umount", folder], check=True)
 
 
-def fill_disk(worker: Worker, reference: Reference, rng: random.Random, count: int) -> list[Line]:
+def fill_disk(group: Group, reference: Reference, rng: random.Random, count: int) -> list[Line]:
     """The disk is full from a random moment on; later there is room again, and the run goes on or is started again."""
     first = rng.randrange(2)
-    with small_disk(worker) as disk:
-        run = Run(worker, (disk or worker.folder) / "run", reference)
+    with small_disk(group) as disk:
+        run = Run(group, disk / "run", reference)
         while len(run.lines) < count:
             policy = ("stop", "continue")[(first + len(run.lines)) % 2]
             process = run.start(f"train.on_write_error={policy}")
             run.wait_for_training(process)
-            if process.wait(reference.step * rng.uniform(0, 0.4 * (TOTAL - run.contents.newest))) is not None:
+            seconds = reference.step * rng.uniform(0, 0.4 * (TOTAL - run.contents.newest))
+            if process.wait_until(seconds=seconds) is not None:
                 break
-            phase, free = run.phase(process), fill(disk, process)
-            code = process.wait(120, until=lambda printed=process.printed: bool(FULL.search(printed())))
-            free()
-            code = process.exit_code() if code is None else code
-            printed = process.printed()
-            line = run.add(process, phase, code=code, policy=policy, how="tmpfs" if disk else "RLIMIT_FSIZE")
+            phase, ballast = run.phase(process), disk / "ballast"
+            with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+                for size in (1 << 20, 1 << 12, 1):
+                    with contextlib.suppress(OSError):
+                        while file.write(bytes(size)):
+                            pass
+            process.wait_until(lambda printed=process.printed: bool(FULL.search(printed())), seconds=120)
+            ballast.unlink()
+            code, printed = process.exit_code(), process.printed()
+            line = run.add(process, phase, code=code, policy=policy)
             if code != {"stop": 2, "continue": 0}[policy] or not FULL.search(printed) or "Traceback" in printed:
                 line |= {"ok": False, "why": f"exit code {code}, policy {policy}: {printed[-600:]}"}
             if code == 0:
                 break
-        return run.close(reference.plain)
+        return run.compare(reference.plain, run.finish())
 
 
-def fill(disk: Path | None, process: Process) -> Callable[[], None]:
-    """Take every free byte of the disk, or forbid the process files longer than 1 MB; returns what undoes it."""
-    if disk is None:
-        before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
-
-        def allow() -> None:
-            with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
-
-        return allow
-    ballast = disk / "ballast"
-    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)):
-                    pass
-    return ballast.unlink
-
-
-def kill_rank(worker: Worker, reference: Reference, rng: random.Random, count: int) -> list[Line]:
+def kill_rank(group: Group, reference: Reference, rng: random.Random, count: int) -> list[Line]:
     """SIGKILL to one of torchrun's two ranks; torchrun starts both again, and they go on from the last checkpoint."""
-    run = Run(worker, worker.folder / "run", reference)
-    process, killed, why = run.start(ranks=2), set(), None
+    run = Run(group, group.folder / "run", reference)
+    process, killed = run.start(ranks=2), set()
     while len(run.lines) < count:
         ranks: list[int] = []
-        while len(ranks) < 2 and process.wait(0.1) is None:
+        while len(ranks) < 2 and process.wait_until(seconds=0.1) is None:
             ranks = [pid for pid in process.children() if pid not in killed]
-        if len(ranks) < 2:
-            why = f"torchrun has ended: {process.printed()[-600:]}"
-            break
         killed |= set(ranks)
         process.started, run.contents = time.time(), take_inventory(run.folder)  # of these ranks, not of torchrun
         if run.wait_at_random(process, rng) is not None:
@@ -266,10 +234,8 @@ def kill_rank(worker: Worker, reference: Reference, rng: random.Random, count: i
         victim = rng.choice(ranks)
         send(victim, signal.SIGKILL)
         run.add(process, find_phase(run.folder, process.started, ranks[0]), rank=ranks.index(victim))
-    if process.wait() != 0:
-        why = why or f"torchrun did not end well after the last kill: {process.printed()[-600:]}"
-        process.kill_all()
-    return run.compare(reference.pair, why)
+    code = process.exit_code()
+    return run.compare(reference.pair, "" if code == 0 else f"torchrun: exit code {code}: {process.printed()[-600:]}")
 
 
 ATTACKS = {

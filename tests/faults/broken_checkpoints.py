@@ -1,10 +1,9 @@
-"""Give broken and hostile checkpoints to train.py and eval.py, and print what became of each as a line of JSON.
+"""Broken and hostile checkpoints, and what train.py and eval.py make of each:  broken_checkpoints.py FOLDER COUNT
 
-One in ten is given to the command as a user types it; for the others this process, which has loaded the libraries,
-forks, which saves their four seconds.
+This process, which has loaded the libraries, forks for each, which saves their four seconds. Prints the outcomes as a
+line of JSON.
 """
 
-import argparse
 import json
 import os
 import random
@@ -14,8 +13,9 @@ import shutil
 import signal
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import hostile_files
 import sklearn.datasets  # noqa: F401  (the slowest import: loaded once, and every fork has it)
@@ -57,23 +57,19 @@ class Commands:
     def __init__(self, work: Path) -> None:
         self.work, self.log, self.canary = work, work / "log.txt", work / "canary"
         self.mains = {script: runpy.run_path(str(ROOT / script))["main"] for script in ("train.py", "eval.py")}
-        self.recipe, whole = work / "small.yaml", work / "whole"
+        self.recipe, self.whole = work / "small.yaml", work / "whole"
         self.recipe.write_text(load_config(RECIPE, SMALL).dump(), encoding="utf-8")
-        if not (whole / "done").exists():
-            shutil.rmtree(whole, ignore_errors=True)
-            outcome = self.run("train.py", self._train(whole, "train.max_steps=10"), typed=False)
-            assert outcome.code == 0, outcome.printed
-            (whole / "done").touch()
-        self.whole = whole
-        self.bytes = (whole / "checkpoints" / "last.pt").read_bytes()
-        self.payload = read_whole(whole / "checkpoints" / "last.pt")
-        self.usual = work / "memory.json"
+        outcome = self.run("train.py", self._train(self.whole, "train.max_steps=10"))
+        assert outcome.code == 0, outcome.printed
+        self.bytes = (self.whole / "checkpoints" / "last.pt").read_bytes()
+        self.payload = read_whole(self.whole / "checkpoints" / "last.pt")
+        self.usual = {use: self.give(use, self.bytes)[0].memory_mb for use in USES}
 
     def _train(self, folder: Path, *overrides: str) -> list[str]:
         return ["--config", str(self.recipe), "--output", str(folder), "--resume", "auto", *overrides]
 
-    def run(self, script: str, arguments: list[str], typed: bool) -> Outcome:
-        """Run a command in a process of its own, or in a fork of this one."""
+    def run(self, script: str, arguments: list[str]) -> Outcome:
+        """Run a command in a fork of this process."""
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
@@ -85,8 +81,6 @@ class Commands:
                 os.dup2(descriptor, 2)
                 os.chdir(ROOT)
                 signal.alarm(SECONDS)
-                if typed:
-                    os.execv(sys.executable, [sys.executable, script, *arguments])
                 sys.argv = [script, *arguments]
                 cli.launch(self.mains[script])
             except SystemExit as end:
@@ -101,7 +95,7 @@ class Commands:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         return Outcome(os.waitstatus_to_exitcode(status), text, usage.ru_maxrss >> 10)
 
-    def give(self, use: str, data: bytes, typed: bool) -> tuple[Outcome, Path]:
+    def give(self, use: str, data: bytes) -> tuple[Outcome, Path]:
         """Put a file in a checkpoint's place, and run the command that reads it."""
         run = self.work / "run"
         shutil.rmtree(run, ignore_errors=True)
@@ -110,35 +104,33 @@ class Commands:
         path.write_bytes(data)
         if use == "eval":
             arguments = ["--checkpoint", str(path), "--weights", "model", "--config", str(self.recipe)]
-            return self.run("eval.py", arguments, typed), path
+            return self.run("eval.py", arguments), path
         if use == "starting weights":
             fresh = self.work / "fresh"
             shutil.rmtree(fresh, ignore_errors=True)
-            return self.run("train.py", self._train(fresh, f"model.weights={path}", "train.max_steps=1"), typed), path
+            return self.run("train.py", self._train(fresh, f"model.weights={path}", "train.max_steps=1")), path
         shutil.copy(self.whole / "config.yaml", run)
         if use == OLDER:
             os.link(path, path.with_name("step-00000010.pt"))
             shutil.copy(self.whole / "checkpoints" / "step-00000005.pt", path.parent)
-        return self.run("train.py", self._train(run, "train.max_steps=5"), typed), path
+        return self.run("train.py", self._train(run, "train.max_steps=5")), path
 
-    def examine(self, what: str, number: int, use: str, typed: bool) -> dict[str, Any]:
-        """Say what became of one bad file: refused, passed over for the older one, or harmless (nothing differs)."""
-        usual = json.loads(self.usual.read_text()) if self.usual.exists() else {}
-        if f"{use} {typed}" not in usual:
-            usual[f"{use} {typed}"] = self.give(use, self.bytes, typed)[0].memory_mb
-            self.usual.write_text(json.dumps(usual))
-        data = hostile_files.make(what, number, self.payload, self.bytes, self.canary)
-        outcome, path = self.give(use, data, typed)
+    def examine(self, what: str, number: int, use: str) -> tuple[str, list[str], int]:
+        """What became of one bad file: refused, passed over for the older one, or harmless (nothing differs).
+
+        Returns:
+            That word, what was wrong about it, and the memory beyond the good file's, MB.
+        """
+        outcome, path = self.give(use, hostile_files.make(what, number, self.payload, self.bytes, self.canary))
         became, problem = self._explain(what, outcome, use, path)
-        extra = max(0, outcome.memory_mb - usual[f"{use} {typed}"])
+        extra = max(0, outcome.memory_mb - self.usual[use])
         problems = [problem] if problem else []
         if self.canary.exists():
             self.canary.unlink()
             problems.append("its code was executed")
         if extra > MEMORY_MB:
             problems.append(f"it took {extra} MB")
-        facts = {"what": what, "number": number, "use": use, "typed": typed, "memory_mb": extra}
-        return {"cases": 1, "became": {became: 1}, "failed": problems, "ok": not problems, **facts}
+        return became, [f"{what} {number}, {use}: {text}" for text in problems], extra
 
     def _explain(self, what: str, outcome: Outcome, use: str, path: Path) -> tuple[str, str]:
         printed, code = outcome.printed, outcome.code
@@ -166,15 +158,14 @@ class Commands:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("work", type=Path)
-    parser.add_argument("first", type=int, help="number of the first file in hostile_files.plan")
-    parser.add_argument("count", type=int)
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    commands = Commands(options.work)
-    plan = hostile_files.plan(len(commands.bytes) // 1024 + 1)
-    for index in range(options.first, options.first + options.count):
-        what, number = plan[index % len(plan)]
-        use = USES[random.Random(index).randrange(len(USES))]
-        print(json.dumps(commands.examine(what, number, use, typed=index % 10 == 0)), flush=True)
+    folder, count = Path(sys.argv[1]) / "files", int(sys.argv[2])
+    folder.mkdir()
+    commands, became, failed, memory = Commands(folder), Counter(), [], 0
+    for index, (what, number) in enumerate(hostile_files.plan(len(commands.bytes) // 1024 + 1)[:count]):
+        word, problems, extra = commands.examine(what, number, random.Random(index).choice(USES))
+        became[word] += 1
+        failed += problems
+        memory = max(memory, extra)
+    row = {"cases": sum(became.values()), "became": dict(became.most_common()), "failed": failed, "memory_mb": memory}
+    print(json.dumps(row))

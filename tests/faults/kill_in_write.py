@@ -4,6 +4,7 @@ POINT is a call of the write, one of POINTS; NUMBER says which of these calls is
 """
 
 import builtins
+import io
 import os
 import runpy
 import signal
@@ -41,7 +42,7 @@ def wrap_calls(fatal: str, number: int) -> None:
         if mode == "wb" and not isinstance(path, int):
             check("open", path)
             if is_fatal("half written", path):
-                return HalfWritten(original_open(path, mode, buffering=0))
+                return HalfWritten(path, mode)
         return original_open(path, mode, *arguments, **keywords)
 
     def fsync(descriptor: int) -> None:
@@ -55,21 +56,12 @@ def wrap_calls(fatal: str, number: int) -> None:
     os.unlink = before("unlink", os.unlink, 0)
 
 
-class HalfWritten:
-    """An unbuffered file whose first write stores half of its bytes and ends the process."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def __enter__(self) -> "HalfWritten":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+class HalfWritten(io.FileIO):
+    """A file whose first write stores half of its bytes and ends the process."""
 
     def write(self, data: Any) -> None:
         content = memoryview(data).cast("B")
-        self.file.write(content[: len(content) // 2])
+        super().write(content[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""What several test files share: a small recipe, and Python in a process of its own."""
+"""What several test files share: a small recipe, a picture, and Python in a process of its own."""
 
 import os
 import subprocess
@@ -6,7 +6,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from lip_resnet.config import Config
 from lip_resnet.recipe import parse_config
@@ -31,6 +33,15 @@ def small_config(**changes: object) -> Config:
         section, key = name.split("__")
         tree[section][key] = value
     return parse_config(tree, "test")
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with edges and a little grain: what JPEG is made for."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    pixels[:, width // 3 :] = 255 - pixels[:, width // 3 :]
+    return Image.fromarray(np.clip(pixels + random.normal(0, 4, pixels.shape), 0, 255).astype(np.uint8))
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

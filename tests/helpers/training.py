@@ -1,10 +1,16 @@
 """A small training state and its loaders."""
 
+import sys
+
 import torch
 
+import lip_commands
 from helpers import small_config
+from lip_resnet import cli
+from lip_resnet.commands import train
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.models import registry
+from lip_resnet.training import run_folder
 from lip_resnet.training.engine import build_state, train_one_epoch
 
 CPU = torch.device("cpu")
@@ -14,8 +20,8 @@ def prepare(**changes):
     config = small_config(**changes)
     torch.manual_seed(0)
     state = build_state(registry.build_model(config.model, drop_rate=config.train.drop), config, CPU)
-    train, val = build_sources(config.data, config.model.num_classes)
-    loader = TrainLoader(train, config.data, config.optim.accumulate, config.train.seed)
+    images, val = build_sources(config.data, config.model.num_classes)
+    loader = TrainLoader(images, config.data, config.optim.accumulate, config.train.seed)
     return config, state, loader, EvalLoader(val, config.data)
 
 
@@ -29,3 +35,13 @@ def run(config, state, loader, norm_excludes=()):
     logged = []
     train_one_epoch(state, loader, config, norm_excludes=norm_excludes, on_step=lambda: None, on_log=logged.append)
     return logged
+
+
+def run_train(monkeypatch, *arguments: object) -> None:
+    """Run train.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    try:
+        train.main(lip_commands.train_parser(cli.ArgumentParser).parse_intermixed_args())
+    finally:
+        while run_folder._locks:
+            run_folder._locks.pop().close()  # as the end of the process does

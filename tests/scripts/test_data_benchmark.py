@@ -2,29 +2,25 @@
 
 import functools
 import statistics
-import sys
 
 import benchmark
 import numpy as np
 import pytest
 from bench import tables
 from bench.data import make_photographs
+from helpers.commands import call
 from PIL import Image
 
-from lip_resnet import cli
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return lambda *arguments: call(capsys, monkeypatch, benchmark, "data", *arguments)[0]
 
 
-def run(monkeypatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "data", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.launch(benchmark.main)
-    return exit_.value.code
-
-
-def test_figures_follow_from_the_rounds(monkeypatch, image_folder, tmp_path):
+def test_figures_follow_from_the_rounds(run, image_folder, tmp_path):
     output = tmp_path / "rows.jsonl"
     small = ("--images", 16, "--batch", 8, "--rounds", 3, "--workers", 1, "--gpu", 1000)
-    assert run(monkeypatch, "--data", image_folder / "train", *small, "--output", output) == 0
+    assert run("--data", image_folder / "train", *small, "--output", output) == 0
     environment, rows = tables.read(output)
     loaders = {row["loader"]: row for row in rows if "loader" in row}
     assert set(loaders) == {"ours, decode: fast", "ours, decode: exact", "timm, uint8", "torchvision, float32"}
@@ -44,9 +40,9 @@ def test_figures_follow_from_the_rounds(monkeypatch, image_folder, tmp_path):
     assert "| timm, uint8 " in table
     assert "3 interleaved rounds of 16 images" in table
     assert "Two workers against one, fast: " in table
-    assert run(monkeypatch, "--data", image_folder, "--output", output) == 2  # never overwritten
-    assert run(monkeypatch, "--data", tmp_path / "none") == 2
-    assert run(monkeypatch, "--images", 0) == 2
+    assert run("--data", image_folder, "--output", output) == 2  # never overwritten
+    assert run("--data", tmp_path / "none") == 2
+    assert run("--images", 0) == 2
 
 
 def test_made_photographs_have_imagenet_s_sizes(tmp_path):

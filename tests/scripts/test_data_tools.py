@@ -54,13 +54,7 @@ def archives(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
             data, file = image_bytes(100 + number), f"ILSVRC2012_val_{number:08}.JPEG"
             expected[f"val/{CLASSES[truth - 1]}/{file}"] = data
             add(archive, file, data)
-    fields = [
-        ("ILSVRC2012_ID", object),
-        ("WNID", object),
-        ("words", object),
-        ("gloss", object),
-        ("num_children", object),
-    ]
+    fields = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")]
     synsets = [(number, name, "words", "gloss", 0) for number, name in enumerate(CLASSES, 1)]
     synsets.append((1001, "n00001740", "entity", "what there is", 3))  # not a class
     meta = io.BytesIO()
@@ -80,13 +74,23 @@ def run(monkeypatch, module, *arguments: object) -> int:
     return exit_.value.code
 
 
+@pytest.fixture
+def prepare(monkeypatch, archives, tmp_path):
+    """``prepare(*flags, output=..., archives=...)`` runs prepare_imagenet.py and returns its exit code."""
+
+    def call(*flags: object, output: Path = tmp_path, archives: Path = archives[0]) -> int:
+        return run(monkeypatch, prepare_imagenet, "--archives", archives, "--output", output, *flags)
+
+    return call
+
+
 def written(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.glob("*/*/*")}
 
 
-def test_archives_to_folders(monkeypatch, archives, tmp_path):
+def test_archives_to_folders(prepare, archives, tmp_path):
     folder, expected = archives
-    assert run(monkeypatch, prepare_imagenet, "--archives", folder, "--output", tmp_path, "--any-archive") == 0
+    assert prepare("--any-archive") == 0
     assert written(tmp_path) == expected
     record = json.loads((tmp_path / "prepared.json").read_text())
     checksum = hashlib.md5((folder / ARCHIVE_META["train"][0]).read_bytes()).hexdigest()
@@ -97,10 +101,8 @@ def test_archives_to_folders(monkeypatch, archives, tmp_path):
     assert [label + 1 for _, label in by_file] == TRUTH
 
 
-def test_a_killed_run_is_continued(monkeypatch, archives, tmp_path):
-    folder, expected = archives
-    arguments = ("--archives", folder, "--output", tmp_path, "--any-archive")
-    write = prepare_imagenet._write_image
+def test_a_killed_run_is_continued(monkeypatch, prepare, archives, tmp_path):
+    write, expected = prepare_imagenet._write_image, archives[1]
 
     def slow(*arguments):
         time.sleep(0.1)
@@ -108,7 +110,7 @@ def test_a_killed_run_is_continued(monkeypatch, archives, tmp_path):
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_imagenet, "_write_image", slow)
-        process = multiprocessing.get_context("fork").Process(target=run, args=(patch, prepare_imagenet, *arguments))
+        process = multiprocessing.get_context("fork").Process(target=prepare, args=("--any-archive",))
         process.start()
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("*/*/*.JPEG"))) < 7 and time.monotonic() < deadline:
@@ -117,36 +119,32 @@ def test_a_killed_run_is_continued(monkeypatch, archives, tmp_path):
         process.join()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.JPEG")}
     assert 7 <= len(before) < len(expected)
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+    assert prepare("--any-archive") == 0
     assert {name: data for name, data in written(tmp_path).items() if not name.endswith(".part")} == expected
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what was whole was not written again
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 0  # nothing left to do
+    assert prepare("--any-archive") == 0  # nothing left to do
 
 
-def test_re_encoding(monkeypatch, archives, tmp_path):
-    folder, expected = archives
-    arguments = ("--archives", folder, "--any-archive", "--longest", 30, "--output", tmp_path / "small")
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
-    small = written(tmp_path / "small")
+def test_re_encoding(prepare, archives, tmp_path):
+    expected = archives[1]
+    assert prepare("--any-archive", "--longest", 30) == 0
+    small = written(tmp_path)
     assert set(small) == set(expected)
     for name, data in small.items():
         image, original = (Image.open(io.BytesIO(each)) for each in (data, expected[name]))
         assert len(data) < len(expected[name])
         assert max(image.size) == 30
         assert data == bad_images.encode(original.resize(image.size, Image.Resampling.BICUBIC), quality=90)
-    assert run(monkeypatch, prepare_imagenet, *arguments[:3], "--output", tmp_path / "small") == 2
+    assert prepare("--any-archive") == 2
 
 
-def test_archives_to_shards(monkeypatch, archives, tmp_path):
-    folder, expected = archives
-    arguments = ("--archives", folder, "--output", tmp_path, "--any-archive", "--format", "shards")
+def test_archives_to_shards(monkeypatch, prepare, archives, tmp_path):
+    expected = archives[1]
     monkeypatch.setattr(prepare_imagenet, "_PER_SHARD", 5)
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+    assert prepare("--any-archive", "--format", "shards") == 0
     shards = sorted(tmp_path.glob("*/*.tar"))
-    assert [str(path.relative_to(tmp_path)) for path in shards] == [
-        *(f"train/00000{number}.tar" for number in range(3)),
-        "val/000000.tar",
-    ]
+    names = ["train/000000.tar", "train/000001.tar", "train/000002.tar", "val/000000.tar"]
+    assert [str(path.relative_to(tmp_path)) for path in shards] == names
     config = DataConfig(name="shards", root=str(tmp_path), batch_size=1)
     for split, source in zip(("train", "val"), build_sources(config, 3), strict=True):
         assert source.classes == list(CLASSES)
@@ -159,50 +157,46 @@ def test_archives_to_shards(monkeypatch, archives, tmp_path):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards}
     shards[1].unlink()
     (tmp_path / "prepared.json").unlink()
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+    assert prepare("--any-archive", "--format", "shards") == 0
     assert shards[1].read_bytes() == before[shards[1]][0]
     assert shards[0].stat().st_mtime_ns == before[shards[0]][1]
 
 
-def test_wrong_archives_are_refused(monkeypatch, archives, tmp_path, capsys):
-    folder = tmp_path / "copies"
+def test_wrong_archives_are_refused(prepare, archives, tmp_path, capsys):
+    folder, out = tmp_path / "copies", tmp_path / "out"
     shutil.copytree(archives[0], folder)
-    arguments = ("--archives", folder, "--output", tmp_path / "out")
     val = folder / ARCHIVE_META["val"][0]
     whole = val.read_bytes()
     for content, words in ((whole[: len(whole) // 2], "not a whole tar archive"), (b"no tar" * 200, "not a whole tar")):
         val.write_bytes(content)
-        assert run(monkeypatch, prepare_imagenet, *arguments, "--any-archive") == 2
+        assert prepare("--any-archive", output=out, archives=folder) == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
     with tarfile.open(val, "w") as archive:
         add(archive, "../../evil.JPEG", b"")
-    assert run(monkeypatch, prepare_imagenet, *arguments, "--any-archive") == 2
+    assert prepare("--any-archive", output=out, archives=folder) == 2
     assert "it holds '../../evil.JPEG'" in capsys.readouterr().err
     val.unlink()
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 2
+    assert prepare(output=out, archives=folder) == 2
     assert "there is no" in capsys.readouterr().err
 
 
-def test_wrong_sizes_and_checksums_are_refused_before_and_after_reading(monkeypatch, archives, tmp_path, capsys):
+def test_wrong_sizes_and_checksums_are_refused(monkeypatch, prepare, archives, tmp_path, capsys):
     """The archives' sizes are checked first: hours of reading a truncated download would be lost."""
-    folder = archives[0]
-    paths = {key: folder / name for key, (name, _) in ARCHIVE_META.items()}
-    arguments = ("--archives", folder, "--output", tmp_path / "out")
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 2
+    paths = {key: archives[0] / name for key, (name, _) in ARCHIVE_META.items()}
+    assert prepare(output=tmp_path / "out") == 2
     assert "the official archive 147,897,477,120: is its download complete?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(prepare_imagenet, "_BYTES", {key: paths[key].stat().st_size for key in ("train", "val")})
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 2
+    assert prepare(output=tmp_path / "out") == 2
     assert "the official archive's fa75699e90414af021442c21a62c3abf" in capsys.readouterr().err
-    assert run(monkeypatch, prepare_imagenet, "--archives", tmp_path / "none", "--output", tmp_path / "out") == 2
+    assert prepare(archives=tmp_path / "none") == 2
     assert capsys.readouterr().err.count("ILSVRC2012_") == 3  # all that is missing, not the first
 
 
 @pytest.mark.parametrize("layout", ["folder", "shards"])
-def test_a_full_disk(monkeypatch, archives, tmp_path, capsys, layout):
+def test_a_full_disk(monkeypatch, prepare, archives, tmp_path, capsys, layout):
     """The line names the file that could not be written, what is written stays, and the same command continues."""
-    folder, expected = archives
-    arguments = ("--archives", folder, "--output", tmp_path, "--any-archive", "--format", layout)
+    flags = ("--any-archive", "--format", layout)
     monkeypatch.setattr(prepare_imagenet, "_PER_SHARD", 5)
     replace, room = prepare_imagenet.os.replace, [3 if layout == "folder" else 1]
 
@@ -215,13 +209,13 @@ def test_a_full_disk(monkeypatch, archives, tmp_path, capsys, layout):
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_imagenet.os, "replace", full)
-        assert run(monkeypatch, prepare_imagenet, *arguments) == 2
+        assert prepare(*flags) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"--output: cannot write {tmp_path}/" in line
     assert "No space left on device; what is written stays" in line
     assert not list(tmp_path.rglob("*.part"))
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
-    assert layout == "shards" or written(tmp_path) == expected
+    assert prepare(*flags) == 0
+    assert layout == "shards" or written(tmp_path) == archives[1]
 
 
 @pytest.mark.parametrize(
@@ -232,17 +226,16 @@ def test_a_full_disk(monkeypatch, archives, tmp_path, capsys, layout):
         (("--effect", "somewhere"), "or --effect FOLDER"),
     ],
 )
-def test_wrong_flags(monkeypatch, archives, tmp_path, capsys, flags, words):
-    assert run(monkeypatch, prepare_imagenet, "--archives", archives[0], "--output", tmp_path, *flags) == 2
+def test_wrong_flags(prepare, capsys, flags, words):
+    assert prepare(*flags) == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_damaged_record_and_a_folder_that_cannot_be_made(monkeypatch, archives, tmp_path, capsys):
+def test_a_damaged_record_and_a_folder_that_cannot_be_made(prepare, tmp_path, capsys):
     (tmp_path / "prepared.json").write_text("{")
-    arguments = ("--archives", archives[0], "--any-archive", "--output")
-    assert run(monkeypatch, prepare_imagenet, *arguments, tmp_path) == 2
+    assert prepare("--any-archive") == 2
     assert "prepared.json: damaged; remove it" in capsys.readouterr().err
-    assert run(monkeypatch, prepare_imagenet, *arguments, tmp_path / "prepared.json" / "below") == 2
+    assert prepare("--any-archive", output=tmp_path / "prepared.json" / "below") == 2
     assert "cannot make" in capsys.readouterr().err
 
 
@@ -274,10 +267,8 @@ def test_the_effect_of_re_encoding(monkeypatch, tmp_path, capsys):
     assert "holds no images" in capsys.readouterr().err
 
 
-def test_shards_are_checked_too(monkeypatch, archives, tmp_path, capsys):
-    folder, _ = archives
-    arguments = ("--archives", folder, "--output", tmp_path, "--any-archive", "--format", "shards")
-    assert run(monkeypatch, prepare_imagenet, *arguments) == 0
+def test_shards_are_checked_too(monkeypatch, prepare, tmp_path, capsys):
+    assert prepare("--any-archive", "--format", "shards") == 0
     assert run(monkeypatch, check_dataset, tmp_path, "--workers", 1) == 0
     assert "train: 12 images, 3 classes" in capsys.readouterr().out
     source = build_sources(DataConfig(name="shards", root=str(tmp_path), batch_size=1), 3)[1]

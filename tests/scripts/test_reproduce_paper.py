@@ -1,8 +1,8 @@
 """scripts/reproduce_paper.py: the figures' own consistency, the counting rules, and what makes the report say OFF."""
 
+import functools
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,10 @@ import torch
 import torchvision
 import yaml
 from helpers import ROOT
+from helpers.commands import call
 from helpers.golden import GOLDEN, released_state_dict
 from torch import nn
 
-from lip_resnet import cli
 from lip_resnet.evaluation.cost import count_operations
 from lip_resnet.evaluation.evaluate import evaluate_reference
 from lip_resnet.evaluation.paper import PAPER_FILE, Check, load_paper
@@ -30,16 +30,7 @@ ROWS = {row.name: row for row in PAPER.rows}
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """Run the command in this process: (exit code, what it printed, its error line)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.launch(reproduce_paper.main)
-        printed = capsys.readouterr()
-        return end.value.code or 0, printed.out, printed.err
-
-    return call
+    return functools.partial(call, capsys, monkeypatch, reproduce_paper)
 
 
 @pytest.fixture
@@ -166,21 +157,11 @@ def test_a_gain_that_its_rows_do_not_give_is_off(run, monkeypatch, tmp_path):
 
 def trained_row(path: Path, top1: float, processes: int | None = 8, **changes: object) -> Path:
     config = load_config(ROOT / ROWS["lip_densenet121"].recipe)
+    training = processes and describe_training(config, [processes])
     row = {
-        **{
-            "model": "lip_densenet121",
-            "args": config.model.args,
-            "checkpoint": "runs/x",
-            "weights": "model",
-            "loss": 1.0,
-        },
-        **{"top1": top1, "top5": 93.2, "images": 50000, "params": 8690920, "macs": 4083343360, "seed": 0},
-        **{
-            "protocol": describe_protocol(
-                EvalConfig.from_recipe(config), processes and describe_training(config, [processes])
-            ),
-            **changes,
-        },
+        **{"model": "lip_densenet121", "args": config.model.args, "checkpoint": "runs/x", "weights": "model"},
+        **{"top1": top1, "top5": 93.2, "images": 50000, "params": 8690920, "macs": 4083343360, "seed": 0, "loss": 1.0},
+        **{"protocol": describe_protocol(EvalConfig.from_recipe(config), training), **changes},
     }
     path.write_text(json.dumps(row))
     return path

@@ -1,7 +1,7 @@
 """scripts/verify_checkpoint.py: files in the authors' format are identified, loaded, compared and exported."""
 
+import functools
 import hashlib
-import sys
 
 import pytest
 import timm
@@ -10,11 +10,12 @@ import torchvision
 import verify_checkpoint
 import yaml
 from helpers import ROOT
+from helpers.commands import call
 from helpers.golden import GOLDEN, images, released_state_dict
 from PIL import Image
 from torchvision.transforms import v2
 
-from lip_resnet import checkpoint, cli
+from lip_resnet import checkpoint
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.paper import PAPER_FILE
 from lip_resnet.models.identify import Network, identify
@@ -23,16 +24,7 @@ from lip_resnet.models.weights import load_weights
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """Run the command in this process: (exit code, what it printed, its error line)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["verify_checkpoint.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.launch(verify_checkpoint.main)
-        printed = capsys.readouterr()
-        return end.value.code or 0, printed.out, printed.err
-
-    return call
+    return functools.partial(call, capsys, monkeypatch, verify_checkpoint)
 
 
 def three_classes(golden: str) -> dict[str, torch.Tensor]:

@@ -39,6 +39,12 @@ def whole_state(state) -> dict[str, torch.Tensor]:
     return copy.deepcopy({key: value.detach() for key, value in entries.items()})
 
 
+def watch(state, loader, config, seen: list, logged: list | None = None) -> None:
+    """Train an epoch; ``seen`` gets the state after every step, ``logged`` the numbers."""
+    log = [] if logged is None else logged
+    train_one_epoch(state, loader, config, on_step=lambda: seen.append(whole_state(state)), on_log=log.append)
+
+
 def same(one, other) -> None:
     assert one.keys() == other.keys()
     for key, value in one.items():
@@ -61,12 +67,8 @@ RECIPES = {
 @pytest.mark.parametrize("name", [*RECIPES, pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_skipped_step_never_happened(nan_image, name, tmp_path):
     """Bit for bit as before the step, and in the end as a run that left the step's update out."""
-    common = {
-        "train__ema_decay": 0.9,
-        "train__max_steps": 5,
-        "train__on_nonfinite": "skip",
-        **RECIPES.get(name, {"train__compile": True}),
-    }
+    common = {"train__ema_decay": 0.9, "train__max_steps": 5, "train__on_nonfinite": "skip"}
+    common |= RECIPES.get(name, {"train__compile": True})
     ends, warnings = [], []
     for excluded in ((), (BAD,)):
         config, state, loader, _ = prepare(**common)
@@ -75,10 +77,7 @@ def test_a_skipped_step_never_happened(nan_image, name, tmp_path):
         state.guard.check_delay = 2 if name == "late" else 0
         seen, logged = [], []
 
-        def on_step(state=state, seen=seen):
-            seen.append(whole_state(state))
-
-        train_one_epoch(state, loader, config, on_step=on_step, on_log=logged.append)
+        watch(state, loader, config, seen, logged)
         same(seen[BAD - 1], seen[BAD - 2])
         for good in (0, 2, 3):
             assert not torch.equal(seen[good]["model.fc.weight"], seen[good + 1]["model.fc.weight"])
@@ -150,7 +149,7 @@ def test_float16_loss(nan_image):
     )
     seen, warnings = [], []
     state.guard.warn = warnings.append
-    train_one_epoch(state, loader, config, on_step=lambda: seen.append(whole_state(state)), on_log=lambda values: None)
+    watch(state, loader, config, seen)
     same(seen[BAD - 1], seen[BAD - 2])
     assert not torch.equal(seen[3]["model.fc.weight"], seen[4]["model.fc.weight"])
     assert len(warnings) == 1
@@ -165,9 +164,7 @@ def test_nothing_changes_until_the_host_has_seen_it(nan_image, policy, lag):
     seen = []
     kind = FloatingPointError if policy == "stop" else nonfinite.Rollback
     with pytest.raises(kind, match=rf"not finite at step {BAD}, .*rank 0: the images"):
-        train_one_epoch(
-            state, loader, config, on_step=lambda: seen.append(whole_state(state)), on_log=lambda values: None
-        )
+        watch(state, loader, config, seen)
     assert len(seen) == BAD - 1 + lag
     same(whole_state(state), seen[BAD - 2])
 
@@ -176,14 +173,13 @@ def test_a_save_looks_first(nan_image):
     """However late the host looks, no checkpoint of a run that must stop is made after the step."""
     config, state, loader, _ = prepare()
     state.guard.check_delay = 100
+
+    def save() -> None:
+        if state.step == 4:
+            state.state_dict()
+
     with pytest.raises(FloatingPointError, match=f"step {BAD}"):
-        train_one_epoch(
-            state,
-            loader,
-            config,
-            on_step=lambda: state.state_dict() if state.step == 4 else None,
-            on_log=lambda values: None,
-        )
+        train_one_epoch(state, loader, config, on_step=save, on_log=lambda values: None)
 
 
 def test_the_limit_of_steps_in_a_row():

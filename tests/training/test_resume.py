@@ -9,21 +9,20 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import threading
 
 import pytest
 import run_contents
 import torch
 from helpers import small_config
+from helpers.training import run_train
 
-import lip_commands
-from lip_resnet import checkpoint, cli, distributed, environment, errors
+from lip_resnet import checkpoint, distributed, environment, errors
 from lip_resnet.commands import train
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.protocol import describe_training, difference
 from lip_resnet.recipe import parse_config
-from lip_resnet.training import run, run_folder, runlog
+from lip_resnet.training import run, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 
 
@@ -34,12 +33,7 @@ def start(tmp_path, monkeypatch):
     recipe.write_text(small_config(data__batch_size=480).dump())
 
     def run_it(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "--output", str(folder), *arguments])
-        try:
-            train.main(lip_commands.train_parser(cli.ArgumentParser).parse_intermixed_args())
-        finally:
-            while run_folder._locks:
-                run_folder._locks.pop().close()  # which the end of the process does
+        run_train(monkeypatch, "--config", recipe, "--output", folder, *arguments)
 
     run_it.folder = folder
     return run_it

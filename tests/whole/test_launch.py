@@ -161,12 +161,10 @@ def test_two_nodes_command(stage, monkeypatch):
 # ---- Slurm's way with a job: signal, save, back into the queue ----
 
 
-def start_job(stage: Path, *arguments: object) -> subprocess.Popen:
-    """The batch script as Slurm starts it; signals go to this shell alone."""
-    command = ["bash", SLURM, *arguments]
-    return subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start_job(*arguments: object, script: Path = SLURM) -> subprocess.Popen:
+    """A batch script as Slurm starts it; signals go to this shell alone."""
+    command = ["bash", *map(str, (script, *arguments))]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(condition, job: subprocess.Popen) -> None:
@@ -183,7 +181,7 @@ def test_slurm_requeues_what_was_saved(stage, tmp_path, monkeypatch, number, req
     folder.mkdir()
     monkeypatch.setenv("FOLDER", str(folder))
     executable(tmp_path / "tools" / "torchrun", RUN)
-    job = start_job(stage, RECIPE, "data.root=/data", f"--output={folder}")
+    job = start_job(RECIPE, "data.root=/data", f"--output={folder}")
     wait_for((stage / "started").exists, job)
     job.send_signal(number)
     printed, _ = job.communicate(timeout=60)
@@ -194,43 +192,39 @@ def test_slurm_requeues_what_was_saved(stage, tmp_path, monkeypatch, number, req
         assert words(stage / "scontrol") == ["requeue 123456"]
 
 
-def test_slurm_does_not_requeue_a_failure(stage, tmp_path):
-    executable(tmp_path / "tools" / "torchrun", "exit 5")
-    job = start_job(stage, RECIPE, "data.root=/data", "--output", tmp_path)
-    assert job.wait(timeout=60) == 5
-    assert not (stage / "scontrol").exists()
-
-
-def test_slurm_forgets_an_earlier_request(stage, tmp_path):
-    """Stopped and requeued, the job now fails before train.py has opened the run: it must not come back for ever."""
+@pytest.mark.parametrize("requested", [False, True])
+def test_slurm_does_not_requeue_a_failure(stage, tmp_path, requested):
+    """Nor one that was stopped and requeued, and now fails before train.py has opened the run."""
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "requeue").touch()
+    if requested:
+        (folder / "requeue").touch()
     executable(tmp_path / "tools" / "torchrun", "exit 5")
-    assert start_job(stage, RECIPE, "data.root=/data", "--output", folder).wait(timeout=60) == 5
+    assert start_job(RECIPE, "data.root=/data", "--output", folder).wait(timeout=60) == 5
     assert not (stage / "scontrol").exists()
+
+
+def real_run(monkeypatch, tmp_path: Path, **environment: object) -> Path:
+    """Put the real torchrun on PATH and these names into the environment; a recipe of 69 steps."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for name, value in {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **environment}.items():
+        monkeypatch.setenv(name, str(value))
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(small_config(train__epochs=3).dump())
+    return recipe
 
 
 @pytest.mark.slow
 def test_slurm_run_ends_as_if_never_stopped(stage, tmp_path, monkeypatch):
     """The real torchrun and train.py: signalled, saved, requeued, started again by "Slurm"; equal weights."""
     (tmp_path / "tools" / "torchrun").unlink()
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
-    monkeypatch.setenv("PROCESSES", "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    executable(
-        tmp_path / "tools" / "scontrol",
-        'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$RECORD/scontrol"; fi',
-    )
+    recipe = real_run(monkeypatch, tmp_path, SLURM_JOB_NUM_NODES=1, PROCESSES=2)
+    executable(tmp_path / "tools" / "scontrol", FAKES["scontrol"].replace("echo node7; echo node8", "echo localhost"))
     assert shutil.which("torchrun")
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(small_config(train__epochs=3).dump())
     states = []
     for stopped in (False, True):
         folder = tmp_path / f"stopped {stopped}"
-        job = start_job(stage, recipe, "--output", folder)
+        job = start_job(recipe, "--output", folder)
         if stopped:
             metrics = folder / "metrics.jsonl"
             wait_for(lambda metrics=metrics: metrics.exists() and metrics.stat().st_size, job)
@@ -240,7 +234,7 @@ def test_slurm_run_ends_as_if_never_stopped(stage, tmp_path, monkeypatch):
         assert job.returncode == (1 if stopped else 0), printed
         if stopped:
             assert "stopped: SIGUSR1 at step" in printed
-            job = start_job(stage, recipe, "--output", folder)  # what a requeue does
+            job = start_job(recipe, "--output", folder)  # what a requeue does
             printed, _ = job.communicate(timeout=240)
             assert job.returncode == 0, printed
             assert words(stage / "scontrol") == ["requeue 123456"]
@@ -254,24 +248,14 @@ def test_slurm_run_ends_as_if_never_stopped(stage, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_machines_for_real(tmp_path, monkeypatch):
     """two_nodes.sh twice on this machine: the two find each other, save when both are signalled, and go on."""
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in (("NODE0", "127.0.0.1"), ("PORT", port), ("PROCESSES", 1), ("OMP_NUM_THREADS", 1)):
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    recipe, folder = tmp_path / "tiny.yaml", tmp_path / "run"
-    recipe.write_text(small_config(train__epochs=3).dump())
+    recipe = real_run(monkeypatch, tmp_path, NODE0="127.0.0.1", PORT=port, PROCESSES=1)
+    folder = tmp_path / "run"
     metrics = folder / "metrics.jsonl"
     for stopped in (True, False):
-        nodes = [
-            subprocess.Popen(
-                ["bash", TWO_NODES, recipe, "--output", folder],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for _ in range(2)
-        ]  # fmt: skip
+        nodes = [start_job(recipe, "--output", folder, script=TWO_NODES) for _ in range(2)]
         if stopped:
             wait_for(lambda: metrics.exists() and metrics.stat().st_size, nodes[0])
             for node in nodes:
@@ -286,68 +270,65 @@ def test_two_machines_for_real(tmp_path, monkeypatch):
 
 # ---- Kubernetes ----
 
-# A key's value: a type, the allowed values, or a mapping. Keys that end in ! are required.
+# Every key of the file -> its type or allowed values.
 # Source: kubeflow/training-operator, pkg/apis/kubeflow.org/v1, and the Kubernetes pod API.
-VOLUME = {"name!": str, "emptyDir": {"medium": {"Memory"}, "sizeLimit": str}}
-VOLUME["persistentVolumeClaim"] = {"claimName!": str, "readOnly": bool}
-AMOUNTS = {"cpu": str, "memory": str, "nvidia.com/gpu": int}
-CONTAINER = {
-    "name!": {"pytorch"},
-    "image!": str,
-    "workingDir": str,
-    "command!": [str],
-    "env": [{"name!": str, "value!": str}],
-    "ports!": [{"name!": {"pytorchjob-port"}, "containerPort!": int}],
-    "resources!": {"requests": AMOUNTS, "limits!": AMOUNTS},
-    "volumeMounts": [{"name!": str, "mountPath!": str, "readOnly": bool}],
-}
-POD = {"terminationGracePeriodSeconds!": int, "containers!": [CONTAINER], "volumes": [VOLUME]}
-POD["securityContext"] = {"runAsUser": int, "fsGroup": int}
-REPLICAS = {
-    "replicas!": int,
-    "restartPolicy!": {"Always", "OnFailure", "Never", "ExitCode"},
-    "template!": {"metadata": dict, "spec!": POD},
-}
-SCHEMA = {
-    "apiVersion!": {"kubeflow.org/v1"},
-    "kind!": {"PyTorchJob"},
-    "metadata!": {"name!": str, "namespace": str},
-    "spec!": {
-        "runPolicy": {
-            **{"cleanPodPolicy": {"All", "Running", "None"}, "ttlSecondsAfterFinished": int},
-            **{"activeDeadlineSeconds": int, "backoffLimit": int},
-        },
-        "elasticPolicy": {
-            **{"minReplicas": int, "maxReplicas": int, "maxRestarts": int, "rdzvId": str, "rdzvHost": str},
-            **{"rdzvBackend": {"c10d", "etcd", "etcd-v2"}, "rdzvPort": int},
-        },
-        "pytorchReplicaSpecs!": {"Worker!": REPLICAS, "Master": REPLICAS},
-    },
+WORKER = "spec.pytorchReplicaSpecs.Worker"
+POD = f"{WORKER}.template.spec"
+CONTAINER, VOLUME = f"{POD}.containers[]", f"{POD}.volumes[]"
+STRINGS = [
+    *("metadata.name", "spec.elasticPolicy.rdzvId", f"{CONTAINER}.image", f"{CONTAINER}.workingDir"),
+    *(
+        f"{CONTAINER}.command[]",
+        f"{CONTAINER}.env[].name",
+        f"{CONTAINER}.env[].value",
+        f"{CONTAINER}.volumeMounts[].name",
+    ),
+    *(f"{CONTAINER}.volumeMounts[].mountPath", f"{VOLUME}.name", f"{VOLUME}.emptyDir.sizeLimit"),
+    *(f"{VOLUME}.persistentVolumeClaim.claimName", f"{CONTAINER}.resources.requests.cpu"),
+    *(f"{CONTAINER}.resources.{kind}.memory" for kind in ("requests", "limits")),
+]
+INTEGERS = [
+    *(f"spec.elasticPolicy.{key}" for key in ("minReplicas", "maxReplicas", "maxRestarts")),
+    *("spec.runPolicy.backoffLimit", f"{WORKER}.replicas", f"{POD}.terminationGracePeriodSeconds"),
+    *(f"{POD}.securityContext.{key}" for key in ("runAsUser", "fsGroup")),
+    *(f"{CONTAINER}.resources.{kind}.nvidia.com/gpu" for kind in ("requests", "limits")),
+    f"{CONTAINER}.ports[].containerPort",
+]
+BOOLEANS = [f"{CONTAINER}.volumeMounts[].readOnly", f"{VOLUME}.persistentVolumeClaim.readOnly"]
+KEYS = {
+    **{**dict.fromkeys(STRINGS, str), **dict.fromkeys(INTEGERS, int), **dict.fromkeys(BOOLEANS, bool)},
+    "apiVersion": {"kubeflow.org/v1"},
+    "kind": {"PyTorchJob"},
+    "spec.runPolicy.cleanPodPolicy": {"All", "Running", "None"},
+    "spec.elasticPolicy.rdzvBackend": {"c10d", "etcd", "etcd-v2"},
+    f"{WORKER}.restartPolicy": {"Always", "OnFailure", "Never", "ExitCode"},
+    f"{CONTAINER}.name": {"pytorch"},
+    f"{CONTAINER}.ports[].name": {"pytorchjob-port"},
+    f"{VOLUME}.emptyDir.medium": {"Memory"},
 }
 
 
-def mismatches(tree: object, schema: object, where: str = "") -> list[str]:
-    """Where a YAML tree departs from a schema."""
-    if isinstance(schema, dict):
-        if not isinstance(tree, dict):
-            return [f"{where}: not a mapping"]
-        keys = {key.rstrip("!"): key for key in schema}
-        found = [f"{where}.{key}: missing" for key, full in keys.items() if full.endswith("!") and key not in tree]
-        for key, value in tree.items():
-            inner = mismatches(value, schema[keys[key]], f"{where}.{key}") if key in keys else [f"{where}.{key}: what?"]
-            found += inner
-        return found
-    if isinstance(schema, list):
-        if not isinstance(tree, list):
-            return [f"{where}: not a list"]
-        return [line for i, item in enumerate(tree) for line in mismatches(item, schema[0], f"{where}[{i}]")]
-    fits = tree in schema if isinstance(schema, set) else type(tree) is schema
-    return [] if fits else [f"{where}: {tree!r}"]
+def leaves(tree: object, path: str = "") -> list[tuple[str, object]]:
+    """(path, value) of every value of a YAML tree; those of a list have its path and []."""
+    if isinstance(tree, dict):
+        return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}".lstrip("."))]
+    return [leaf for item in tree for leaf in leaves(item, f"{path}[]")] if isinstance(tree, list) else [(path, tree)]
+
+
+def mismatches(tree: object) -> list[object]:
+    """Keys that are unknown or missing, and values that are not allowed."""
+    given = leaves(tree)
+    unknown = set(KEYS) ^ {path for path, _ in given}
+    kinds = [(path, value, KEYS[path]) for path, value in given if path in KEYS]
+    wrong = [
+        item for item in kinds if not (item[1] in item[2] if isinstance(item[2], set) else type(item[1]) is item[2])
+    ]
+    return [*unknown, *wrong]
 
 
 def test_pytorchjob_fits_its_schema():
     text = PYTORCHJOB.read_text()
-    assert mismatches(yaml.safe_load(text), SCHEMA) == []
+    assert mismatches(yaml.safe_load(text)) == []
     for right, wrong in (
         ("restartPolicy: OnFailure", "restartPolicy: onFailure"),
         ("rdzvBackend: c10d", "rdzvBackend: tcp"),
@@ -356,7 +337,7 @@ def test_pytorchjob_fits_its_schema():
         ("replicas: 2\n      restartPolicy", "replicas: two\n      restartPolicy"),
     ):
         assert right in text
-        assert mismatches(yaml.safe_load(text.replace(right, wrong)), SCHEMA), wrong
+        assert mismatches(yaml.safe_load(text.replace(right, wrong))), wrong
 
 
 def test_pytorchjob_hangs_together():

@@ -3,17 +3,14 @@
 import gzip
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.training import run_train
 
-import lip_commands
-from lip_resnet import checkpoint, cli
-from lip_resnet.commands import train
+from lip_resnet import checkpoint
 from lip_resnet.evaluation.rows import read_rows
 from lip_resnet.evaluation.tables import build_table
-from lip_resnet.training import run_folder
 
 OLD = Path(__file__).parents[1] / "fixtures" / "written_by_0.1.0"
 
@@ -31,13 +28,8 @@ def old_run(tmp_path) -> Path:
 
 def test_a_run_resumes(old_run, monkeypatch):
     """The figures of the steps that follow are those that 0.1.0 logged in an uninterrupted run."""
-    arguments = ["--config", str(old_run / "config.yaml"), "--output", str(old_run), "--resume", "auto"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "train.max_steps=null"])
-    try:
-        train.main(lip_commands.train_parser(cli.ArgumentParser).parse_intermixed_args())
-    finally:
-        while run_folder._locks:
-            run_folder._locks.pop().close()  # as the end of the process does
+    arguments = ("--config", old_run / "config.yaml", "--output", old_run, "--resume", "auto")
+    run_train(monkeypatch, *arguments, "train.max_steps=null")
     lines = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
     last = {name: value for line in lines if line["step"] == 46 for name, value in line.items()}
     assert [line["step"] for line in lines] == [23, 23, 30, 30, 46, 46]

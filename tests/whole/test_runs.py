@@ -142,15 +142,8 @@ def test_lip_and_baseline_to_a_table(tmp_path):
     runs = []
     for name in ("lip_resnet50", "resnet50"):
         runs.append(tmp_path / name)
-        done(
-            "train.py",
-            "--config",
-            f"configs/digits/{name}.yaml",
-            "--output",
-            runs[-1],
-            "train.max_steps=2",
-            processes=2,
-        )
+        command = ("train.py", "--config", f"configs/digits/{name}.yaml", "--output", runs[-1], "train.max_steps=2")
+        done(*command, processes=2)
         done("eval.py", "--checkpoint", runs[-1])
     table = tmp_path / "table.md"
     printed = done("scripts/make_table.py", *runs, "--output", table).stdout

@@ -1,7 +1,6 @@
 """What a cluster does to a run, done to real processes: NaNs on one rank, hangs, kills, restarts, nodes that leave."""
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.commands import RECIPE, prepare
+from run_contents import hash_value
 
 pytestmark = pytest.mark.xdist_group("survival")
 SHORT = ["train.max_steps=16", "train.checkpoint_steps=4", "train.log_every=4"]
@@ -33,11 +33,8 @@ def command(recipe: Path, folder: Path, *overrides: str, fault: str | None = Non
         script, "--config", recipe, "--output", folder, *SHORT, *overrides, processes=processes
     )
     where = arguments.index("torch.distributed.run") + 1 if processes > 1 else 1
-    return [*arguments[:where], *extra, *arguments[where:]], {
-        **environment,
-        "FAULT": fault or "",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment |= {"FAULT": fault or "", "PYTHONPATH": str(ROOT)}
+    return [*arguments[:where], *extra, *arguments[where:]], environment
 
 
 def finish(*arguments, **keywords) -> subprocess.CompletedProcess:
@@ -48,13 +45,7 @@ def finish(*arguments, **keywords) -> subprocess.CompletedProcess:
 def digest(folder: Path) -> str:
     """sha256 of all that decides how a run goes on: weights, average, optimizer, step."""
     payload = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    total = hashlib.sha256(str(payload["step"]).encode())
-    for name in ("model", "ema"):
-        for key, value in payload[name].items():
-            total.update(key.encode() + value.numpy().tobytes())
-    for index, tensors in sorted(payload["optimizer"]["state"].items()):
-        total.update(str(index).encode() + tensors["momentum_buffer"].numpy().tobytes())
-    return total.hexdigest()
+    return hash_value([payload[key] for key in ("step", "model", "ema", "optimizer")])
 
 
 def tree(pid: int) -> set[int]:
