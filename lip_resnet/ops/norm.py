@@ -58,12 +58,7 @@ def _is_built_for(z: Tensor) -> bool:
 
 
 def _backend(z: Tensor) -> ModuleType:
-    """The module whose functions run on z; the tensors that these fill are the last of ``tensors``:
-
-    norm_forward(tensors, activation, eps, coefficient): out (B, C, H, W); mean and rstd (B, C).
-    norm_backward(tensors, activation, coefficient): dz (B, C, H, W); sum_g and sum_gz (B, C), the parts of dbias and
-    dweight of every image.
-    """
+    """The module whose ``norm_forward`` and ``norm_backward`` run on z."""
     if z.device.type == "cpu":
         from lip_resnet.ops import cpu
 
@@ -86,7 +81,7 @@ def instance_norm(
     out, mean, rstd = torch.empty_like(z), _empty_statistics(z), _empty_statistics(z)
     if z.numel():
         tensors = (z, weight.contiguous(), bias.contiguous(), out, mean, rstd)
-        _backend(z).norm_forward(tensors, activation, eps, coefficient)
+        _backend(z).norm_forward(*tensors, activation, eps, coefficient)
     return out, mean, rstd
 
 
@@ -111,7 +106,7 @@ def instance_norm_backward(
     if z.numel():
         dout = dout.contiguous(memory_format=dispatch.layout_of(z))
         tensors = (dout, z, weight.contiguous(), bias.contiguous(), mean, rstd, dz, sum_g, sum_gz)
-        _backend(z).norm_backward(tensors, activation, coefficient)
+        _backend(z).norm_backward(*tensors, activation, coefficient)
     return dz, sum_gz.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype)
 
 

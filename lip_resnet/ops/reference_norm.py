@@ -23,9 +23,18 @@ def norm_act(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: in
     return F.relu(t) if activation == RELU else t
 
 
-def norm_forward(tensors: tuple[Tensor, ...], activation: int, eps: float, coefficient: float) -> None:
-    """As ``norm.instance_norm`` calls it."""
-    z, weight, bias, out, mean, rstd = tensors
+def norm_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+    eps: float,
+    coefficient: float,
+) -> None:
+    """Fill ``out`` (B, C, H, W), ``mean`` and ``rstd`` (B, C)."""
     for i in range(len(z)):
         image = slice(i, i + 1)
         results = (out[image], mean[i], rstd[i])
@@ -36,9 +45,20 @@ def norm_forward(tensors: tuple[Tensor, ...], activation: int, eps: float, coeff
             out[image].sigmoid_().mul_(coefficient)
 
 
-def norm_backward(tensors: tuple[Tensor, ...], activation: int, coefficient: float) -> None:
-    """As ``norm.instance_norm_backward`` calls it."""
-    dout, z, weight, bias, mean, rstd, dz, sum_g, sum_gz = tensors
+def norm_backward(
+    dout: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dz: Tensor,
+    sum_g: Tensor,
+    sum_gz: Tensor,
+    activation: int,
+    coefficient: float,
+) -> None:
+    """Fill ``dz`` (B, C, H, W), and ``sum_g`` and ``sum_gz`` (B, C): the parts of dbias and dweight of every image."""
     for i in range(len(z)):
         image = slice(i, i + 1)
         g, gain = dout[image], weight

@@ -123,18 +123,38 @@ def tile(batch: int, channels: int, area: int, channels_last: bool) -> tuple[int
     return positions, min(ELEMENTS // positions, triton.next_power_of_2(channels))
 
 
-def norm_forward(tensors: tuple[Tensor, ...], activation: int, eps: float, coefficient: float) -> None:
-    """As ``norm.instance_norm`` calls it; z and out dense and in one layout."""
-    z, _, _, _, mean, _ = tensors
+def norm_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+    eps: float,
+    coefficient: float,
+) -> None:
+    """Fill ``out`` (B, C, H, W), ``mean`` and ``rstd`` (B, C); z and out dense and in one layout."""
     # eps and the coefficient are constants of the compiled kernel: as arguments they would be rounded to float32
-    _launch(norm_forward_kernel, tensors, z, mean, activation, coefficient, EPS=eps)
+    _launch(norm_forward_kernel, (z, weight, bias, out, mean, rstd), z, mean, activation, coefficient, EPS=eps)
 
 
-def norm_backward(tensors: tuple[Tensor, ...], activation: int, coefficient: float) -> None:
-    """As ``norm.instance_norm_backward`` calls it."""
-    dout, z, weight, bias, mean, rstd, dz, sum_g, sum_gz = tensors
-    arguments = (z, weight, bias, dout, dz, mean, rstd, sum_g, sum_gz)
-    _launch(norm_backward_kernel, arguments, z, mean, activation, coefficient)
+def norm_backward(
+    dout: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dz: Tensor,
+    sum_g: Tensor,
+    sum_gz: Tensor,
+    activation: int,
+    coefficient: float,
+) -> None:
+    """Fill ``dz`` (B, C, H, W), and ``sum_g`` and ``sum_gz`` (B, C): the parts of dbias and dweight of every image."""
+    tensors = (z, weight, bias, dout, dz, mean, rstd, sum_g, sum_gz)
+    _launch(norm_backward_kernel, tensors, z, mean, activation, coefficient)
 
 
 def _launch(kernel, tensors, z: Tensor, mean: Tensor, activation: int, coefficient: float, **constants) -> None:

@@ -135,8 +135,8 @@ def test_instance_norm_in_the_interpreter():
             out, dz = torch.empty_like(z), torch.empty_like(z)
             mean, rstd, sum_g, sum_gz = (norm._empty_statistics(z) for _ in range(4))
             code = norm.ACTIVATIONS[activation]
-            triton_norm.norm_forward((z, weight, bias, out, mean, rstd), code, 1e-5, 12.0)
-            triton_norm.norm_backward((dy, z, weight, bias, mean, rstd, dz, sum_g, sum_gz), code, 12.0)
+            triton_norm.norm_forward(z, weight, bias, out, mean, rstd, code, 1e-5, 12.0)
+            triton_norm.norm_backward(dy, z, weight, bias, mean, rstd, dz, sum_g, sum_gz, code, 12.0)
             for value, truth in zip((out, dz, sum_gz.sum(0), sum_g.sum(0)), truths, strict=True):
                 assert relative_error(value, truth) < tolerance, (layout, activation, dtype, shape)
     """

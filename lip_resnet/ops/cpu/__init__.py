@@ -117,15 +117,35 @@ def _description(
     return shape, (ctypes.c_int * 3)(*(DTYPES[t.dtype] for t in (x, logits, r)))
 
 
-def norm_forward(tensors: tuple[Tensor, ...], activation: int, eps: float, coefficient: float) -> None:
-    """As ``norm.instance_norm`` calls it; z channels-last, C a multiple of 16, one dtype."""
-    z, weight, bias, out, mean, rstd = tensors
+def norm_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+    eps: float,
+    coefficient: float,
+) -> None:
+    """Fill ``out`` (B, C, H, W), ``mean`` and ``rstd`` (B, C); z channels-last, C a multiple of 16, one dtype."""
     _instance_norm((z, weight, bias, None, out, mean, rstd, None, None), z, activation, eps, coefficient)
 
 
-def norm_backward(tensors: tuple[Tensor, ...], activation: int, coefficient: float) -> None:
-    """As ``norm.instance_norm_backward`` calls it."""
-    dout, z, weight, bias, mean, rstd, dz, sum_g, sum_gz = tensors
+def norm_backward(
+    dout: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dz: Tensor,
+    sum_g: Tensor,
+    sum_gz: Tensor,
+    activation: int,
+    coefficient: float,
+) -> None:
+    """Fill ``dz`` (B, C, H, W), and ``sum_g`` and ``sum_gz`` (B, C): the parts of dbias and dweight of every image."""
     _instance_norm((z, weight, bias, dout, dz, mean, rstd, sum_g, sum_gz), z, activation, 0.0, coefficient)
 
 
