@@ -12,6 +12,7 @@ import timm
 import torch
 import torchvision
 
+import lip_resnet
 from lip_resnet import distributed
 
 
@@ -30,6 +31,7 @@ def describe_environment(device: str | None = None) -> dict[str, Any]:
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "lip_resnet": lip_resnet.__version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
