@@ -68,7 +68,9 @@ def _wait_for_end(pids: list[int], seconds: float) -> None:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes in /proc")
-@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("forkserver", "spawn"))]
+)
 def test_workers_end_with_their_process(image_folder, tmp_path, method):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

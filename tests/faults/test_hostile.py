@@ -169,6 +169,7 @@ def run(*command: object, cwd) -> subprocess.CompletedProcess:
     return result
 
 
+@pytest.mark.slow
 def test_paths_as_people_have_them(tmp_path, image_folder):
     """Spaces, unicode, symbolic links, relative paths, trailing slashes: train, continue, evaluate."""
     here = tmp_path / "Ünï cødé  'Bilder' 图 #1"
