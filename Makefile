@@ -60,7 +60,7 @@ dist: .venv/ready-dev ## build a source archive and a wheel in dist/
 bench: $(READY) ## measure the operator
 	$(BIN)/python scripts/benchmark.py op
 
-# Both go on where they were stopped, and leave nothing running.
+# Both work in a temporary folder and leave nothing running.
 faults: $(READY) ## kill runs, fill disks, break files (docs/faults.md)
 	$(BIN)/python tests/faults/inject.py
 	$(BIN)/python scripts/make_docs.py
