@@ -13,7 +13,7 @@ from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, protocol
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.testsets import EvalSet
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 
 _REQUIRED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
@@ -90,7 +90,7 @@ def write_row(path: Path, row: dict[str, Any]) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    write_text(path, json.dumps(row, indent=2) + "\n")
+    write_text(path, to_json(row, indent=2) + "\n")
 
 
 def read_rows(paths: list[str]) -> list[dict[str, Any]]:
