@@ -1,6 +1,7 @@
 """Rows: the results of eval.py, one JSON file for each set, written and read."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
     """Rows from JSON files, or from run folders: eval.json, and eval-NAME.json of other test sets.
 
     Raises:
-        InputError: no such file, or it is not a row of eval.py.
+        InputError: no such file, it is not a row of eval.py, or a figure is not finite.
     """
     rows = []
     files: list[Path] = []
@@ -117,6 +118,12 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
         missing = [key for key in _REQUIRED if key not in row] if isinstance(row, dict) else list(_REQUIRED)
         if missing:
             raise InputError(f"{path}: not a row of eval.py; missing keys: {', '.join(missing)}")
+        for key in ("top1", "top5", "loss", "images", "params", "macs"):
+            if type(row[key]) not in (int, float) or not math.isfinite(row[key]):
+                raise InputError(
+                    f"{path}: {key} is {row[key]!r}, not a finite number: the logits may not have been finite; "
+                    "evaluate the network again"
+                )
         if row["protocol"].get("training"):
             row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"])
         rows.append(row)

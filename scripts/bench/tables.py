@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.timing import Row
-from lip_resnet.evaluation.tables import render
+from lip_resnet.evaluation.render import render
 
 FOLDER = Path(__file__).parents[2] / "results"
 
