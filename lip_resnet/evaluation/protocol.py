@@ -95,7 +95,8 @@ def adapt(
         data: --data; None: the recipe's ``data.root``.
         several: whether ``data`` must be the directory of several test sets, not one of them.
         kind: --data-name, the ``data.name`` of the images at ``data``; None: the recipe's.
-        precision, keys: overrides of ``precision`` and of keys of ``data``; None: unchanged.
+        precision, keys: overrides of ``precision`` and of keys of ``data``; None: unchanged. An ``eval_size`` without
+            ``eval_resize`` scales that too.
 
     Raises:
         InputError: as ``locate``; a test set without ``data``; or keys that contradict each other.
@@ -111,6 +112,8 @@ def adapt(
     if test_set == "imagenet-c":  # its images are crops
         side = keys.get("eval_size") or SIDE_OF_C
         tree["data"] |= {"eval_size": side, "eval_resize": side, "crop_mode": "center"}
+    elif keys.get("eval_size") and not keys.get("eval_resize"):  # the crop keeps its share of the image, as timm's does
+        tree["data"]["eval_resize"] = config.data.eval_resize * keys["eval_size"] // config.data.eval_size
     tree["data"] |= {key: value for key, value in keys.items() if value is not None}
     tree["precision"] = precision or config.precision
     return parse_section(tree, "evaluation", EvalConfig), split

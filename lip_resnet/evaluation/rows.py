@@ -28,7 +28,9 @@ def row_path(checkpoint: str | None, output: str | None, test_set: str | None, s
     Raises:
         InputError: the file exists, or its directory does not.
     """
-    run, path = Path(checkpoint or ""), Path(output) if output else None
+    run, path = Path(checkpoint or "").expanduser(), Path(output) if output else None
+    if (run / "last.pt").is_file() and run.absolute().name == "checkpoints":
+        run = run.absolute().parent
     file = "eval.json" if test_set in (None, "imagenet") else f"eval-{test_set}.json"
     if path is not None and several:
         if not path.is_dir():
