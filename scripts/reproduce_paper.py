@@ -123,6 +123,9 @@ def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
         if row is None:
             raise InputError(f"{path}: {tables.label(result['model'], keywords)} is not a row of {FIGURES.name}")
         why_not = protocol_difference(result, ROOT / row.recipe)
+        images = (result.get("dataset") or {}).get("name", "imagenet")
+        if images != "imagenet":
+            why_not = f"dataset: {images} against imagenet"
         if result["images"] != paper.images:
             why_not = f"images: {result['images']} against {paper.images}"
         trained = result["protocol"].get("training") is not None

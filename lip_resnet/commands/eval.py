@@ -97,7 +97,7 @@ def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config
 def build(config: EvalConfig, options: Namespace, payload: dict[str, Any], ema: bool) -> torch.nn.Module:
     """The network with the weights to evaluate."""
     if options.pretrained:
-        return registry.create_model(config.model.name, pretrained=True)
+        return registry.create_pretrained(config.model.name)
     model = registry.build_model(config.model.model_copy(update={"weights": None}))
     put_weights(model, payload, options.checkpoint, ema=ema)
     return model
