@@ -97,4 +97,5 @@ def resolve(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_dir():
         return path
-    return path / "last.pt" if (path / "last.pt").is_file() else path / "checkpoints" / "last.pt"
+    inner = path / "checkpoints"
+    return (path if not inner.is_dir() and any(path.glob("*.pt")) else inner) / "last.pt"

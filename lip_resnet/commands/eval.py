@@ -65,9 +65,10 @@ def main(options: Namespace) -> None:
 
 def print_notes(options: Namespace, configs: list[EvalConfig], sets: list[testsets.EvalSet], trained: Any) -> None:
     """What follows from the command line and the set without being asked for, a line each on stderr."""
-    size, resize = options.eval_size, configs[0].data.eval_resize
-    if size and not options.eval_resize and options.dataset != ["imagenet-c"]:
-        print(f"note: --size {size} keeps the crop's share of the image: --resize {resize}", file=sys.stderr)
+    resizes = [config.data.eval_resize for config, data in zip(configs, sets, strict=True) if data.name != "imagenet-c"]
+    if resizes and options.eval_size and not options.eval_resize:
+        line = f"--size {options.eval_size} keeps the crop's share of the image: --resize {resizes[0]}"
+        print(f"note: {line}", file=sys.stderr)
     if options.dataset or configs[0].model.num_classes != len(testsets.wnids()):
         return
     note = note_on_names(sets[0].source.classes, testsets.wnids())

@@ -72,10 +72,10 @@ def locate(data: str, test_set: str | None = None, several: bool = False, kind: 
         return {"name": "huggingface", "root": str(root)}, "val"
     split = "val"
     if not (root / "val").is_dir():
-        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if folders and set(folders) <= _SPLITS:
-            choice = next((name for name in folders if not name.startswith("train")), folders[0])
-            held = ", ".join(f"{name}/" for name in folders)
+        present = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if present and set(present) <= _SPLITS:
+            choice = next((name for name in present if not name.startswith("train")), present[0])
+            held = ", ".join(f"{name}/" for name in present)
             raise InputError(f"--data {root} has no val/ but {held}: give one of these, such as --data {root / choice}")
         root, split = root.resolve().parent, root.resolve().name
     return {"name": layout(root / split), "root": str(root)}, split

@@ -27,7 +27,12 @@ class FirstNonFinite(contextlib.ExitStack):
             self.callback(handle.remove)
 
     def _hook(self, name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: self.check(output, f"the output of {name or 'the network'}")
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self.name is None:
+                self.check(output, f"the output of {name or 'the network'}")
+                self.name = self.name and self.name + _fault_of(module)
+
+        return hook
 
     def check(self, tensors: Any, name: str) -> None:
         """Check a tensor, or all tensors in nested lists, tuples and dicts, unless one was not finite before."""
@@ -35,3 +40,13 @@ class FirstNonFinite(contextlib.ExitStack):
             tensor.isfinite().all() for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)
         ):
             self.name = name
+
+
+def _fault_of(module: nn.Module) -> str:
+    """What is wrong with a module's own parameters and buffers, if anything."""
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if not tensor.isfinite().all():
+            return f", whose {name} is not finite"
+        if name == "running_var" and (tensor < 0).any():
+            return ", whose running_var has negative values"
+    return ""

@@ -18,7 +18,8 @@ from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import metrics
 from lip_resnet.evaluation.evaluate import evaluate
 from lip_resnet.evaluation.nonfinite import FirstNonFinite
-from lip_resnet.training import run
+from lip_resnet.files import to_json
+from lip_resnet.training import run, runlog
 
 IMAGES = 355
 """Of the validation split of the digits."""
@@ -37,10 +38,10 @@ def spoil(state: dict[str, torch.Tensor], fault: str) -> None:
 
 
 FAULTS = {
-    "NaN weight": ("float32", "layer2.0.conv1"),
-    "negative variance": ("float32", "layer1.0.bn2"),
-    "NaN classifier": ("float32", "fc"),
-    "float16": ("float16", "layer3.0"),
+    "NaN weight": ("float32", "layer2.0.conv1, whose weight is not finite"),
+    "negative variance": ("float32", "layer1.0.bn2, whose running_var has negative values"),
+    "NaN classifier": ("float32", "fc, whose bias is not finite"),
+    "float16": ("float16", "layer3.0.*"),
 }
 
 
@@ -49,7 +50,7 @@ def test_the_first_module_is_named(fault):
     config, state, _, loader = prepare(data__eval_batch_size=IMAGES)
     spoil(state.model.state_dict(), fault)
     precision, module = FAULTS[fault]
-    words = rf"{IMAGES} of {IMAGES} images are not finite, in {precision}; the first that .*: the output of {module}"
+    words = rf"{IMAGES} of {IMAGES} images are not finite, in {precision}; the first that .*: the output of {module}$"
     with pytest.raises(FloatingPointError, match=words):
         evaluate(state.model, loader, **{**how(config), "precision": precision})
     if fault == "float16":
@@ -127,7 +128,7 @@ def test_the_first_module_is_named_also_of_a_compiled_network(monkeypatch):
         with FirstNonFinite(model) as first:
             model.forward(torch.ones(1, 2))
             model[1](model[0](torch.ones(1, 2)))
-        assert first.name == "the output of 1"
+        assert first.name == "the output of 1, whose running_var has negative values"
         assert not any(module._forward_hooks for module in model.modules())
     assert stances == ["force_eager"]
 
@@ -154,3 +155,13 @@ def test_a_validation_that_is_not_finite_does_not_end_a_run(capsys, monkeypatch,
         json.loads(text, parse_constant=pytest.fail) for text in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     assert lines[-1]["val/top1"] is lines[-1]["val_ema/top1"] is lines[-1]["val/loss"] is None
+
+
+def test_json_is_strict(tmp_path):
+    """A NaN is an error, and null where an earlier version wrote one into metrics.jsonl."""
+    for number in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            to_json({"loss": [number]})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val/loss": NaN}\n{"step": 2, "val/loss": -Infinity}\n{"st')
+    lines = runlog._read_lines(tmp_path / "metrics.jsonl")
+    assert lines == [{"step": 1, "val/loss": None}, {"step": 2, "val/loss": None}]
