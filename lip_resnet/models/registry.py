@@ -43,10 +43,13 @@ def create_pretrained(name: str) -> nn.Module:
     """A network with timm's own weights, downloaded or from the local cache.
 
     Raises:
-        InputError: unknown name, or the weights are not in the cache and cannot be downloaded.
+        InputError: unknown name, or there are no weights, or they are not in the cache and cannot be downloaded.
     """
-    if repository := pretrained_cfg(name).get("hf_hub_id"):
-        _use_cache_if_offline(repository.partition("@")[0])
+    source = pretrained_cfg(name)
+    if not any(source.get(key) for key in ("hf_hub_id", "url", "file")):
+        raise InputError(f"timm has no weights of {name}; give --checkpoint FILE instead of --pretrained")
+    if source.get("hf_hub_id"):
+        _use_cache_if_offline(source["hf_hub_id"].partition("@")[0])
     return create_model(name, pretrained=True)
 
 

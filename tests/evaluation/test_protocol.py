@@ -211,6 +211,9 @@ def test_pretrained_weights_without_a_network(capsys, monkeypatch, image_folder,
     huggingface_hub.constants.HF_HUB_OFFLINE = False
     model = registry.create_pretrained("test_resnet")
     assert torch.equal(model.fc.weight, state["fc.weight"])
+    monkeypatch.setattr(registry, "pretrained_cfg", lambda name: {"url": ""})
+    with pytest.raises(InputError, match=r"^timm has no weights of lip_resnet50; give --checkpoint FILE"):
+        registry.create_pretrained("lip_resnet50")
 
 
 def test_refusals(capsys, monkeypatch, image_folder, tmp_path):
