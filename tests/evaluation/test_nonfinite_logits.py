@@ -47,14 +47,15 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_first_module_is_named(fault):
-    config, state, _, loader = prepare(data__eval_batch_size=IMAGES)
+    config, state, _, loader = prepare(data__eval_batch_size=20)
+    loader.choose(range(30))
     spoil(state.model.state_dict(), fault)
     precision, module = FAULTS[fault]
-    words = rf"{IMAGES} of {IMAGES} images are not finite, in {precision}; the first that .*: the output of {module}$"
+    words = rf"the logits of 30 of 30 images are not finite, in {precision}; the first that .*: the output of {module}$"
     with pytest.raises(FloatingPointError, match=words):
         evaluate(state.model, loader, **{**how(config), "precision": precision})
     if fault == "float16":
-        assert evaluate(state.model, loader, **how(config))["images"] == IMAGES
+        assert evaluate(state.model, loader, **how(config))["images"] == 30
 
 
 def test_no_row_of_logits_that_are_not_finite(capsys, monkeypatch, tmp_path):
