@@ -186,7 +186,9 @@ def _delta(entry: Entry, entries: list[Entry], key: str, baseline: str | None) -
         return None, [f"no delta for {entry.label}{where}, its protocol is not {other}'s: {differences[0]}"]
     partner = partners[differences.index(None)]
     seeds = [len(each.rows) for each in (entry, partner)]
-    notes = [f"delta of {entry.label}{where} to {partner.label}: mean of {seeds[0]} seeds against {seeds[1]}"]
+    notes = [
+        f"delta of {entry.label}{where} to {partner.label}: unequal numbers of seeds, {seeds[0]} against {seeds[1]}"
+    ]
     return f"{entry.mean(key) - partner.mean(key):+.2f}", notes if seeds[0] != seeds[1] else []
 
 

@@ -95,7 +95,7 @@ def test_timm_protocol_is_timms():
         assert message.startswith(f"--model {name}: ")
         assert "\n" not in message
         height, width = resolved["input_size"][1:]
-        assert height != width or resolved["crop_pct"] > 1, name
+        assert ("give a recipe with --config" in message) == (height != width or resolved["crop_pct"] > 1) is True, name
     # Known values of timm 1.0: a test size of its own, the longer side padded, both sides squashed.
     known = {"resnet50.a1_in1k": (288, 288, "center"), "vit_base_patch16_clip_224.openai": (224, 248, "center")}
     known |= {"eva_large_patch14_336.in22k_ft_in1k": (336, 336, "squash")}

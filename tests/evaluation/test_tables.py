@@ -222,10 +222,10 @@ def test_any_row_can_be_the_baseline():
     rows = [replaced("lip", 98.0, 0), replaced("lip", 99.0, 1), replaced("max", 97.0), row("resnet50", 96.0)]
     lines, notes = table(rows)
     assert [line["delta top-1"] for line in lines.values()] == ["+2.50", "+1.00", "-"]
-    assert notes == ["delta of resnet50 (main=lip) to resnet50: mean of 2 seeds against 1"]
+    assert notes == ["delta of resnet50 (main=lip) to resnet50: unequal numbers of seeds, 2 against 1"]
     lines, notes = table(rows, "resnet50 (main=max)")
     assert [line["delta top-1"] for line in lines.values()] == ["+1.50", "-", "-1.00"]
-    assert notes == ["delta of resnet50 (main=lip) to resnet50 (main=max): mean of 2 seeds against 1"]
+    assert notes == ["delta of resnet50 (main=lip) to resnet50 (main=max): unequal numbers of seeds, 2 against 1"]
     _, wide, _ = tables.build_wide(rows, "resnet50 (main=max)")
     assert [line[2] for line in wide] == ["98.50 ± 0.71 (+1.50)", "97.00", "96.00 (-1.00)"]
     lines, notes = table(rows[:3])
@@ -291,7 +291,7 @@ def test_old_rows_were_centre_crops():
     assert not {key for key in old["protocol"]["training"] if "crop_mode" in key}
     lines, notes = table([row("lip_resnet50", 98.0), old, seed])
     assert (lines["lip_resnet50"]["delta top-1"], lines["resnet50"]["seeds"]) == ("+1.50", "2")
-    assert notes == ["delta of lip_resnet50 to resnet50: mean of 1 seeds against 2"]
+    assert notes == ["delta of lip_resnet50 to resnet50: unequal numbers of seeds, 1 against 2"]
     no_delta(row("lip_resnet50", 98.0, data__crop_mode="squash"), old, "crop_mode: squash against center")
 
 
