@@ -111,6 +111,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         InputError: one line naming file, key, what was given, what is allowed, and the nearest valid key.
     """
+    tree, source = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, source)
+
+
+def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
+    """The mapping in a YAML file, found by ``find_recipe``, before it is validated; and the file's name for errors.
+
+    Raises:
+        InputError: the file cannot be read, or is not a mapping.
+    """
     path = find_recipe(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -124,9 +136,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(tree, dict):
         given = "an empty file" if tree is None else f"a {type(tree).__name__}"
         raise _refusal(f"{path}: {given}; a recipe is a mapping of {', '.join(Config.model_fields)}")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(path))
+    return tree, str(path)
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
@@ -149,7 +159,12 @@ def parse_section(tree: dict[str, Any], source: str, schema: type[T]) -> T:
         raise _refusal(f"{source}: {error}") from error
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set a key of a mapping of sections by ``section.key=value``, in place; the value is YAML.
+
+    Raises:
+        InputError: it has not this form.
+    """
     dotted, equals, value = override.partition("=")
     keys = dotted.split(".")
     if not equals or len(keys) < 2 or not all(keys):
