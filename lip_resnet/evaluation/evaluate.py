@@ -13,6 +13,7 @@ from lip_resnet.config import InputError
 from lip_resnet.data import EvalLoader, normalize, to_device
 from lip_resnet.evaluation import metrics, testsets
 from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
+from lip_resnet.evaluation.predictions import PredictionLog
 from lip_resnet.evaluation.protocol import EvalConfig, adapt
 
 _DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +33,8 @@ def evaluate(
     channels_last: bool,
     mean: Sequence[float],
     std: Sequence[float],
+    predictions: PredictionLog | None = None,
+    start: int = 0,
 ) -> dict[str, float]:
     """Top-1, top-5 (percent) and mean cross entropy over every image once; the same counts on any number of processes.
 
@@ -42,6 +45,7 @@ def evaluate(
         precision: of the autocast forward: float32, tf32, bfloat16 or float16.
         channels_last: memory format of the images.
         mean, std: (3,), of pixels in [0, 1].
+        predictions: collects the predictions of every image; its index in the set is the loader's less ``start``.
 
     Returns:
         The keys of ``AccuracyCounts.reduce``.
@@ -53,12 +57,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     counts = AccuracyCounts(device)
-    for images, labels in loader:
+    for indices, (images, labels) in zip(loader.batches, loader, strict=True):
         images = normalize(to_device(images, device, channels_last), pixel_mean, pixel_std)
         labels = labels.to(device, non_blocking=True)
         with autocast(device, precision):
             logits = model(images).float()
         counts.add(logits, labels, cross_entropy(logits, labels))
+        if predictions is not None:
+            predictions.add(range(indices.start - start, indices.stop - start), logits, labels)
     model.train(was_training)
     result = counts.reduce()
     if result["images"] != loader.samples:
@@ -67,12 +73,18 @@ def evaluate(
 
 
 def evaluate_set(
-    model: nn.Module, data: testsets.EvalSet, loader: EvalLoader, config: EvalConfig, start: int = 0
+    model: nn.Module,
+    data: testsets.EvalSet,
+    loader: EvalLoader,
+    config: EvalConfig,
+    start: int = 0,
+    predictions: PredictionLog | None = None,
 ) -> dict[str, Any]:
     """Evaluate a test set without TF32; each part separately, with a line printed by rank 0 where there are several.
 
     Args:
         loader: reads a source that holds the set's images from index ``start`` on.
+        predictions: collects the predictions of every image.
 
     Returns:
         The keys of ``AccuracyCounts.reduce``, and for ImageNet-C those of ``corruption_errors``.
@@ -91,6 +103,8 @@ def evaluate_set(
             channels_last=config.channels_last,
             mean=config.data.mean,
             std=config.data.std,
+            predictions=predictions,
+            start=start,
         )
         if len(data.parts) > 1 and distributed.is_main():
             print(f"{data.name} {part}: Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}", flush=True)
