@@ -38,7 +38,7 @@ def differences(comparisons: Sequence[Comparison], baseline: str) -> str:
         names = [each.variant for each in comparisons]
         for line, each in enumerate(comparisons):
             paired = each.paired
-            axes.plot(paired.differences, [line] * len(paired.differences), "o", ms=4, alpha=0.45, color="C0", mew=0)
+            axes.plot(paired.differences, [line + 0.2] * len(paired.differences), "o", ms=4, alpha=0.7, color="C0")
             if paired.interval is not None:
                 axes.plot(paired.interval, [line, line], "-", lw=2.5, color="C1")
             axes.plot([paired.mean], [line], "D", ms=6, color="C1")
@@ -119,7 +119,9 @@ def classes(names: Sequence[str], ours: Sequence[float], variant: str, baseline:
         axes.bar(range(len(values)), values, width=0.9, color=np.where(values < 0, "C1", "C0").tolist())
         axes.axhline(0, lw=0.8, color="0.5")
         if len(values) <= 20:
-            axes.set_xticks(range(len(values)), [names[index] for index in order], rotation=60, ha="right")
+            axes.set_xticks(range(len(values)), [names[index] for index in order])
+            if max(map(len, names)) > 3:
+                axes.tick_params(axis="x", rotation=60)
         else:
             axes.set_xticks([])
         axes.set_xlabel(f"class, sorted ({len(values)})")
