@@ -62,14 +62,13 @@ def describe(design: Design, jobs: int, measure: bool = True) -> str:
 def _what_it_can_show(design: Design, images: int | None) -> list[str]:
     """Lines about the differences that this many seeds and images can show."""
     seeds, family = len(design.study.seeds), len(design.compared) - 1
-    level = 1 - statistics.LEVEL
     lines = [
         f"declared comparison: {design.study.primary} against {design.study.baseline}, paired t over {seeds} seeds"
     ]
     if seeds > 1:
         header = ["deviation of the paired differences (points)", *map(str, DEVIATIONS)]
-        kinds = [("declared comparison shows, with 80% power", level)]
-        kinds += [(f"first of {family} others under Holm", level / family)] * (family > 1)
+        kinds = [("declared comparison shows, with 80% power", statistics.ALPHA)]
+        kinds += [(f"first of {family} others under Holm", statistics.ALPHA / family)] * (family > 1)
         rows = [
             [what, *(f"{statistics.detectable_difference(each, seeds, p):.2f}" for each in DEVIATIONS)]
             for what, p in kinds

@@ -126,7 +126,7 @@ def sentence(comparison: Comparison, baseline: str) -> str:
         return f"{text}, one seed."
     text += f", 95% interval {paired.interval[0]:+.2f} to {paired.interval[1]:+.2f} (paired t over {seeds} seeds, "
     text += f"p = {_p(paired.p_t)}; exact sign-flip test p = {_p(paired.p_sign_flip)})."
-    if (paired.p_t < 0.05) != (paired.p_sign_flip < 0.05):
+    if (paired.p_t < statistics.ALPHA) != (paired.p_sign_flip < statistics.ALPHA):
         least = statistics.smallest_sign_flip(seeds)
         text += f" The two tests disagree; the sign-flip test cannot go below {_p(least)} with {seeds} seeds."
     return text
@@ -147,7 +147,7 @@ def _accuracy_notes(comparisons: list[Comparison]) -> tuple[str, ...]:
         for each in comparisons
         if each.paired.p_t is not None
         and each.paired.p_sign_flip is not None
-        and (each.paired.p_t < 0.05) != (each.paired.p_sign_flip < 0.05)
+        and (each.paired.p_t < statistics.ALPHA) != (each.paired.p_sign_flip < statistics.ALPHA)
     ]
     if disagree:
         notes.append(f"The t test and the sign-flip test disagree at 5% for {', '.join(disagree)}.")

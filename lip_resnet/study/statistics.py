@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-LEVEL = 0.95
-"""Of every interval; tests are two-sided at 1 - LEVEL."""
+ALPHA = 0.05
+"""Level of every two-sided test; intervals cover 1 - ALPHA."""
 EXACT_SEEDS = 20
 """Up to this many seeds the sign-flip test visits all 2^n sign patterns."""
 
@@ -50,7 +50,7 @@ def compare_paired(differences: Sequence[float]) -> Paired:
     if len(values) == 1:
         return Paired(tuple(values.tolist()), mean, None, None, None, None)
     deviation = float(values.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    half = float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
     if deviation > 0:
         p_t = float(2 * stats.t.sf(abs(mean) / (deviation / math.sqrt(len(values))), len(values) - 1))
     else:
@@ -124,11 +124,11 @@ def crossed_bootstrap(
         of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds)).astype(np.float32)
         of_images = np.bincount(generator.integers(images, size=images), minlength=images).astype(np.float32)
         means.append(float(of_seeds @ difference @ of_images) / (seeds * images))
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2])
     return 100 * float(low), 100 * float(high)
 
 
-def power(difference: float, deviation: float, seeds: int, level: float = 1 - LEVEL) -> float:
+def power(difference: float, deviation: float, seeds: int, level: float = ALPHA) -> float:
     """Probability that a paired t test at ``level`` shows a true ``difference``.
 
     Args:
@@ -136,20 +136,22 @@ def power(difference: float, deviation: float, seeds: int, level: float = 1 - LE
     """
     if seeds < 2:
         return 0.0
-    shift = abs(difference) / deviation * math.sqrt(seeds)
-    critical = stats.t.ppf(1 - level / 2, seeds - 1)
-    return float(stats.nct.sf(critical, seeds - 1, shift) + stats.nct.cdf(-critical, seeds - 1, shift))
+    # The square of the noncentral t is a noncentral F of 1 and n - 1 degrees of freedom.
+    critical = stats.t.ppf(1 - level / 2, seeds - 1) ** 2
+    return float(stats.ncf.sf(critical, 1, seeds - 1, seeds * (difference / deviation) ** 2))
 
 
-def detectable_difference(deviation: float, seeds: int, level: float = 1 - LEVEL, wanted: float = 0.8) -> float:
+def detectable_difference(deviation: float, seeds: int, level: float = ALPHA, wanted: float = 0.8) -> float:
     """The smallest true difference that a paired t test at ``level`` shows with probability ``wanted``.
 
     In the unit of ``deviation``, the standard deviation of the paired differences; infinite for one seed.
     """
     if seeds < 2:
         return math.inf
-    unit = optimize.brentq(lambda size: power(size, 1.0, seeds, level) - wanted, 1e-3, 1e3)
-    return float(unit) * deviation
+    top = 1.0
+    while power(top, 1.0, seeds, level) < wanted:
+        top *= 2
+    return deviation * float(optimize.brentq(lambda size: power(size, 1.0, seeds, level) - wanted, 1e-3, top))
 
 
 def verdict(comparison: Paired, p: float | None) -> str:
@@ -160,7 +162,7 @@ def verdict(comparison: Paired, p: float | None) -> str:
     """
     if comparison.interval is None or p is None:
         return "too few seeds to say"
-    if p >= 1 - LEVEL:
+    if p >= ALPHA:
         return "not distinguishable"
     return "better" if comparison.mean > 0 else "worse"
 
