@@ -128,6 +128,6 @@ def test_a_thousand_studies():
     null = simulate(1000, 6, 1000, 0.0, random)
     print(true, null)
     assert 0.93 <= true["t interval"] <= 0.97
-    assert 0.93 <= true["bootstrap interval"] <= 0.98
-    assert null["t test rejects"] <= 0.06 + 0.01
+    assert true["bootstrap interval"] >= 0.93  # it counts the noise of single predictions twice: conservative
+    assert null["t test rejects"] <= 0.06
     assert null["sign-flip test rejects"] <= 0.06

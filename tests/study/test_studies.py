@@ -173,7 +173,7 @@ def test_another_study_is_not_continued(tmp_path):
     before = (folder / "study.yaml").read_bytes()
     with pytest.raises(InputError, match="its primary is lip, here average"):
         design.write_design(design.load_design(write(tmp_path, primary="average"), output=folder))
-    with pytest.raises(InputError, match="optim.lr=0.05 there, 0.2 here"):
+    with pytest.raises(InputError, match=r"optim\.lr=0\.05 there, 0\.2 here"):
         design.write_design(design.load_design(write(tmp_path), ["optim.lr=0.2"], folder))
     assert (folder / "study.yaml").read_bytes() == before
     (tmp_path / "files").mkdir()
