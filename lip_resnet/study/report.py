@@ -69,8 +69,11 @@ def build_sections(
     sections.append(
         Section(
             "Cost",
-            ("Multiply-adds are of one image. Training speed is the median of the training log on this hardware.",),
-            _cost_table(done),
+            (
+                "Multiply-adds are of one image. Training images/s are the median of the training log; other work on "
+                "the machine changes them. Times beside the baseline's are measured in turn by study.py measure.",
+            ),
+            _cost_table(design, done),
             (
                 "accuracy_against_cost",
                 "Top-1 over multiply-adds, with the Pareto front",
@@ -197,8 +200,12 @@ def _tests(design: Design, comparisons: list[Comparison]) -> Section:
     return Section("Tests", (text,), (header, rows))
 
 
-def _cost_table(done: dict[str, dict[int, Result]]) -> tuple[list[str], list[list[str]]]:
+def _cost_table(design: Design, done: dict[str, dict[int, Result]]) -> tuple[list[str], list[list[str]]]:
+    """Sizes, the speed in the training log, and the times of costs.json, if ``study.py measure`` has written it."""
     header = ["variant", "parameters (M)", "multiply-adds (G)", "training images/s", "minutes a cell"]
+    path = design.folder / "costs.json"
+    costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    header += [f"{kind} time / baseline" for kind in ("training", "inference") if kind in costs]
     rows = []
     for name, of_seeds in done.items():
         first = next(iter(of_seeds.values()))
@@ -211,6 +218,7 @@ def _cost_table(done: dict[str, dict[int, Result]]) -> tuple[list[str], list[lis
                 f"{_macs(of_seeds):.3f}",
                 f"{plain.median(speeds):.0f}" if speeds else "-",
                 f"{plain.fmean(seconds) / 60:.1f}" if seconds else "-",
+                *(f"{costs[kind][name]['ratio']:.2f}" for kind in ("training", "inference") if kind in costs),
             ]
         )
     return header, rows
