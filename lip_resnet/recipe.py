@@ -83,22 +83,26 @@ def _check_plain(tree: Any) -> None:
             raise ValueError(f"{where}: a whole number of {value.bit_length()} bits; 64 are allowed")
 
 
+_CONFIGS = Path(__file__).with_name("configs")
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Name, such as ``imagenet/lip_resnet50_step90``, to file of the recipes that come with the package."""
-    folder = Path(__file__).with_name("configs")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    paths = {path.relative_to(_CONFIGS): path for path in sorted(_CONFIGS.rglob("*.yaml"))}
+    return {name.with_suffix("").as_posix(): path for name, path in paths.items() if name.parts[0] != "studies"}
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file that ``path`` names, with or without ``.yaml``; where there is none, the shipped recipe of that name.
+    """The file that ``path`` names, with or without ``.yaml``; where there is none, the shipped one of that name.
 
-    A shipped recipe is named ``imagenet/lip_resnet50_step90`` or ``configs/imagenet/lip_resnet50_step90``. A name that
-    is neither a file nor a shipped recipe is returned as it is.
+    A shipped recipe or study is named ``imagenet/lip_resnet50_step90`` or ``configs/imagenet/lip_resnet50_step90``. A
+    name that is neither a file nor shipped is returned as it is.
     """
     for candidate in (str(path), f"{path}.yaml"):
         if os.path.isfile(candidate):
             return Path(candidate)
-    return shipped_recipes().get(_recipe_name(path), Path(path))
+    shipped = _CONFIGS / f"{_recipe_name(path)}.yaml"
+    return shipped if shipped.is_file() else Path(path)
 
 
 def _recipe_name(path: str | Path) -> str:

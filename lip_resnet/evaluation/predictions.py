@@ -14,7 +14,7 @@ from torch import Tensor
 from lip_resnet import distributed
 from lip_resnet.config import InputError
 from lip_resnet.data.fingerprint import names_of
-from lip_resnet.data.sources.base import Encoded, Source
+from lip_resnet.data.sources.base import Arrays, Encoded
 from lip_resnet.files import write_text
 
 COLUMNS = ("image", "label", "top1", "top5", "margin", "loss")
@@ -43,7 +43,7 @@ class PredictionLog:
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
         self._batches.append((torch.tensor(list(images)), labels, top, margin, loss))
 
-    def write(self, path: Path, source: Source) -> None:
+    def write(self, path: Path, source: Encoded | Arrays) -> None:
         """Write the predictions of the whole set, in its order, on rank 0. A collective.
 
         Args:

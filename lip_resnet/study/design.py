@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, JsonValue
 
-from lip_resnet.config import Config, Effect, InputError, Section
+from lip_resnet.config import EFFECTS, Config, Effect, InputError, Section
 from lip_resnet.config.fields import Positive
 from lip_resnet.files import write_text
 from lip_resnet.recipe import apply_override, find_recipe, parse_config, parse_section, read_tree
@@ -175,7 +175,7 @@ def _check(study: Study, recipes: Mapping[str, Config], source: str) -> None:
         raise InputError(f"{source}: baseline and primary are both {study.baseline!r}; they must be two variants")
     if twice := sorted({seed for seed in study.seeds if study.seeds.count(seed) > 1}):
         raise InputError(f"{source}: seeds {list(study.seeds)}: {twice[0]} is there twice; give each seed once")
-    keys = [f"{section}.{key}" for section, part in Config.model_fields.items() for key in part.annotation.model_fields]
+    keys = list(EFFECTS)
     for key in study.may_differ:
         if key not in keys or key in SAME_IMAGES or key == "train.seed":
             near = difflib.get_close_matches(key, keys, n=1)

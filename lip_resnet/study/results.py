@@ -99,8 +99,8 @@ def _check_same_images(result: Result, first: Result) -> None:
     if not np.array_equal(ours.label, theirs.label):
         raise InputError(f"{where} have other labels for the same images")
     protocols = [{**each.row["protocol"], "training": None} for each in (result, first)]
-    if (what := difference(protocols[0], protocols[1])) is not None:
-        raise InputError(f"{result.cell.row} and {first.cell.row} were evaluated by different protocols: {what}")
+    if (differs := difference(protocols[0], protocols[1])) is not None:
+        raise InputError(f"{result.cell.row} and {first.cell.row} were evaluated by different protocols: {differs}")
 
 
 def right(results: dict[int, Result], seeds: list[int]) -> NDArray[np.bool_]:

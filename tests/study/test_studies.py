@@ -282,3 +282,11 @@ def test_a_killed_study_takes_its_cells_along(tmp_path):
 def _alive(text: str) -> bool:
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     return any(text in line and "train.py" in line for line in listed.splitlines())
+
+
+def test_shipped_studies_are_valid():
+    paths = sorted((cells.ROOT / "configs" / "studies").glob("*.yaml"))
+    assert len(paths) >= 2
+    for path in paths:
+        study = design.load_design(path)
+        assert len(study.study.seeds) >= design.CONFIRMATORY_SEEDS
