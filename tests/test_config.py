@@ -19,7 +19,7 @@ from lip_resnet.recipe import find_recipe, load_config, parse_config
 from lip_resnet.training.run_folder import check_same_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
 MINIMAL = "model: {name: resnet50}\ndata: {root: x, batch_size: 8}\noptim: {lr: 0.1}\ntrain: {epochs: 2}\n"
 
 

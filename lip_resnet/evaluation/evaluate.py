@@ -14,6 +14,7 @@ from lip_resnet.data import EvalLoader, normalize, to_device
 from lip_resnet.evaluation import metrics, testsets
 from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
 from lip_resnet.evaluation.nonfinite import FirstNonFinite
+from lip_resnet.evaluation.predictions import PredictionLog
 from lip_resnet.evaluation.protocol import EvalConfig, adapt
 
 _DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,6 +34,8 @@ def evaluate(
     channels_last: bool,
     mean: Sequence[float],
     std: Sequence[float],
+    predictions: PredictionLog | None = None,
+    start: int = 0,
 ) -> dict[str, float]:
     """Top-1, top-5 (percent) and mean cross entropy over every image once; the same counts on any number of processes.
 
@@ -43,6 +46,7 @@ def evaluate(
         precision: of the autocast forward: float32, tf32, bfloat16 or float16.
         channels_last: memory format of the images.
         mean, std: (3,), of pixels in [0, 1].
+        predictions: collects the predictions of every image; its index in the set is the loader's less ``start``.
 
     Returns:
         The keys of ``AccuracyCounts.reduce``.
@@ -63,12 +67,14 @@ def evaluate(
         with autocast(device, precision):
             return model(normalize(to_device(images, device, channels_last), pixel_mean, pixel_std)).float()
 
-    for batch, (images, labels) in enumerate(loader):
+    for batch, (indices, (images, labels)) in enumerate(zip(loader.batches, loader, strict=True)):
         labels = labels.to(device, non_blocking=True)
         logits = forward(images)
         nonfinite[batch] = (~logits.isfinite().all(dim=1)).sum()
         # In float64, as logits that differ by more than float32's range have a finite loss too.
         counts.add(logits, labels, cross_entropy(logits.double(), labels))
+        if predictions is not None:
+            predictions.add(range(indices.start - start, indices.stop - start), logits, labels)
     result = counts.reduce()
     bad = int(distributed.all_reduce_sum(nonfinite.sum()))
     if bad:
@@ -100,12 +106,18 @@ def _first_nonfinite(
 
 
 def evaluate_set(
-    model: nn.Module, data: testsets.EvalSet, loader: EvalLoader, config: EvalConfig, start: int = 0
+    model: nn.Module,
+    data: testsets.EvalSet,
+    loader: EvalLoader,
+    config: EvalConfig,
+    start: int = 0,
+    predictions: PredictionLog | None = None,
 ) -> dict[str, Any]:
     """Evaluate a test set without TF32; each part separately, with a line printed by rank 0 where there are several.
 
     Args:
         loader: reads a source that holds the set's images from index ``start`` on.
+        predictions: collects the predictions of every image.
 
     Returns:
         The keys of ``AccuracyCounts.reduce``, and for ImageNet-C those of ``corruption_errors``.
@@ -127,6 +139,8 @@ def evaluate_set(
             channels_last=config.channels_last,
             mean=config.data.mean,
             std=config.data.std,
+            predictions=predictions,
+            start=start,
         )
         if len(data.parts) > 1 and distributed.is_main():
             print(f"{data.name} {part}: Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}", flush=True)
