@@ -13,7 +13,7 @@ from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
 from lip_resnet.evaluation.classes import note_on_names
 from lip_resnet.evaluation.evaluate import evaluate_set, print_result
-from lip_resnet.evaluation.predictions import PredictionLog
+from lip_resnet.evaluation.predictions import PredictionLog, check_new_file
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
 from lip_resnet.models import registry
 from lip_resnet.models.weights import extract_weights, put_weights
@@ -29,7 +29,7 @@ def main(options: Namespace) -> None:
     names = testsets.choose(options.dataset, options.partial)
     several = len(names) > 1
     if options.predictions:
-        check_predictions_path(Path(options.predictions), several)
+        check_new_file(Path(options.predictions), several)
     outputs = [rows.row_path(options.checkpoint, options.output, name, several) for name in names]
 
     payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
@@ -81,16 +81,6 @@ def print_notes(options: Namespace, configs: list[EvalConfig], sets: list[testse
     note = note_on_names(sets[0].source.classes, testsets.wnids())
     if note and (trained is None or sets[0].classes):
         print(f"note: {note}", file=sys.stderr)
-
-
-def check_predictions_path(path: Path, several: bool) -> None:
-    """Refuse a file of predictions that exists or cannot be written."""
-    if several:
-        raise InputError(f"--predictions {path} is for one set; give one --dataset")
-    if distributed.on_main(path.exists):
-        raise InputError(f"{path} exists; choose another --predictions or remove it")
-    if not path.resolve().parent.is_dir():
-        raise InputError(f"--predictions {path}: {path.parent} is not a directory")
 
 
 def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config | None) -> EvalConfig:

@@ -20,6 +20,20 @@ from lip_resnet.files import write_text
 COLUMNS = ("image", "label", "top1", "top5", "margin", "loss")
 
 
+def check_new_file(path: Path, several: bool) -> None:
+    """Refuse a file of predictions that exists or cannot be written, and one for several sets. A collective.
+
+    Raises:
+        InputError: one of these.
+    """
+    if several:
+        raise InputError(f"--predictions {path} is for one set; give one --dataset")
+    if distributed.on_main(path.exists):
+        raise InputError(f"{path} exists; choose another --predictions or remove it")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"--predictions {path}: {path.parent} is not a directory")
+
+
 class PredictionLog:
     """Collects the predictions of an evaluation on this process; ``write`` gathers those of all processes."""
 
