@@ -1,8 +1,8 @@
 """Decode every image of a data set:  python scripts/check_dataset.py DIR
 
-Opens the set as training does, so that it refuses what training refuses; prints the numbers of images and classes, and
-lists the files that training and evaluation cannot decode or resize, and the first few that they do not read. If none is
-bad, it writes DIR/fingerprint.json, which runs and rows then record.
+Opens the set as training does, and so refuses what training refuses; prints the numbers of images and classes, and
+lists the files that training and evaluation cannot decode or resize. If there are none, it writes DIR/fingerprint.json,
+which runs and rows then record.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def _init_worker(source: Encoded) -> None:
 
 
 def check_image(index: int) -> tuple[int, str, str | None]:
-    """(bytes, sha256, error) of one image; (0, "", the line of the error) of one that training or evaluation refuses."""
+    """(bytes, sha256, error) of one image; (0, "", the line of the error) of one that a run would refuse."""
     path = _source.path(index)
     try:
         data = _source.read(index)

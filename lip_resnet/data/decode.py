@@ -28,10 +28,7 @@ _IMAGE_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError, OverflowError, ZeroDivisionError),
     *(struct.error, zlib.error, Image.DecompressionBombError, Warning),  # warnings under python -W error
 )
-_NOT_DECODED = {
-    "EPS",
-    "MPEG",
-}  # EPS runs another program, Ghostscript, on the file; of MPEG, PIL reads the header alone
+_NOT_DECODED = {"EPS", "MPEG"}  # EPS needs another program, Ghostscript; of MPEG, PIL reads the header alone
 _warned: set[str] = set()  # PIL's warnings that this process has shown
 _MCU = 16  # rows of the tallest minimum coded unit (MCU) of the JPEG files that are decoded in part
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lip_resnet.config import DataConfig, EvalDataConfig, InputError
+from lip_resnet.config import DataConfig, EvalDataConfig
 from lip_resnet.data.sources.base import Source, say_left_out
 from lip_resnet.data.sources.classes import settle_classes
 from lip_resnet.data.sources.embedded import Digits, Synthetic

@@ -26,7 +26,7 @@ def settle_classes(
         names: of the classes that the network was trained on; None for those of the data.
 
     Raises:
-        InputError: the splits differ in their classes, there are other than ``num_classes``, or a label is none of them.
+        InputError: the splits differ in their classes, there are not ``num_classes``, or a label is none of them.
     """
     named = [(split, list(source.classes)) for split, source in zip(splits, sources, strict=True) if source.classes]
     for split, classes in named[1:]:

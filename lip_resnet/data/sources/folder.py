@@ -1,4 +1,4 @@
-"""Class folders: one folder a class, in the order of torchvision's ImageFolder; hidden files and folders are ignored."""
+"""Class folders: one folder a class, ordered as by torchvision's ImageFolder; hidden files and folders are ignored."""
 
 import errno
 import os
@@ -165,7 +165,7 @@ def folder_sources(
     if selection:
         classes, images = _read_selection(selection, folders[splits[0]])
         folders = {split: sorted(set(classes) & set(present)) for split, present in folders.items()}
-    first = splits[0] if names is None else "the network"
+    first = f"{splits[0]}/" if names is None else "the network"
     classes = folders[splits[0]] if names is None else list(names)
     for split, present in folders.items():
         if set(present) - set(classes):

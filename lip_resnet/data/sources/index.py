@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Index:
     def to_bytes(self) -> bytes:
         """The file's content."""
         file = io.BytesIO()
-        arrays = {"stamps": self.stamps, "labels": self.labels, "places": self.places}
+        arrays: dict[str, Any] = {"stamps": self.stamps, "labels": self.labels, "places": self.places}
         if self.left_out is not None:
             arrays |= {"left_out": np.array(self.left_out.files), "left_out_first": _pack(self.left_out.first)}
         np.savez_compressed(file, shards=_pack(self.shards), keys=_pack(self.keys), **arrays)
@@ -219,8 +220,9 @@ def _label(path: str, key: str, labels: dict[str, bytes]) -> int:
         raise InputError(f"{path}: {key!r} has no label {key}.cls")
     content = labels[key]
     if not content.isdigit() or int(content) > _HIGHEST_LABEL:
+        text = content.decode("utf-8", "backslashreplace")
         raise InputError(
-            f"{path}: the label {key}.cls holds {content.decode('utf-8', 'backslashreplace')!r}; it must be the class's "
-            "number, counted from 0 (classes.txt beside the shards names the classes)"
+            f"{path}: the label {key}.cls holds {text!r}; it must be the class's number, counted from 0 (classes.txt "
+            "beside the shards names the classes)"
         )
     return int(content)
