@@ -323,7 +323,7 @@ def test_bad_files_are_listed(monkeypatch, image_folder, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "1 bad files" in printed.err
     assert f"bad: {root}/val/cat/cat_2.JPEG: cannot decode" in printed.out
-    assert "val: 1 file is not read as images: cat/notes.txt" in printed.out
+    assert "val: 1 file left out (not an image that PIL decodes): cat/notes.txt" in printed.out
     assert not (root / "fingerprint.json").exists()
     assert run(monkeypatch, check_dataset, tmp_path / "none") == 2
 

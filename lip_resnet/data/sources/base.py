@@ -78,7 +78,9 @@ class LeftOut:
 
     def __str__(self) -> str:
         names = ", ".join(self.first) + (", ..." if self.files > len(self.first) else "")
-        return f"{self.files:,} {'file is' if self.files == 1 else 'files are'} not read as images: {names}"
+        return (
+            f"{self.files:,} {'file' if self.files == 1 else 'files'} left out (not an image that PIL decodes): {names}"
+        )
 
 
 def say_left_out(source: Any) -> None:

@@ -42,10 +42,8 @@ def settle_classes(
         images = np.bincount(_checked_labels(source, len(names)), minlength=len(names))
         empty = np.flatnonzero(images == 0)
         if len(empty) and distributed.is_main():
-            line = (
-                f"{split} has no images of {len(empty):,} of {len(names):,} classes, the first is {names[empty[0]]!r}"
-            )
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+            share = f"{len(empty):,} of {len(names):,} classes"
+            print(f"warning: {split} has no images of {share}, the first is {names[empty[0]]!r}", file=sys.stderr)
         source.classes = list(names)
 
 
@@ -65,9 +63,8 @@ def _checked_labels(source: Any, classes: int) -> np.ndarray:
     labels = np.asarray(source.targets)
     highest = int(labels.argmax())
     if labels[highest] >= classes:
-        raise InputError(
-            f"{source.path(highest)}: its label is {labels[highest]}; {classes} classes have 0 to {classes - 1}"
-        )
+        allowed = f"{classes} classes have the labels 0 to {classes - 1}"
+        raise InputError(f"{source.path(highest)}: its label is {labels[highest]}; {allowed}")
     return labels
 
 
