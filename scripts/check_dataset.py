@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lip_resnet import cli
 from lip_resnet.config import EvalDataConfig, InputError
-from lip_resnet.data.decode import BadImage, check_scan, decode_exact, image_errors
+from lip_resnet.data.decode import BadImage, check_scan, decode_exact, image_errors, one_line
 from lip_resnet.data.fingerprint import FILE, digest, names_of
 from lip_resnet.data.sources import build_sources
 from lip_resnet.data.sources.base import Encoded
@@ -58,7 +58,8 @@ def open_splits(root: Path, splits: list[str]) -> list[Any]:
     """The class folders or shards of a directory, opened and checked as training opens them."""
     layouts = [layout(root / split) for split in splits]
     if layouts[0] != layouts[-1]:
-        raise InputError(f"{root}: {splits[0]}/ holds {layouts[0]}s and {splits[1]}/ {layouts[1]}s")
+        kinds = {"folder": "class folders", "shards": "tar shards"}
+        raise InputError(f"{root}: train/ holds {kinds[layouts[0]]} and val/ {kinds[layouts[1]]}; a set has one kind")
     return build_sources(EvalDataConfig(name=layouts[0], root=str(root)), None, tuple(splits))
 
 
@@ -116,12 +117,14 @@ def main() -> None:
     if not splits:
         hint = "; give the directory above it" if options.root.resolve().name in ("train", "val") else ""
         raise InputError(f"{options.root} holds neither train/ nor val/{hint}")
+    if len(splits) == 1:
+        print(f"note: {options.root} has no {'val' if splits == ['train'] else 'train'}/, which training needs")
     entries, problems = {}, []
     for split, source in zip(splits, open_splits(options.root, splits), strict=True):
         entry, bad = check_split(source, options.workers)
         entries[split] = entry
         print(f"{split}: {entry['images']} images, {entry['classes']} classes, {entry['bytes']} bytes, {len(bad)} bad")
-        print(*(f"bad: {line}\n" for line in bad), sep="", end="")
+        print(*(f"bad: {one_line(line)}\n" for line in bad), sep="", end="")
         if source.left_out.files:
             print(f"{split}: {source.left_out}")
         problems += bad

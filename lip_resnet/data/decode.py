@@ -62,6 +62,11 @@ def image_errors(path: str, what: str) -> Iterator[None]:
         raise RuntimeError(f"{path}: {type(error).__name__}: {error}") from error
 
 
+def one_line(message: str) -> str:
+    """A message about a file whose name may hold line feeds."""
+    return message.replace("\n", "\\n").replace("\r", "\\r")
+
+
 def readable_suffixes() -> set[str]:
     """The suffixes, such as ".jpg", of the formats that this process's PIL decodes, those of its plugins included."""
     stubs = {  # formats that PIL recognises and needs a handler for, such as HDF5

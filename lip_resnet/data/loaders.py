@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lip_resnet import distributed, seeding
 from lip_resnet.config import DataConfig, EvalDataConfig, InputError
-from lip_resnet.data.decode import BadImage, image_errors
+from lip_resnet.data.decode import BadImage, image_errors, one_line
 from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Parcel, on_this_gpu
 from lip_resnet.data.sources.base import Encoded, Label, Samples, name_sample, prefetch_samples
 from lip_resnet.data.transforms import TrainTransform, eval_transform
@@ -262,6 +262,7 @@ class TrainLoader:
         return images.permute(0, 3, 1, 2), labels
 
     def _skip(self, line: str) -> None:
+        line = one_line(line)
         self.skipped[line] = self.skipped.get(line, 0) + 1
         if self.skipped[line] == 1:
             tqdm.write(f"skipped: {line}", file=sys.stderr)

@@ -349,14 +349,35 @@ def test_ways_to_write_an_image(root, tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_names_that_are_not_utf8(root, tmp_path, capfd, workers):
     """Skipped, listed and refused under their bytes, on any terminal."""
-    os.rename(root / "train" / "cat" / "cat_2.JPEG", bad := f"{root}/train/cat/{LATIN}")
-    Path(bad).write_bytes(b"no image")
+    for old, new in (("cat_2", LATIN), ("cat_5", "two\nlines.JPEG")):
+        (root / "train" / "cat" / f"{old}.JPEG").unlink()
+        (root / "train" / "cat" / new).write_bytes(b"no image")
     config = folder_config(root, on_error="skip", batch_size=23, workers=workers)
     loader = TrainLoader(build_sources(config, 3)[0], config, 1, 0)
     loader.skipped_to = tmp_path / "skipped.txt"
-    assert [batch.skipped for batch in loader.epoch(0)] == [1]
-    assert r"cat/caf\udce9.JPEG: cannot decode" in loader.skipped_to.read_text(encoding="utf-8")
-    assert r"skipped: " in capfd.readouterr().err
+    assert [batch.skipped for batch in loader.epoch(0)] == [2]
+    listed = sorted(loader.skipped_to.read_text(encoding="utf-8").splitlines())
+    assert [line.removeprefix(f"{root}/train/cat/").partition(":")[0] for line in listed] == [
+        r"caf\udce9.JPEG",
+        r"two\nlines.JPEG",
+    ]
+    assert len(capfd.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_members_that_are_not_utf8(tmp_path, form):
+    """Read under their bytes, also from the stored index; reported where they do not decode."""
+    (tmp_path / "train").mkdir()
+    key = os.fsdecode(b"caf\xe9")
+    with tarfile.open(tmp_path / "train" / "0.tar", "w", format=form) as archive:
+        for name, data in ((f"{key}.jpg", b"x"), (f"{key}.cls", b"0"), (f"{key}.txt", b"")):
+            add(archive, name, data)
+    for _ in range(2):
+        (source,) = build_sources(folder_config(tmp_path, name="shards"), 1, ("train",))
+        assert os.fsencode(source.path(0)).endswith(b"0.tar:caf\xe9")
+        assert source.left_out.first == (r"0.tar:caf\xe9.txt",)
+        with pytest.raises(InputError, match=r"0\.tar:caf\udce9: cannot decode this image"):
+            source[0]
 
 
 def test_check_dataset_on_a_strict_terminal(root, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lip_resnet import distributed
-from lip_resnet.data.decode import check_scan, decode_exact, read_file
+from lip_resnet.data.decode import check_scan, decode_exact, one_line, read_file
 
 Label = int | list[int]
 """A class; or, for a test set with several right classes an image, all of them, padded with -1."""
@@ -68,7 +68,8 @@ class LeftOut:
     def of(cls, names: Iterable[str]) -> "LeftOut":
         """From the names of all."""
         names = list(names)
-        return cls(len(names), tuple(os.fsencode(name).decode("utf-8", "backslashreplace") for name in names[:3]))
+        first = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in names[:3])
+        return cls(len(names), tuple(map(one_line, first)))
 
     @classmethod
     def sum(cls, parts: Iterable["LeftOut"]) -> "LeftOut":

@@ -64,7 +64,7 @@ def table_sources(root: str, label_column: str | None, splits: tuple[str, ...]) 
         try:
             return datasets.load_dataset(root)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise InputError(f"data.root: cannot load {root} as a Hugging Face dataset: {reason}") from error
 
     def prepare() -> None:
