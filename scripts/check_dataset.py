@@ -117,8 +117,6 @@ def main() -> None:
     if not splits:
         hint = "; give the directory above it" if options.root.resolve().name in ("train", "val") else ""
         raise InputError(f"{options.root} holds neither train/ nor val/{hint}")
-    if len(splits) == 1:
-        print(f"note: {options.root} has no {'val' if splits == ['train'] else 'train'}/, which training needs")
     entries, problems = {}, []
     for split, source in zip(splits, open_splits(options.root, splits), strict=True):
         entry, bad = check_split(source, options.workers)
@@ -133,6 +131,8 @@ def main() -> None:
             print(
                 f"{split}: ImageNet has {_IMAGENET[split]} images" + ("" if complete else ", this set another number")
             )
+    if len(splits) == 1:
+        print(f"note: {options.root} has no {'val' if splits == ['train'] else 'train'}/, which training needs")
     if problems:
         raise InputError(f"{options.root}: {len(problems)} bad files, listed above; the first is {problems[0]}")
     write_text(output, json.dumps(entries, indent=2) + "\n")

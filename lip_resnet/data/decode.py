@@ -69,13 +69,14 @@ def one_line(message: str) -> str:
 
 def readable_suffixes() -> set[str]:
     """The suffixes, such as ".jpg", of the formats that this process's PIL decodes, those of its plugins included."""
+    extensions = Image.registered_extensions()  # loads PIL's plugins, which fill Image.OPEN
     stubs = {  # formats that PIL recognises and needs a handler for, such as HDF5
         name
         for name, (factory, _) in Image.OPEN.items()
         if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
     }
     formats = {*Image.OPEN, "MPO"} - stubs - _NOT_DECODED  # MPO is opened as JPEG
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return {suffix for suffix, name in extensions.items() if name in formats}
 
 
 def read_file(path: str) -> bytes:
