@@ -17,6 +17,7 @@ def build_sources(
     config: EvalDataConfig,
     num_classes: int | None,
     splits: tuple[str, ...] = ("train", "val"),
+    selection: str | None = None,
     names: Sequence[str] | None = None,
 ) -> list[Source]:
     """The sources of the splits asked for, ("train", "val") or ("val",); every process must call it.
@@ -26,8 +27,9 @@ def build_sources(
     Args:
         config: for "train" a ``DataConfig``.
         num_classes: of the network; None for any number.
-        names: in an evaluation, of the classes that the network was trained on: class folders get their labels by these
-            names, and sets that name no classes have them. None: the classes of the data.
+        selection: the content of the file ``data.classes``, where it has been read; None: it is read here.
+        names: in an evaluation, of the classes that the network was trained on: class folders that are among them get
+            their labels by these names, and sets that name no classes have them. None: the classes of the data.
 
     Raises:
         InputError: the data is missing, damaged or incomplete, its classes are not those asked for or differ between
@@ -47,7 +49,7 @@ def build_sources(
     elif config.name in NAMED:
         sources = named_sources(config.name, root, config.download, splits)
     else:
-        sources = folder_sources(root, config.classes, splits, names)
+        sources = folder_sources(root, config.classes, splits, selection, names)
     for source in sources:
         say_left_out(source)
     settle_classes(sources, splits, num_classes, names)

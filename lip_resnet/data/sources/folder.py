@@ -35,14 +35,21 @@ def _class_folders(root: Path) -> list[str]:
     return folders
 
 
-def _read_selection(path: str, folders: list[str]) -> tuple[list[str], set[str] | None]:
-    """A data.classes file -> the classes to keep, and the names of the training images to keep (None: all)."""
+def read_selection(path: str) -> str:
+    """The content of a data.classes file; bytes that are not UTF-8, as file names may have them, are surrogates.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
-        content = Path(path).read_bytes()
+        return Path(path).read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:
         raise InputError(f"data.classes: cannot read {path}: {error.strerror}") from error
-    # Files that were joined have byte order marks inside. File names need not be UTF-8.
-    lines = [line.strip("\ufeff \t\r") for line in content.decode("utf-8", "surrogateescape").split("\n")]
+
+
+def _parse_selection(content: str, path: str, folders: list[str]) -> tuple[list[str], set[str] | None]:
+    """A data.classes file -> the classes to keep, and the names of the training images to keep (None: all)."""
+    lines = [line.strip("\ufeff \t\r") for line in content.split("\n")]  # joined files have byte order marks inside
     names = {os.path.normpath(line) for line in lines if line and not line.startswith("#")}
     if not names:
         raise InputError(f"data.classes: {path} names no class")
@@ -55,7 +62,7 @@ def _read_selection(path: str, folders: list[str]) -> tuple[list[str], set[str] 
     unknown = sorted(classes - known)
     if unknown:
         try:
-            content.decode()
+            content.encode("utf-8", "surrogateescape").decode()
         except UnicodeDecodeError as error:
             raise InputError(f"data.classes: cannot read {path}: byte {error.start} is not UTF-8") from error
         raise InputError(f"data.classes: {path}: {len(unknown)} names have no folder, the first is {unknown[0]!r}")
@@ -138,13 +145,18 @@ class Folder(Files):
 
 
 def folder_sources(
-    data_root: str, selection: str | None, splits: tuple[str, ...], names: Sequence[str] | None = None
+    data_root: str,
+    selection: str | None,
+    splits: tuple[str, ...],
+    content: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Folder]:
     """The splits below ``data.root``; the classes are the folders of the first.
 
     Args:
         selection: the file of ``data.classes``; None for all classes.
-        names: of the classes that the network was trained on, for an evaluation; None for the folders.
+        content: of that file, where it has been read.
+        names: the classes instead, where all folders are among them.
 
     Raises:
         InputError: folders are missing, unreadable or empty, a later split has other classes, or the selection does not
@@ -163,13 +175,15 @@ def folder_sources(
     folders = {split: _class_folders(root / split) for split in splits}
     images = None
     if selection:
-        classes, images = _read_selection(selection, folders[splits[0]])
+        content = read_selection(selection) if content is None else content
+        classes, images = _parse_selection(content, selection, folders[splits[0]])
         folders = {split: sorted(set(classes) & set(present)) for split, present in folders.items()}
-    first = f"{splits[0]}/" if names is None else "the network"
-    classes = folders[splits[0]] if names is None else list(names)
+    classes = folders[splits[0]]
+    if names is not None and set(classes) <= set(names):
+        classes = list(names)
     for split, present in folders.items():
         if set(present) - set(classes):
-            raise InputError(f"data.root: {explain_difference(first, classes, f'{split}/', present)}")
+            raise InputError(f"data.root: {explain_difference(f'{splits[0]}/', classes, f'{split}/', present)}")
     sources = [
         Folder(root / split, classes, images if split == "train" else None, incomplete=split != "train")
         for split in splits
