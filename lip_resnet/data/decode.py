@@ -6,6 +6,7 @@ pixels, can stop at the last row that a crop needs, and reports damage that PIL 
 
 import contextlib
 import io
+import re
 import struct
 import sys
 import warnings
@@ -122,8 +123,9 @@ def _named_warnings(path: str) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         yield
     for text in (str(warning.message) for warning in caught):
-        if text not in _warned:
-            _warned.add(text)
+        kind = re.sub(r"\d+", "", text)  # numbers, such as of pixels, are the image's own
+        if kind not in _warned:
+            _warned.add(kind)
             tqdm.write(f"warning: {path}: {text} (shown for the first such image)", file=sys.stderr)
 
 

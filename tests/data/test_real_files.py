@@ -261,8 +261,14 @@ def test_odd_files_beside_shards(tmp_path):
     config = shards(tmp_path, names="café\n".encode("latin-1"))
     assert "train/classes.txt: byte 3 is not UTF-8; save the file as UTF-8" in refusal(config, 1)
     (tmp_path / "train" / "classes.txt").unlink()
+    (tmp_path / "train" / "classes.txt").symlink_to("nothing")
+    assert "train/classes.txt: cannot read: No such file" in refusal(config, 1)
+    (tmp_path / "train" / "classes.txt").unlink()
     (tmp_path / "train" / "._0.tar").write_bytes(b"a Mac's")
-    assert len(build_sources(config, 1, ("train",))[0]) == 1
+    (tmp_path / "train" / "loose.JPEG").touch()
+    (tmp_path / "train" / "part2").mkdir()
+    source = build_sources(config, 1, ("train",))[0]
+    assert (len(source), source.left_out.first) == (1, ("loose.JPEG", "part2/"))
     (tmp_path / "train" / "1.tar").symlink_to("nothing")
     assert "1.tar: cannot read: No such file" in refusal(config, 1)
 
@@ -509,6 +515,10 @@ def test_warnings_of_pil_name_the_image(monkeypatch, capsys):
     printed = capsys.readouterr().err
     assert printed.startswith("warning: first.png: Palette images with Transparency")
     assert printed.count("\n") == 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    for side in (9, 10):  # each warning has another number
+        decode.decode_exact(encoded("BMP", (side, 9)), f"{side}.bmp")
+    assert capsys.readouterr().err.count("9.bmp: Image size (81 pixels) exceeds limit") == 1
     monkeypatch.setattr(decode, "_warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,5 +1,6 @@
 """Tar shards in WebDataset layout, on a disk or behind a URL, read in any order."""
 
+import os
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -74,10 +75,14 @@ class Shards(_Indexed):
     def __init__(self, root: Path) -> None:
         self._folder, names = root, root / _NAMES
         try:
-            class_names = names.read_bytes() if names.is_file() else None
+            class_names = names.read_bytes() if os.path.lexists(names) else None
         except OSError as error:
             raise InputError(f"{names}: cannot read: {error.strerror}") from error
         super().__init__(root, read_index(root), class_names)
+        beside = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+        used = {FILE, _NAMES, *self.shards}
+        loose = [f"{path.name}/" if path.is_dir() else path.name for path in beside if path.name not in used]
+        self.left_out = LeftOut.sum([LeftOut.of(loose), self.left_out])
 
     def read(self, index: int) -> bytes:
         """An image's bytes.
