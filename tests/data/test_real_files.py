@@ -219,6 +219,7 @@ def test_classes_of_tables(image_folder, tmp_path, monkeypatch, capsys):
         line = refusal(tables(name, [0, 1, label], [0]), 3, both)
         assert f"{label}" in line
         assert "train/2: its label" in line or "row 2 has" in line
+    assert "row 1 has nan" in refusal(tables("missing", [0, None, 2], [0]), 3, both)
 
 
 @pytest.mark.parametrize(

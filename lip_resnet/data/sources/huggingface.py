@@ -106,14 +106,13 @@ def _open(root: str, table: Any, label_column: str | None) -> Table:
         )
     column = labels[0]
     values = np.asarray(table.with_format("numpy")[column][:])
+    rule = f"data.label_column: {root}: {column} must hold a class's number, 0 or more, for every image"
+    if values.ndim == 1 and values.dtype.kind in "iuf":  # integers with missing ones are read as floats
+        wrong = np.flatnonzero((values < 0) | (values > np.iinfo(np.int32).max) | np.isnan(values))
+        if len(wrong):
+            raise InputError(f"{rule}; row {wrong[0]} has {values[wrong[0]]}")
     if values.ndim != 1 or values.dtype.kind not in "iu" or not len(values):
-        raise InputError(f"data.label_column: {root}: {column} must hold a class's number, 0 or more, for every image")
-    wrong = np.flatnonzero((values < 0) | (values > np.iinfo(np.int32).max))
-    if len(wrong):
-        raise InputError(
-            f"data.label_column: {root}: {column} must hold a class's number, 0 or more, for every image; row "
-            f"{wrong[0]} has {values[wrong[0]]}"
-        )
+        raise InputError(f"{rule}; its {len(values)} rows hold {kinds[column]}")
     names = kinds[column].names if isinstance(kinds[column], datasets.ClassLabel) else []
     rows = table.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
     return Table(root, rows, images[0], list(names), values.tolist())
