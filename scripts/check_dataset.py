@@ -43,12 +43,12 @@ def check_image(index: int) -> tuple[int, str, str | None]:
     """(bytes, sha256, error) of one image; (0, "", the line of the error) of one that a run would refuse."""
     path = _source.path(index)
     try:
-        data = _source.read(index)
-        image = decode_exact(data, path)
-        check_scan(data, path)
-        if _evaluated:
-            with image_errors(path, "resize"):
-                check_resize(image, EvalDataConfig(name="digits"))
+        with image_errors(path, "load"):
+            data = _source.read(index)
+            image = decode_exact(data, path)
+            check_scan(data, path)
+            if _evaluated:
+                check_resize(image, EvalDataConfig(name="digits"))  # with the default eval_resize
     except BadImage as error:
         return 0, "", str(error)
     return len(data), hashlib.sha256(data).hexdigest(), None

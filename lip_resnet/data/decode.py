@@ -35,7 +35,7 @@ _MCU = 16  # rows of the tallest minimum coded unit (MCU) of the JPEG files that
 
 
 class BadImage(InputError):
-    """One image cannot be decoded; the message begins with its path."""
+    """One image cannot be read, decoded, resized or augmented; the message begins with its path."""
 
 
 @contextlib.contextmanager

@@ -436,7 +436,7 @@ def test_check_dataset_finds_what_a_run_would_refuse(root, monkeypatch, capsys):
 
     (root / "val" / "ant" / "long.png").write_bytes(encoded("PNG", LONG))
     code, out, _ = checked()
-    assert (code, "bad: " in out, "long.png: cannot resize this image: its 60000x1 pixels" in out) == (2, True, True)
+    assert (code, "bad: " in out, "long.png: cannot load this image: its 60000x1 pixels" in out) == (2, True, True)
     (root / "val" / "ant" / "long.png").unlink()
     (root / "train" / "ant" / "up").symlink_to("..")
     code, out, line = checked()
