@@ -10,6 +10,7 @@ from lip_resnet.config import InputError
 from lip_resnet.data.decode import BadImage, read_file
 from lip_resnet.data.sources.base import Encoded
 
+_HIGHEST_LABEL = (1 << 31) - 1
 _SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev", "test")}
 """Our splits -> the names that a dataset may give them; the first that it has is read."""
 
@@ -107,12 +108,12 @@ def _open(root: str, table: Any, label_column: str | None) -> Table:
     column = labels[0]
     values = np.asarray(table.with_format("numpy")[column][:])
     rule = f"data.label_column: {root}: {column} must hold a class's number, 0 or more, for every image"
-    if values.ndim == 1 and values.dtype.kind in "iuf":  # integers with missing ones are read as floats
-        wrong = np.flatnonzero((values < 0) | (values > np.iinfo(np.int32).max) | np.isnan(values))
-        if len(wrong):
-            raise InputError(f"{rule}; row {wrong[0]} has {values[wrong[0]]}")
+    labels = values.tolist() if values.ndim == 1 else []
+    for row, label in enumerate(labels):
+        if label is None or (isinstance(label, (int, float)) and not 0 <= label <= _HIGHEST_LABEL):  # NaN is none too
+            raise InputError(f"{rule}; row {row} has {label}")
     if values.ndim != 1 or values.dtype.kind not in "iu" or not len(values):
         raise InputError(f"{rule}; its {len(values)} rows hold {kinds[column]}")
     names = kinds[column].names if isinstance(kinds[column], datasets.ClassLabel) else []
     rows = table.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
-    return Table(root, rows, images[0], list(names), values.tolist())
+    return Table(root, rows, images[0], list(names), labels)
