@@ -6,7 +6,6 @@ which runs and rows then record.
 """
 
 import hashlib
-import json
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +24,7 @@ from lip_resnet.data.sources.base import Encoded
 from lip_resnet.data.transforms import check_resize
 from lip_resnet.evaluation import testsets
 from lip_resnet.evaluation.location import layout
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 
 _IMAGENET = {"train": 1_281_167, "val": 50_000}
 
@@ -135,7 +134,7 @@ def main() -> None:
         print(f"note: {options.root} has no {'val' if splits == ['train'] else 'train'}/, which training needs")
     if problems:
         raise InputError(f"{options.root}: {len(problems)} bad files, listed above; the first is {problems[0]}")
-    write_text(output, json.dumps(entries, indent=2) + "\n")
+    write_text(output, to_json(entries, indent=2) + "\n")
     print(f"every image decodes; {output} written")
 
 
