@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import io
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ def launch(main: Callable[[], None]) -> None:
     traceback.
     """
     code = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal cannot show; stderr does so
     try:
         distributed.init()
         main()

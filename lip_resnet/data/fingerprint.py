@@ -39,8 +39,9 @@ def describe_source(source: Source) -> dict[str, Any]:
 
     Returns:
         ``images`` and ``classes``: how many; ``names``: digest of the images' names in order; ``content``: digest of
-        the files' bytes too, if check_dataset.py has recorded it and no name has changed since, else None. Images in
-        memory have the digest of their pixels and labels as ``content`` and no ``names``; synthetic noise has neither.
+        the files' bytes too, if check_dataset.py has recorded it and no name has changed since, else None;
+        ``left_out``, where there are any: how many files no image is read from, and the first few. Images in memory
+        have the digest of their pixels and labels as ``content`` and no ``names``; synthetic noise has neither.
     """
     description: dict[str, Any] = {"images": len(source), "classes": len(source.classes)}
     if isinstance(source, Arrays):
@@ -49,6 +50,8 @@ def describe_source(source: Source) -> dict[str, Any]:
         names = digest(names_of(source))
         recorded = _recorded(source.root) if isinstance(source.root, Path) else {}
         description |= {"names": names, "content": recorded.get(names)}
+        if source.left_out.files:
+            description["left_out"] = {"files": source.left_out.files, "first": list(source.left_out.first)}
     return description
 
 
