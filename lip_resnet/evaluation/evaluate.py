@@ -1,14 +1,15 @@
 """The evaluation loop: a network's exact counts on a set of images, over all processes; the reference's evaluation."""
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from timm.utils import distribute_bn
-from torch import nn
+from torch import Tensor, nn
 
-from lip_resnet import distributed
+from lip_resnet import distributed, memory
 from lip_resnet.config import InputError
 from lip_resnet.data import EvalLoader, normalize, to_device
 from lip_resnet.evaluation import metrics, testsets
@@ -40,11 +41,14 @@ def evaluate(
     Args:
         model: images (B, 3, H, W) -> logits (B, classes); not wrapped in DDP.
         precision: of the autocast forward: float32, tf32, bfloat16 or float16.
-        channels_last: memory format of the images.
+        channels_last: memory format of the images, on MPS always contiguous.
         mean, std: (3,), of pixels in [0, 1].
 
     Returns:
         The keys of ``AccuracyCounts.reduce``.
+
+    Raises:
+        OutOfMemory: a batch does not fit; says how many images do.
     """
     if distributed.world_size() > 1:
         distribute_bn(model, distributed.world_size(), reduce=False)
@@ -53,17 +57,30 @@ def evaluate(
     was_training = model.training
     model.eval()
     counts = AccuracyCounts(device)
-    for images, labels in loader:
+
+    def forward(images: Tensor) -> Tensor:
         images = normalize(to_device(images, device, channels_last), pixel_mean, pixel_std)
-        labels = labels.to(device, non_blocking=True)
         with autocast(device, precision):
-            logits = model(images).float()
+            return model(images).float()
+
+    for images, labels in loader:
+        with memory.explained(functools.partial(_smaller_batch, forward, images, device)):
+            logits = forward(images)
+        labels = to_device(labels, device)
         counts.add(logits, labels, cross_entropy(logits, labels))
     model.train(was_training)
     result = counts.reduce()
     if result["images"] != loader.samples:
         raise RuntimeError(f"evaluated {result['images']} images of {loader.samples}")
     return result
+
+
+def _smaller_batch(forward: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> str:
+    """The line for a batch (B, 3, H, W) whose forward did not fit: the largest part of it that does."""
+    used, half = memory.describe_peak(device), len(images) // 2
+    count = memory.largest_that_fits(half, lambda count: forward(images[:count]))
+    advice = f"{count} fit: data.eval_batch_size={count} (eval.py --batch-size {count})" if count else "not even 1 fits"
+    return f"out of memory on {device.type} in evaluation with {len(images)} images a batch, {used}; {advice}"
 
 
 def evaluate_set(
