@@ -78,9 +78,16 @@ def test_training_and_evaluation_have_no_float64_but_the_counts(monkeypatch):
     monkeypatch.setattr(dispatch, "available", lambda device_type: False)
     config, state, loader, val_loader = prepare(
         model__name="lip_densenet121",
-        model__args={"block_config": [1, 1, 1, 1], "growth_rate": 8}, data__batch_size=8, train__max_steps=2, train__ema_decay=0.9, optim__clip_norm=1.0,
-        train__mixup=0.2, train__cutmix=1.0, data__name="synthetic", data__images=100,
-    )  # fmt: skip
+        model__args={"block_config": [1, 1, 1, 1], "growth_rate": 8},
+        data__name="synthetic",
+        data__images=100,
+        data__batch_size=8,
+        optim__clip_norm=1.0,
+        train__max_steps=2,
+        train__ema_decay=0.9,
+        train__mixup=0.2,
+        train__cutmix=1.0,
+    )
     with Float64() as seen:
         run(config, state, loader)
         evaluate(state.ema.module, val_loader, **how(config))
