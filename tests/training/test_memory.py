@@ -4,6 +4,7 @@ import contextlib
 import re
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def one_process_group(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_garbage_collection(monkeypatch):
     """It takes a second among the tests' modules; tensors must be released without it."""
-    monkeypatch.setattr(memory.gc, "collect", lambda: 0)
+    monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: None))
 
 
 @pytest.mark.parametrize(
