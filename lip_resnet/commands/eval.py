@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import checkpoint, distributed, memory
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
@@ -26,6 +26,7 @@ def main(options: Namespace) -> None:
         raise InputError("give --checkpoint PATH or --pretrained with --model NAME, and not both")
     if options.pretrained and not options.model:
         raise InputError("--pretrained needs --model NAME")
+    device = distributed.choose_device(options.device)
     names = testsets.choose(options.dataset, options.partial)
     several = len(names) > 1
     if options.predictions:
@@ -52,9 +53,7 @@ def main(options: Namespace) -> None:
 
     for config in configs:
         registry.check_size(model, config.data.eval_size)
-    model.to(distributed.device())
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model.to(device).to(memory_format=memory.layout(recipe.channels_last, device))
     start = 0
     for data, config, output in zip(sets, configs, outputs, strict=True):
         predictions = PredictionLog() if options.predictions else None

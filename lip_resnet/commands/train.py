@@ -12,7 +12,7 @@ from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, ModelConfig, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.environment import describe_environment
-from lip_resnet.errors import InputError, Stopped
+from lip_resnet.errors import InputError, OutOfMemory, Stopped
 from lip_resnet.evaluation.protocol import describe_training
 from lip_resnet.files import sha256
 from lip_resnet.layers.pooling import logit_parameters
@@ -35,7 +35,7 @@ def main(options: Namespace) -> None:
     try:
         with interrupts:
             train(config, folder, options.resume, interrupts)
-    except (InputError, FloatingPointError):
+    except (InputError, FloatingPointError, OutOfMemory):
         raise
     except Exception as error:  # before training, a signal can also show as a lost connection to another process
         if distributed.is_main() and (interrupts.received or isinstance(error, Stopped)):
@@ -45,7 +45,7 @@ def main(options: Namespace) -> None:
 
 def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> None:
     """Build data, network and optimizer, open or continue the run in ``folder``, train to the end, close the log."""
-    device = distributed.device()
+    device = distributed.choose_device(config.train.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
     torch.manual_seed(config.train.seed)

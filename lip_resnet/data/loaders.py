@@ -312,7 +312,7 @@ class EvalLoader:
         self.in_flight = InFlightSamples(config.workers)
         dataset = _EvalBatches(source, config, self.in_flight)
         sampler = DeferredBatchSampler(self.batches)
-        self.loader = start_loader(dataset, sampler, config.workers, pin=torch.cuda.is_available())
+        self.loader = start_loader(dataset, sampler, config.workers, pin=distributed.device().type == "cuda")
 
     def choose(self, images: range) -> None:
         """From now on, read only these images of the source."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import InterpolationMode, v2
 
-from lip_resnet import seeding
+from lip_resnet import memory, seeding
 from lip_resnet.config import DataConfig, EvalDataConfig, InputError
 from lip_resnet.data.decode import JpegDecoder, decode_exact
 
@@ -167,10 +167,13 @@ def eval_transform(config: EvalDataConfig) -> v2.Transform:
     return v2.Compose([functools.partial(check_resize, config=config), resize, crop, v2.PILToTensor()])
 
 
-def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """Images (B, 3, H, W) of any dtype on ``device``, copied without blocking, channels-last or contiguous."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(device, non_blocking=True).contiguous(memory_format=layout)
+def to_device(tensor: Tensor, device: torch.device, channels_last: bool = False) -> Tensor:
+    """Images (B, 3, H, W) of any dtype, or labels, on ``device``; images in ``memory.layout``.
+
+    To CUDA they are copied without blocking. MPS would read the source after it has been freed.
+    """
+    tensor = tensor.to(device, non_blocking=device.type == "cuda")
+    return tensor.contiguous(memory_format=memory.layout(channels_last, device))
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

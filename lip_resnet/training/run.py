@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import checkpoint, distributed, memory
 from lip_resnet.config import Config, Effect, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, describe_source
 from lip_resnet.errors import InputError, Stopped
@@ -20,6 +20,7 @@ from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import TrainState, train_one_epoch, warm_up_ddp
 from lip_resnet.training.interrupts import REPORT, SAVE, STOP, Interrupts
 from lip_resnet.training.nonfinite import Rollback
+from lip_resnet.training.out_of_memory import suggest
 from lip_resnet.training.watchdog import Watchdog
 
 Datasets = dict[str, dict[str, Any]]
@@ -129,6 +130,7 @@ class Run:
             Stopped: after a signal; everything is saved.
             InputError: a file of the run cannot be written, and ``train.on_write_error`` is stop.
             FloatingPointError: a step was not finite, and the recipe does not let the run continue.
+            OutOfMemory: a batch does not fit; says what does.
         """
         interrupts.begin()
         train, state = self.config.train, self.state
@@ -138,7 +140,8 @@ class Run:
             profiler(train, self.folder) as self.trace,
             Watchdog(self.folder, train.hang_minutes) as self.watchdog,
         ):
-            warm_up_ddp(state, self.config)
+            with self._explained():
+                warm_up_ddp(state, self.config)
             without_checkpoint = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
             if without_checkpoint and (state.step or train.on_nonfinite == "rollback"):
                 self.save()  # continued from another folder's file, or a rollback needs a checkpoint from the start
@@ -154,6 +157,8 @@ class Run:
                     raise Stopped(f"{reason} at step {state.step}; continue with --resume auto")
             # Still inside `interrupts`: a signal now must not cost the last checkpoint.
             distributed.on_main(self.checkpoints.wait)
+        if used := memory.describe_peak(state.guard.device):
+            self.log.say(used)
 
     def _train_epoch(self, interrupts: Interrupts) -> bool:
         """Train to the end of the epoch; True if a signal asks to stop."""
@@ -179,15 +184,16 @@ class Run:
 
         if not train.compile:  # the first step of an epoch may compile, for a new image size: it is not timed
             self.watchdog.step(state.step + 1)
-        train_one_epoch(
-            state,
-            self.loader,
-            self.config,
-            norm_excludes=self.norm_excludes,
-            on_step=on_step,
-            on_log=lambda values: self.log.log(state.step, epoch, values),
-            on_phase=self.watchdog.set_phase,
-        )
+        with self._explained():
+            train_one_epoch(
+                state,
+                self.loader,
+                self.config,
+                norm_excludes=self.norm_excludes,
+                on_step=on_step,
+                on_log=lambda values: self.log.log(state.step, epoch, values | memory.peak(state.guard.device)),
+                on_phase=self.watchdog.set_phase,
+            )
         self.watchdog.pause()
         if epoch_ended():
             action = max(action, interrupts.synchronize())  # before the evaluation, which can take minutes
@@ -195,6 +201,10 @@ class Run:
         if action in (SAVE, STOP) or (epoch_ended() and not self._evaluation_is_due()):
             self.save()
         return action == STOP
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        """Turns a failed allocation into a line that says what fits."""
+        return memory.explained(lambda: suggest(self.state, self.config, len(self.loader.source)))
 
     def _evaluate(self, interrupts: Interrupts) -> bool:
         """Evaluate, log and save; True if a signal asks to stop."""
