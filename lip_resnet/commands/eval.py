@@ -9,11 +9,12 @@ from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
+from lip_resnet.evaluation.compatibility import check_class_names, check_normalization, recorded_classes
 from lip_resnet.evaluation.evaluate import evaluate_set, print_result
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
 from lip_resnet.models import registry
-from lip_resnet.models.weights import extract_weights, put_weights
-from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.models.weights import choose_weights, extract_weights, put_weights
+from lip_resnet.recipe import load_config
 
 
 def main(options: Namespace) -> None:
@@ -27,17 +28,22 @@ def main(options: Namespace) -> None:
     outputs = [rows.row_path(options.checkpoint, options.output, name, several) for name in names]
 
     payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
-    trained = parse_config(payload["config"], options.checkpoint) if "config" in payload else None
-    ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
+    trained = checkpoint.read_recipe(payload, options.checkpoint)
+    kind = options.weights or (trained.train.rules if trained else None)
+    ema = choose_weights(payload, options.checkpoint, kind) == "ema"
     recipe = choose_protocol(options, payload, trained)
+    check_normalization(trained, recipe, options.checkpoint)
+    classes = recorded_classes(payload) if trained and not options.config else None
     keys = ("precision", "eval_size", "eval_resize", "crop_mode", "interpolation", "eval_batch_size", "workers")
     changes = {key: getattr(options, key) for key in keys}
     plans = [adapt(recipe, name, options.data, several=several, kind=options.data_name, **changes) for name in names]
     configs = [config for config, _ in plans]
     sets = [
-        testsets.open_set(name, config.data, split, config.model.num_classes, options.partial)
+        testsets.open_set(name, config.data, split, config.model.num_classes, options.partial, classes)
         for name, (config, split) in zip(names, plans, strict=True)
     ]
+    for data in sets:
+        check_class_names(payload, data, options.checkpoint)
     # Before the network: the loader's workers are forked before other threads start.
     loader = EvalLoader(testsets.Joined(sets), configs[0].data)
     model = build(recipe, options, payload, ema)

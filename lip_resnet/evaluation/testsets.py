@@ -187,7 +187,14 @@ def choose(names: list[str] | None, partial: bool) -> Sequence[str | None]:
     return names
 
 
-def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: int, partial: bool = False) -> EvalSet:
+def open_set(
+    name: str | None,
+    config: EvalDataConfig,
+    split: str,
+    num_classes: int,
+    partial: bool = False,
+    classes: list[str] | None = None,
+) -> EvalSet:
     """The set to evaluate on.
 
     Args:
@@ -196,13 +203,15 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
         split: folder below ``config.root``, as ``protocol.adapt`` returns it.
         num_classes: the network's number of classes.
         partial: accept an ImageNet-C without some of its folders.
+        classes: those that the network was trained on, where known; they stand for the file ``config.classes``.
 
     Raises:
         InputError: the set does not exist or misses classes, or the network does not have ImageNet's 1,000.
     """
     known = wnids()
     if name is None:
-        source = build_sources(config, num_classes, (split,))[0]
+        selection = "\n".join(classes) if config.classes and classes else None
+        source = build_sources(config, num_classes, (split,), selection)[0]
         imagenet = list(source.classes) == known
         return EvalSet("imagenet" if imagenet else config.name, source, config, _whole(source))
     if num_classes != len(known):
@@ -230,8 +239,8 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
     subset = _subset(name)
     _check_classes(name, root, subset)
     source = Folder(root, subset)
-    classes = None if len(subset) == len(known) else [known.index(wnid) for wnid in subset]
-    return EvalSet(name, source, config, _whole(source), classes, protocol)
+    indices = None if len(subset) == len(known) else [known.index(wnid) for wnid in subset]
+    return EvalSet(name, source, config, _whole(source), indices, protocol)
 
 
 def _whole(source: Any) -> dict[str, range]:

@@ -11,11 +11,17 @@ from lip_resnet.data.sources.named import NAMED, named_sources
 from lip_resnet.data.sources.shards import shard_sources
 
 
-def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Source]:
+def build_sources(
+    config: EvalDataConfig,
+    num_classes: int,
+    splits: tuple[str, ...] = ("train", "val"),
+    selection: str | None = None,
+) -> list[Source]:
     """The sources of the splits asked for, ("train", "val") or ("val",); every process must call it.
 
     Args:
         config: for "train" a ``DataConfig``.
+        selection: the content of the file ``data.classes``, where it has been read; None: it is read here.
 
     Raises:
         InputError: the data is missing, damaged or incomplete, has another number of classes, or needs a package that
@@ -34,7 +40,7 @@ def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, .
     elif config.name in NAMED:
         sources = named_sources(config.name, root, config.download, splits)
     else:
-        sources = folder_sources(root, config.classes, splits)
+        sources = folder_sources(root, config.classes, splits, selection)
     classes = len(sources[0].classes)
     if classes != num_classes:
         raise InputError(f"model.num_classes is {num_classes}, but the data has {classes} classes")

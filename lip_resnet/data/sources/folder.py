@@ -16,13 +16,22 @@ def _class_folders(root: Path) -> list[str]:
         raise InputError(f"data.root: cannot read {root}: {error.strerror}") from error
 
 
-def _read_selection(path: str, folders: list[str]) -> tuple[list[str], set[str] | None]:
-    """A data.classes file -> the classes to keep, and the names of the training images to keep (None: all)."""
+def read_selection(path: str) -> str:
+    """The content of a data.classes file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
         raise InputError(f"data.classes: cannot read {path}: {reason}") from error
+
+
+def _parse_selection(text: str, path: str, folders: list[str]) -> tuple[list[str], set[str] | None]:
+    """A data.classes file -> the classes to keep, and the names of the training images to keep (None: all)."""
+    lines = text.split("\n")
     lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     images = {line for line in lines if line.lower().endswith(IMG_EXTENSIONS)}
     # An image's class is its folder, or in ImageNet's own naming the part before the underscore.
@@ -60,11 +69,14 @@ class Folder(Files):
         super().__init__(root, classes, samples)
 
 
-def folder_sources(data_root: str, selection: str | None, splits: tuple[str, ...]) -> list[Folder]:
+def folder_sources(
+    data_root: str, selection: str | None, splits: tuple[str, ...], content: str | None = None
+) -> list[Folder]:
     """The splits below ``data.root``.
 
     Args:
         selection: the file of ``data.classes``; None for all classes.
+        content: of that file, where it has been read.
 
     Raises:
         InputError: folders are missing, unreadable or empty, the splits differ in their classes, or the selection does
@@ -82,7 +94,8 @@ def folder_sources(data_root: str, selection: str | None, splits: tuple[str, ...
         raise InputError(f"data.root: {root / splits[0]} holds no class folders")
     images = None
     if selection:
-        classes, images = _read_selection(selection, classes)
+        content = read_selection(selection) if content is None else content
+        classes, images = _parse_selection(content, selection, classes)
     for split in splits[1:]:
         differing = sorted(set(classes) ^ (set(folders[split]) & set(classes) if selection else set(folders[split])))
         if differing:
