@@ -9,7 +9,7 @@ from lip_resnet import checkpoint, distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
-from lip_resnet.evaluation.compatibility import check_class_names, check_normalization, recorded_classes
+from lip_resnet.evaluation.compatibility import check_normalization, check_set, recorded_classes
 from lip_resnet.evaluation.evaluate import evaluate_set, print_result
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
 from lip_resnet.models import registry
@@ -32,8 +32,10 @@ def main(options: Namespace) -> None:
     kind = options.weights or (trained.train.rules if trained else None)
     ema = choose_weights(payload, options.checkpoint, kind) == "ema"
     recipe = choose_protocol(options, payload, trained)
-    check_normalization(trained, recipe, options.checkpoint)
-    classes = recorded_classes(payload) if trained and not options.config else None
+    own_recipe = "evaluate it by its own recipe, without --config and --model"
+    check_normalization(trained, recipe.data, options.checkpoint, own_recipe)
+    same_classes = trained is not None and trained.data.classes == recipe.data.classes
+    classes = recorded_classes(payload) if same_classes else None
     keys = ("precision", "eval_size", "eval_resize", "crop_mode", "interpolation", "eval_batch_size", "workers")
     changes = {key: getattr(options, key) for key in keys}
     plans = [adapt(recipe, name, options.data, several=several, kind=options.data_name, **changes) for name in names]
@@ -43,7 +45,7 @@ def main(options: Namespace) -> None:
         for name, (config, split) in zip(names, plans, strict=True)
     ]
     for data in sets:
-        check_class_names(payload, data, options.checkpoint)
+        check_set(payload, data, options.checkpoint)
     # Before the network: the loader's workers are forked before other threads start.
     loader = EvalLoader(testsets.Joined(sets), configs[0].data)
     model = build(recipe, options, payload, ema)

@@ -4,14 +4,13 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from lip_resnet.config import Config, InputError
+from lip_resnet.config import Config, EvalDataConfig, InputError
 from lip_resnet.data.fingerprint import class_names
-from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.testsets import EvalSet, wnids
 
 
-def check_normalization(trained: Config | None, config: EvalConfig, source: str) -> None:
-    """Check that pixels are normalised as in the training.
+def check_normalization(trained: Config | None, data: EvalDataConfig, source: str, advice: str) -> None:
+    """Check that pixels are normalised as in the training of a checkpoint.
 
     Args:
         trained: the recipe in the checkpoint ``source``; None where there is none: not checked.
@@ -19,13 +18,10 @@ def check_normalization(trained: Config | None, config: EvalConfig, source: str)
     Raises:
         InputError: they are not.
     """
-    for key in ("mean", "std"):
-        theirs, ours = (getattr(part.data, key) if part else None for part in (trained, config))
-        if theirs is not None and theirs != ours:
-            raise InputError(
-                f"{source} was trained with data.{key}={list(theirs)}, and would be evaluated with {list(ours)}; "
-                "evaluate it by its own recipe, without --config and --model"
-            )
+    for key in ("mean", "std") if trained else ():
+        theirs, ours = list(getattr(trained.data, key)), list(getattr(data, key))
+        if theirs != ours:
+            raise InputError(f"{source} was trained with data.{key}={theirs}, here it is {ours}; {advice}")
 
 
 def recorded_classes(payload: dict[str, Any]) -> list[str] | None:
@@ -35,25 +31,31 @@ def recorded_classes(payload: dict[str, Any]) -> list[str] | None:
     return names if known else None
 
 
-def check_class_names(payload: dict[str, Any], data: EvalSet, source: str) -> None:
-    """Check that a set has the classes of the training, in the same order; unknown names are not checked.
+def check_set(payload: dict[str, Any], data: EvalSet, source: str) -> None:
+    """``check_class_names`` of a set; ImageNet-V2's folders are numbers, which stand for ImageNet's classes."""
+    theirs = recorded_classes(payload)
+    ours = wnids() if data.name == "imagenet-v2" else class_names(data.source, data.config.name)
+    if theirs is not None and data.classes is not None:
+        theirs = [theirs[index] for index in data.classes if index < len(theirs)]
+    check_class_names(theirs, ours, source, "evaluate it on the classes that it was trained on")
 
-    ImageNet-V2's folders are numbers, which stand for ImageNet's classes.
+
+def check_class_names(theirs: list[str] | None, ours: list[str] | None, source: str, advice: str) -> None:
+    """Check that data have the classes of a checkpoint's training, in the same order.
+
+    Args:
+        theirs: the names of the classes in the checkpoint ``source``; None where unknown: not checked.
+        ours: those of the data; None where unknown.
 
     Raises:
         InputError: a class has another name.
     """
-    theirs = recorded_classes(payload)
-    ours = wnids() if data.name == "imagenet-v2" else class_names(data.source, data.config.name)
-    if theirs is None or ours is None:
-        return
-    if data.classes is not None:
-        theirs = [theirs[index] for index in data.classes if index < len(theirs)]
-    differing = [pair for pair in zip(_as_wnids(theirs), _as_wnids(ours), strict=False) if pair[0] != pair[1]]
+    theirs, ours = _as_wnids(theirs or []), _as_wnids(ours or [])
+    differing = [(one, two) for one, two in zip(theirs, ours, strict=False) if one != two]
     if differing:
         raise InputError(
-            f"{source} was trained on other classes than those of {data.source.root}: {len(differing)} of {len(ours)} "
-            f"differ, such as {differing[0][0]!r} in training and {differing[0][1]!r} here"
+            f"{source} was trained on other classes: {len(differing)} of {len(ours)} differ, such as "
+            f"{differing[0][0]!r} there and {differing[0][1]!r} in these data; {advice}"
         )
 
 

@@ -1,5 +1,6 @@
 """Weights out of a checkpoint of any origin, and into a model: all of them or none."""
 
+import hashlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ def extract_weights(
     return _without_wrappers(_with_counters(state), source, own)
 
 
+def hash_weights(state: dict[str, Tensor]) -> str:
+    """Digest of names and tensors, the same for every file that holds them."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()}"
+
+
 def _with_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with batch norm's ``num_batches_tracked`` where strict loading in torch does not require it.
 
@@ -83,9 +94,9 @@ def _with_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _without_wrappers(state: dict[str, Tensor], source: str, own: Collection[str] | None) -> dict[str, Tensor]:
     """The state dict without the names of wrappers in its keys, in any nesting, and without AveragedModel's counter.
 
-    Names of ``_WRAPPERS``, and DDP's ``module``, are removed wherever they occur, unless the network has a child of that
-    name; then any one name that is before all keys (``module.``, Lightning's ``model.``), as long as no key fits. Where
-    the network is not known, ``module`` is removed only before all keys, as are ``model`` and ``net``.
+    Names of ``_WRAPPERS``, and DDP's ``module``, are removed wherever they occur, unless the network has a child of
+    that name; then any one name that is before all keys (``module.``, Lightning's ``model.``), as long as no key fits.
+    Where the network is not known, ``module`` is removed only before all keys, as are ``model`` and ``net``.
 
     Raises:
         InputError: two keys differ only in such names.

@@ -126,6 +126,7 @@ def test_export_of_a_run(run, tmp_path):
         shapes = timm.create_model("resnet50", num_classes=3).state_dict()
     weights = {key: torch.full(value.shape, 0.25, dtype=value.dtype) for key, value in shapes.items()}
     tree = yaml.safe_load((ROOT / "configs" / "imagenet" / "resnet50_modern300.yaml").read_text())
+    tree["model"]["num_classes"] = 3
     average = {key: value + 1 for key, value in weights.items()}
     folder, export = tmp_path / "run", tmp_path / "export"
     (folder / "checkpoints").mkdir(parents=True)
@@ -144,7 +145,7 @@ def test_export_of_a_run(run, tmp_path):
 
 def test_export_of_a_plain_network_describes_the_reference_protocol(tmp_path):
     network = Network("resnet50", {}, 5)
-    verify_checkpoint.write(tmp_path / "export", network.build(), network)
+    verify_checkpoint.write(tmp_path / "export", network.build(), network, {"weights": "model"})
     loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True)
     assert loaded.num_classes == 5
     config = loaded.pretrained_cfg
