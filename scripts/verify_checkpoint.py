@@ -75,11 +75,9 @@ def main() -> None:
     if export is not None and accepted:
         description = describe_export(payload, network, kind)
         distributed.on_main(lambda: write(export, model, network, description, for_timm=not replaced))
-        file = f"lip_resnet.load_weights and eval.py read {export}/model.safetensors"
-        timm = f"timm.create_model('local-dir:{export}', pretrained=True) loads it, and {file}"
-        say(
-            f"exported  {export}: {file}; timm cannot build this network" if replaced else f"exported  {export}: {timm}"
-        )
+        by_timm = f"timm.create_model('local-dir:{export}', pretrained=True) loads it"
+        by_us = f"timm cannot build this network; eval.py and load_weights read {export}/model.safetensors"
+        say(f"exported  {export}: {by_us if replaced else by_timm}")
     if not accepted:
         sys.exit(1)
 

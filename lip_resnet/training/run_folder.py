@@ -30,7 +30,7 @@ def check_same_recipe(config: Config, other: Config, where: str, advice: str = "
         config: this start's recipe.
         other: the recipe of the run.
         where: names the run in errors.
-        advice: what else to do than to continue with the run's value.
+        advice: what to do, other than to continue with the run's value.
 
     Raises:
         InputError: a key differs; names the first.
@@ -39,8 +39,8 @@ def check_same_recipe(config: Config, other: Config, where: str, advice: str = "
     for key, value in ours.items():
         if key != "train.max_steps" and value != theirs[key]:
             raise InputError(
-                f"{where} was trained with {key}={theirs[key]}, this recipe says {value}; continue it with "
-                f"{key}={json.dumps(theirs[key])}, or {advice}"
+                f"{where} was trained with {key}={theirs[key]}, this recipe says {value}; {advice}, or continue "
+                f"it with {key}={json.dumps(theirs[key])}"
             )
 
 
