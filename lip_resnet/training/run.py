@@ -141,9 +141,11 @@ class Run:
         self.folder = self.checkpoints.folder.parent
         state.guard.folder, state.guard.warn = self.folder / "nonfinite", self.log.say
         with (
+            contextlib.ExitStack() as at_end,
             profiler(train, self.folder) as self.trace,
             Watchdog(self.folder, train.hang_minutes) as self.watchdog,
         ):
+            at_end.callback(self.checkpoints.join)  # after an error too, such as a bad validation image
             warm_up_ddp(state, self.config)
             without_checkpoint = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
             if without_checkpoint and (state.step or train.on_nonfinite == "rollback"):

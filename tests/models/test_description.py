@@ -65,24 +65,25 @@ def test_downsampling(theirs, ours, words):
         ("lip_resnet18", {"kernel_size": 2}, {}, r"kernel_size is 2 in the file, 3 here"),
         ("resnet18", {"act_layer": "gelu"}, {}, "act1 is GELU in the file, ReLU here"),
         ("resnet18", {"global_pool": "max"}, {}, "global_pool.pool_type is max in the file, avg here"),
-        ("resnet18", {"output_stride": 8}, {}, "dilation is 2 in the file, 1 here"),
+        ("test_resnet", {"output_stride": 8}, {}, "dilation is 2 in the file, 1 here"),
         ("test_vit", {"num_heads": 4}, {}, "attn.head_dim is 16 in the file, 32 here"),
     ],
 )
 def test_arguments_of_the_model(name, args, others, words):
-    with pytest.raises(InputError, match=words):
-        put_weights(build(name, **others), trained(name, **args), "it")
-    put_weights(build(name, **args), trained(name, **args), "it")
+    with torch.device("meta"):
+        payload = trained(name, **args)
+        with pytest.raises(InputError, match=words):
+            put_weights(build(name, **others), payload, "it")
+        put_weights(build(name, **args), payload, "it")
 
 
 def test_what_changes_no_output_is_not_compared():
-    payload, state = trained("resnet18"), torch.get_rng_state()
+    payload = trained("resnet18")
     same = [
         build("resnet18", drop_path_rate=0.1, drop_rate=0.1),
         nn.SyncBatchNorm.convert_sync_batchnorm(build("resnet18")),
         build("resnet18").eval(),
     ]
-    state = torch.get_rng_state()
     for model in same:
         put_weights(model, payload, "it")
     recomputing = build("lip_resnet18", recompute_logits=True)
@@ -134,7 +135,7 @@ def test_an_exported_file_is_a_checkpoint_with_its_description(tmp_path):
     model = build("lip_resnet18", gate_coefficient=6.0)
     path.write_bytes(checkpoint.to_safetensors(model.state_dict(), {"architecture": architecture, "weights": "model"}))
     load_weights(model, path)
-    with pytest.raises(InputError, match="coefficient is 6.0"):
+    with pytest.raises(InputError, match=r"coefficient is 6\.0"):
         load_weights(build("lip_resnet18"), path)
     path.write_bytes(checkpoint.to_safetensors(model.state_dict(), {"weights": "none"}))
     with pytest.raises(InputError, match="does not say which weights"):
