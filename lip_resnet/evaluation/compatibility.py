@@ -61,7 +61,8 @@ def check_class_names(theirs: list[str] | None, ours: list[str] | None, source: 
 
 def _as_wnids(names: list[str]) -> list[str]:
     """ImageNet's class names in words, as tables have them, as WordNet's numbers; other names as they are."""
-    words = ImageNetInfo().label_descriptions()
-    pairs = zip(names, words, strict=False)
-    same = sum(name.split(",")[0] == word.split(",")[0] for name, word in pairs)
-    return wnids() if len(names) == len(words) and same > 900 else names
+    if len(names) != 1000:
+        return names
+    pairs = zip(names, ImageNetInfo().label_descriptions(), strict=True)
+    same = sum(name.split(",")[0] == words.split(",")[0] for name, words in pairs)
+    return wnids() if same > 900 else names
