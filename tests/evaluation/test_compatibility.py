@@ -16,6 +16,8 @@ from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data import class_names
 from lip_resnet.data.sources.base import Files
 from lip_resnet.evaluation.compatibility import check_set
+from lip_resnet.evaluation.evaluate import evaluate_reference
+from lip_resnet.evaluation.protocol import reference_protocol
 from lip_resnet.evaluation.testsets import EvalSet, wnids
 from lip_resnet.models import registry
 
@@ -65,10 +67,16 @@ def test_another_network_or_normalisation_is_refused(run, evaluate, capsys, monk
 
 
 def test_other_classes_are_refused(run, evaluate, capsys, monkeypatch, image_folder, parquet):
-    folder = run(["ant", "cow", "dog"])
+    folder = run(["ant", "cow", "dog"], data__mean=[0.5, 0.5, 0.5])
     for data in (image_folder, parquet):
         line = refuse(capsys, monkeypatch, eval_command, "--checkpoint", folder, "--data", data)
         assert "was trained on other classes: 2 of 3 differ, such as 'cow' there and 'bee' in these data" in line
+    payload = checkpoint.load(folder / "checkpoints" / "last.pt")
+    config = reference_protocol("test_resnet", 3, checkpoint.read_recipe(payload, "it"))
+    assert config.data.mean == (0.5, 0.5, 0.5)  # not ImageNet's
+    model = registry.build_model(config.model)
+    with pytest.raises(InputError, match="2 of 3 differ"):
+        evaluate_reference(model, config, str(image_folder), 0, payload=payload)
     for classes in (NAMES, None):  # as are those of older checkpoints, which have no names
         run(classes)
         code, _, err = evaluate("--checkpoint", folder, "--data", image_folder, "--output", folder / f"{classes}.json")

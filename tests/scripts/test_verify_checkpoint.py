@@ -170,8 +170,8 @@ def test_export_of_our_own_smaller_networks(run, capsys, monkeypatch, tmp_path, 
         code, out, err = run(folder, "--export", export)
         assert (code, f"network   {model}" in out) == (0, True), err
         weights = export / "model.safetensors"
+        blocks = {key: value for key, value in args.items() if key == "block_config"}
         with pytest.raises(InputError, match="trained as another network"):
-            blocks = {key: value for key, value in args.items() if key == "block_config"}
             load_weights(timm.create_model(model, num_classes=3, **blocks), weights)
         for source in (folder, weights):
             row = tmp_path / f"{number}{source.name}.json"
