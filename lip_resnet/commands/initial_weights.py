@@ -40,9 +40,9 @@ def load_initial_weights(
         check_class_names(recorded_classes(payload), classes, source, "for other classes set model.new_head: true")
         if data is not None and not config.convert:
             check_normalization(recipe, data, source, "to train on with another set model.convert: true")
-    processes = payload.get("processes")
-    counted = isinstance(processes, list) and processes and all(type(n) is int and n > 0 for n in processes)
-    if recipe is not None and counted:
+    processes = payload.get("processes") or []
+    counted = isinstance(processes, list) and all(type(n) is int and n > 0 for n in processes)
+    if recipe is not None and processes and counted:
         training = describe_training(recipe, processes, payload.get("initial_weights"), payload.get("datasets"))
         training["step"] = payload.get("step")
     content, kind = hash_weights(extract_weights(payload, source)), choose_weights(payload, source, None)

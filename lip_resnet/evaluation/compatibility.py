@@ -18,7 +18,9 @@ def check_normalization(trained: Config | None, data: EvalDataConfig, source: st
     Raises:
         InputError: they are not.
     """
-    for key in ("mean", "std") if trained else ():
+    if trained is None:
+        return
+    for key in ("mean", "std"):
         theirs, ours = list(getattr(trained.data, key)), list(getattr(data, key))
         if theirs != ours:
             raise InputError(f"{source} was trained with data.{key}={theirs}, here it is {ours}; {advice}")
