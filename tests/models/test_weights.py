@@ -130,8 +130,8 @@ def test_missing_counters_as_in_strict_loading():
             assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
             assert model.bn1.num_batches_tracked == 0
     with torch.device("meta"):
-        released = timm.create_model("resnet50", num_classes=3).state_dict()
-    assert identify({k: v for k, v in released.items() if "num_batches" not in k}, "it") == ("resnet50", {}, 3)
+        released = timm.create_model("lip_resnet50", num_classes=3).state_dict()
+    assert identify({k: v for k, v in released.items() if "num_batches" not in k}, "it") == ("lip_resnet50", {}, 3)
 
 
 def test_the_content_decides_on_the_format(tmp_path):
