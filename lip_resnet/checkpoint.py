@@ -122,15 +122,20 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def describe_entries(entries: Mapping[Any, Any]) -> str:
     """The first names of a dictionary with the kinds of their values, for messages."""
-    shown = [f"{str(name)[:60]} ({_describe_value(value)})" for name, value in list(entries.items())[:5]]
+    shown = [f"{printable(name)} ({_describe_value(value)})" for name, value in list(entries.items())[:5]]
     return ", ".join(shown) + (f", ... ({len(entries)} entries)" if len(entries) > 5 else "") or "nothing"
+
+
+def printable(name: Any) -> str:
+    """A name out of a file, as one short line."""
+    return repr(str(name)[:60])[1:-1]
 
 
 def _describe_value(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):
-        names = ", ".join(str(name)[:40] for name in list(value)[:2])
+        names = ", ".join(map(printable, list(value)[:2]))
         return f"dictionary of {len(value)}" + (f": {names}, ..." if value else "")
     return "object" if isinstance(value, _Inert) else type(value).__name__
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lip_resnet.checkpoint import describe_entries, load, resolve
+from lip_resnet.checkpoint import describe_entries, load, printable, resolve
 from lip_resnet.config import InputError
 from lip_resnet.models.description import check_network
 
@@ -186,5 +186,5 @@ def put_weights(
 
 
 def _sample(keys: Iterable[Any]) -> str:
-    names = [str(key) for key in keys]
+    names = [printable(key) for key in keys]
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -170,6 +170,7 @@ def test_what_a_file_holds_is_named(tmp_path):
         ),
         "nested": ({"state_dict": {"a": {"b": state}}}, r"it holds state_dict \(dictionary of 1: a"),
         "arguments": ({"args": argparse.Namespace(lr=1)}, r"it holds args \(object\)"),
+        "lines": ({"a\n" * 99: 1, "b": {"\0\n": 2}}, r"it holds a\\na\\n.* \(int\), b \(dictionary of 1: \\x00\\n"),
         "list": ([state], "holds a list; a checkpoint is a dictionary"),
         "tensor": (torch.zeros(3), r"holds a tensor of shape \(3,\)"),
         "empty": ({}, "it holds nothing"),
