@@ -13,7 +13,7 @@ from lip_resnet.data.sources.shards import shard_sources
 
 def build_sources(
     config: EvalDataConfig,
-    num_classes: int,
+    num_classes: int | None,
     splits: tuple[str, ...] = ("train", "val"),
     selection: str | None = None,
 ) -> list[Source]:
@@ -21,6 +21,7 @@ def build_sources(
 
     Args:
         config: for "train" a ``DataConfig``.
+        num_classes: of the network; None for any number.
         selection: the content of the file ``data.classes``, where it has been read; None: it is read here.
 
     Raises:
@@ -32,6 +33,7 @@ def build_sources(
     if config.name == "digits":
         sources = [Digits(train=split == "train") for split in splits]
     elif config.name == "synthetic":
+        assert num_classes is not None
         sources = [_synthetic(config, num_classes, split) for split in splits]
     elif config.name == "shards":
         sources = shard_sources(root, splits)
@@ -42,7 +44,7 @@ def build_sources(
     else:
         sources = folder_sources(root, config.classes, splits, selection)
     classes = len(sources[0].classes)
-    if classes != num_classes:
+    if num_classes is not None and classes != num_classes:
         raise InputError(f"model.num_classes is {num_classes}, but the data has {classes} classes")
     return list(sources)
 
