@@ -105,7 +105,7 @@ class DataConfig(EvalDataConfig):
     further than the crop needs and resized by torch, within one or two of 255 levels of PIL's pixels; gpu: the same
     crops, decoded and resized on the GPU (needs nvImageCodec), experimental: no GPU run has yet shown that it pays.
     Validation is always exact."""
-    on_error: Trains[Literal["stop", "skip"]] = "stop"
+    on_error: Neutral[Literal["stop", "skip"]] = "stop"
     """A training image that cannot be decoded. stop: end with its path; skip: its batch is one image smaller; the image
     is counted and listed, and not replaced by another. Validation always stops."""
     crop_scale: Trains[Range] = (0.08, 1.0)

@@ -34,6 +34,17 @@ def names_of(source: Encoded) -> list[bytes]:
     return relative
 
 
+def class_names(source: Source, kind: str) -> list[str] | None:
+    """The names of a source's classes; None where there are only numbers, as in shards and tables without names.
+
+    Args:
+        kind: the ``data.name`` of the source.
+    """
+    names = list(source.classes)
+    unnamed = kind in ("shards", "huggingface", "synthetic") and names == [str(label) for label in range(len(names))]
+    return None if unnamed else names
+
+
 def describe_source(source: Source) -> dict[str, Any]:
     """The fingerprint of a set. It takes a second for a million images: with several processes, call it on one of them.
 

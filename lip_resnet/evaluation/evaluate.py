@@ -13,6 +13,7 @@ from lip_resnet import distributed, memory
 from lip_resnet.config import InputError
 from lip_resnet.data import EvalLoader, normalize, to_device
 from lip_resnet.evaluation import metrics, testsets
+from lip_resnet.evaluation.compatibility import check_set, recorded_classes
 from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
 from lip_resnet.evaluation.nonfinite import FirstNonFinite
 from lip_resnet.evaluation.predictions import PredictionLog
@@ -160,7 +161,13 @@ def evaluate_set(
 
 
 def evaluate_reference(
-    model: nn.Module, config: EvalConfig, data: str, workers: int, images: int | None = None, kind: str | None = None
+    model: nn.Module,
+    config: EvalConfig,
+    data: str,
+    workers: int,
+    images: int | None = None,
+    kind: str | None = None,
+    payload: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Exact counts by the reference's protocol, on any number of processes.
 
@@ -169,12 +176,15 @@ def evaluate_reference(
         data, kind: as for ``protocol.adapt``.
         workers: loader processes of each process.
         images: the number of images that the set must have; None for any.
+        payload: the checkpoint of the weights, whose classes the set must have where it names them.
 
     Raises:
         InputError: the classes do not fit the network, or the number of images differs.
     """
     config, split = adapt(config, None, data, kind=kind, workers=workers)
-    val = testsets.open_set(None, config.data, split, config.model.num_classes)
+    classes = recorded_classes(payload or {})
+    val = testsets.open_set(None, config.data, split, config.model.num_classes, classes=classes)
+    check_set(payload or {}, val, "the checkpoint")
     if images is not None and len(val.source) != images:
         raise InputError(f"--data {data} has {len(val.source)} images; the published counts are of {images}")
     model.to(distributed.device())

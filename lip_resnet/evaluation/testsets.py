@@ -189,7 +189,14 @@ def choose(names: list[str] | None, partial: bool) -> Sequence[str | None]:
     return names
 
 
-def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: int, partial: bool = False) -> EvalSet:
+def open_set(
+    name: str | None,
+    config: EvalDataConfig,
+    split: str,
+    num_classes: int,
+    partial: bool = False,
+    classes: list[str] | None = None,
+) -> EvalSet:
     """The set to evaluate on.
 
     Args:
@@ -198,15 +205,17 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
         split: folder below ``config.root``, as ``protocol.adapt`` returns it.
         num_classes: the network's number of classes.
         partial: accept an ImageNet-C without some of its folders.
+        classes: those that the network was trained on, where known; they stand for the file ``config.classes``.
 
     Raises:
         InputError: the set does not exist or misses classes, or the network does not have ImageNet's 1,000.
     """
     known, protocol = wnids(), dict[str, Any]()
     if name is None:
+        selection = "\n".join(classes) if config.classes and classes else None
         # Class folders may be some of ImageNet's.
         part = config.name == "folder" and config.classes is None and num_classes == len(known)
-        source = build_sources(config, None if part else num_classes, (split,))[0]
+        source = build_sources(config, None if part else num_classes, (split,), selection, names=classes)[0]
         names = list(source.classes)
         if names == known:
             return EvalSet("imagenet", source, config, _whole(source))
@@ -242,8 +251,8 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
     _check_classes(name, root, subset)
     source = Folder(root, subset)
     say_left_out(source)
-    classes = None if len(subset) == len(known) else [known.index(wnid) for wnid in subset]
-    return EvalSet(name, source, config, _whole(source), classes, protocol)
+    indices = None if len(subset) == len(known) else [known.index(wnid) for wnid in subset]
+    return EvalSet(name, source, config, _whole(source), indices, protocol)
 
 
 def _whole(source: Any) -> dict[str, range]:

@@ -13,8 +13,8 @@ from lip_resnet import checkpoint, distributed, memory
 from lip_resnet.config import Config, Effect, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, describe_source
 from lip_resnet.errors import InputError, Stopped
+from lip_resnet.evaluation.compatibility import check_class_names, recorded_classes
 from lip_resnet.evaluation.evaluate import evaluate
-from lip_resnet.recipe import parse_config
 from lip_resnet.training import run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import TrainState, train_one_epoch, warm_up_ddp
@@ -37,7 +37,11 @@ class Provenance:
     initial_weights: dict[str, Any] | None = None
     """The weights that the run started from (``model.weights``), None if it started from random ones: ``sha256`` of the
     file; ``weights``, which were loaded (model or ema); ``training``, their own ``describe_training`` and ``step``, or
-    None if unknown."""
+    None if unknown; ``content``, the digest of the tensors."""
+    class_names: list[str] | None = None
+    """Names of the classes, in the order of the logits; None where the data only number them."""
+    selection: str | None = None
+    """Content of the file ``data.classes``, which need not exist any more when the run is resumed."""
 
 
 def describe_datasets(train: Any, val: Any) -> Datasets:
@@ -67,12 +71,14 @@ def restore(state: TrainState, config: Config, source: Path, provenance: Provena
         InputError: not a training checkpoint, or one of another recipe, or of other data.
     """
     payload = distributed.on_main(lambda: checkpoint.load(source))
-    earlier = parse_config(payload["config"], str(source)) if "config" in payload else config
-    run_folder.check_same_recipe(config, earlier, str(source))
+    earlier = checkpoint.read_recipe(payload, str(source)) or config
+    weights = f"start from its weights with model.weights={source}"
+    run_folder.check_same_recipe(config, earlier, str(source), weights)
     state.load_state_dict(payload, str(source))
     if config.values(Effect.EVALUATION) != earlier.values(Effect.EVALUATION):
         state.best = -math.inf
     check_same_data(payload.get("datasets", {}), provenance.datasets, str(source))
+    check_class_names(recorded_classes(payload), provenance.class_names, str(source), weights)
     before, now = payload["processes"], distributed.world_size()
     provenance.processes = before if before[-1] == now else [*before, now]
     provenance.initial_weights = payload.get("initial_weights")
@@ -137,9 +143,11 @@ class Run:
         self.folder = self.checkpoints.folder.parent
         state.guard.folder, state.guard.warn = self.folder / "nonfinite", self.log.say
         with (
+            contextlib.ExitStack() as at_end,
             profiler(train, self.folder) as self.trace,
             Watchdog(self.folder, train.hang_minutes) as self.watchdog,
         ):
+            at_end.callback(self.checkpoints.join)  # after an error too, such as a bad validation image
             with self._explained():
                 warm_up_ddp(state, self.config)
             without_checkpoint = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
@@ -197,8 +205,8 @@ class Run:
         self.watchdog.pause()
         if epoch_ended():
             action = max(action, interrupts.synchronize())  # before the evaluation, which can take minutes
-        # An epoch's end is saved after its evaluation, if it has one.
-        if action in (SAVE, STOP) or (epoch_ended() and not self._evaluation_is_due()):
+        # Also before an evaluation, which can fail and saves again when it has not.
+        if action in (SAVE, STOP) or epoch_ended():
             self.save()
         return action == STOP
 
