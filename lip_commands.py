@@ -75,6 +75,7 @@ def eval_parser(
     add("--crop-mode", choices=("center", "squash", "border"), help="how images are resized before the crop, as timm's")
     add("--interpolation", choices=("bilinear", "bicubic"))
     add("--precision", choices=("float32", "bfloat16", "float16"))
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: CUDA, else the CPU")
     add("--batch-size", dest="eval_batch_size", type=int, help="images per batch and process")
     add("--workers", type=int, help="loader worker processes per process")
     return parser

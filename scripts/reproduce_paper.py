@@ -38,7 +38,7 @@ from lip_resnet.evaluation.rows import read_rows
 from lip_resnet.files import sha256, to_json, write_text
 from lip_resnet.models import registry
 from lip_resnet.models.identify import check_finite, identify
-from lip_resnet.models.weights import load_weights
+from lip_resnet.models.weights import put_weights
 
 ROOT = Path(__file__).parents[1]
 FIGURES = PAPER_FILE
@@ -147,11 +147,11 @@ def evaluate_checkpoints(options: Any, paper: Paper) -> list[dict[str, Any]]:
         jobs.append((rows[name], network, path))
     measured = []
     for row, network, path in jobs:
-        model = network.build()
-        load_weights(model, path)
+        model, payload = network.build(), checkpoint.load(path)
+        put_weights(model, payload, path)
         check_finite(model, path)
-        config = reference_protocol(network.model, network.num_classes)
-        arguments = (options.data, options.workers, paper.images, options.data_name)
+        config = reference_protocol(network.model, network.num_classes, checkpoint.read_recipe(payload, path))
+        arguments = (options.data, options.workers, paper.images, options.data_name, payload)
         result = evaluate_reference(model, config, *arguments)
         facts = {"file": path, "sha256": sha256(Path(path))}
         if row.correct is not None:

@@ -102,7 +102,8 @@ FREE = {
         *("model.weights", "data.root", "data.download", "data.classes", "data.eval_batch_size", "data.workers"),
         *("train.eval_every", "train.checkpoint_steps", "train.checkpoint_minutes", "train.keep"),
         *("train.on_write_error", "train.on_nonfinite", "train.nonfinite_limit", "train.hang_minutes"),
-        *("train.log_every", "train.profile"),
+        *("train.log_every", "train.profile", "train.device", "train.grad_checkpointing"),
+        *("data.on_error", "model.convert"),
     },
 }
 
@@ -129,6 +130,7 @@ def test_resuming_takes_every_key_that_changes_no_weights():
     changed |= dict.fromkeys(FREE[Effect.NOTHING], 7)
     changed |= {"model.weights": "x", "data.root": "x", "data.download": False, "data.classes": None}
     changed |= {"train.on_write_error": "continue", "train.on_nonfinite": "skip"}
+    changed |= {"data.on_error": "skip", "model.convert": True}
     tree = theirs.model_dump()
     for name, value in changed.items():
         section, key = name.split(".")

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import checkpoint, distributed, memory
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
 from lip_resnet.evaluation.classes import note_on_names
+from lip_resnet.evaluation.compatibility import check_normalization, check_set, recorded_classes
 from lip_resnet.evaluation.evaluate import evaluate_set, print_result
 from lip_resnet.evaluation.predictions import PredictionLog, check_new_file
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
 from lip_resnet.models import registry
-from lip_resnet.models.weights import extract_weights, put_weights
-from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.models.weights import choose_weights, extract_weights, put_weights
+from lip_resnet.recipe import load_config
 
 
 def main(options: Namespace) -> None:
@@ -26,6 +27,7 @@ def main(options: Namespace) -> None:
         raise InputError("give --checkpoint PATH or --pretrained with --model NAME, and not both")
     if options.pretrained and not options.model:
         raise InputError("--pretrained needs --model NAME")
+    device = distributed.choose_device(options.device)
     names = testsets.choose(options.dataset, options.partial)
     several = len(names) > 1
     if options.predictions:
@@ -33,17 +35,24 @@ def main(options: Namespace) -> None:
     outputs = [rows.row_path(options.checkpoint, options.output, name, several) for name in names]
 
     payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
-    trained = parse_config(payload["config"], options.checkpoint) if "config" in payload else None
-    ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
+    trained = checkpoint.read_recipe(payload, options.checkpoint)
+    kind = options.weights or (trained.train.rules if trained else None)
+    ema = choose_weights(payload, options.checkpoint, kind) == "ema"
     recipe = choose_protocol(options, payload, trained)
+    own_recipe = "evaluate it by its own recipe, without --config and --model"
+    check_normalization(trained, recipe.data, options.checkpoint, own_recipe)
+    same_classes = trained is not None and trained.data.classes == recipe.data.classes
+    classes = recorded_classes(payload) if same_classes else None
     keys = ("precision", "eval_size", "eval_resize", "crop_mode", "interpolation", "eval_batch_size", "workers")
     changes = {key: getattr(options, key) for key in keys}
     plans = [adapt(recipe, name, options.data, several=several, kind=options.data_name, **changes) for name in names]
     configs = [config for config, _ in plans]
     sets = [
-        testsets.open_set(name, config.data, split, config.model.num_classes, options.partial)
+        testsets.open_set(name, config.data, split, config.model.num_classes, options.partial, classes)
         for name, (config, split) in zip(names, plans, strict=True)
     ]
+    for data in sets:
+        check_set(payload, data, options.checkpoint)
     if distributed.is_main():
         print_notes(options, configs, sets, trained)
     # Before the network: the loader's workers are forked before other threads start.
@@ -52,9 +61,7 @@ def main(options: Namespace) -> None:
 
     for config in configs:
         registry.check_size(model, config.data.eval_size)
-    model.to(distributed.device())
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model.to(device).to(memory_format=memory.layout(recipe.channels_last, device))
     start = 0
     for data, config, output in zip(sets, configs, outputs, strict=True):
         predictions = PredictionLog() if options.predictions else None

@@ -103,8 +103,9 @@ class DataConfig(EvalDataConfig):
     decode: Trains[Literal["exact", "fast", "gpu"]] = "exact"
     """Decoder of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no
     further than the crop needs and resized by torch, within one or two of 255 levels of PIL's pixels; gpu: the same
-    crops, decoded and resized on the GPU (needs nvImageCodec). Validation is always exact."""
-    on_error: Trains[Literal["stop", "skip"]] = "stop"
+    crops, decoded and resized on the GPU (needs nvImageCodec), experimental: no GPU run has yet shown that it pays.
+    Validation is always exact."""
+    on_error: Neutral[Literal["stop", "skip"]] = "stop"
     """A training image that cannot be decoded. stop: end with its path; skip: its batch is one image smaller; the image
     is counted and listed, and not replaced by another. Validation always stops."""
     crop_scale: Trains[Range] = (0.08, 1.0)

@@ -1,5 +1,6 @@
 """The evaluation loop: a network's exact counts on a set of images, over all processes; the reference's evaluation."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,10 +9,11 @@ import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
-from lip_resnet import distributed
+from lip_resnet import distributed, memory
 from lip_resnet.config import InputError
 from lip_resnet.data import EvalLoader, normalize, to_device
 from lip_resnet.evaluation import metrics, testsets
+from lip_resnet.evaluation.compatibility import check_set, recorded_classes
 from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
 from lip_resnet.evaluation.nonfinite import FirstNonFinite
 from lip_resnet.evaluation.predictions import PredictionLog
@@ -44,7 +46,7 @@ def evaluate(
     Args:
         model: images (B, 3, H, W) -> logits (B, classes); not wrapped in DDP.
         precision: of the autocast forward: float32, tf32, bfloat16 or float16.
-        channels_last: memory format of the images.
+        channels_last: memory format of the images, on MPS always contiguous.
         mean, std: (3,), of pixels in [0, 1].
         predictions: collects the predictions of every image; its index in the set is the loader's less ``start``.
 
@@ -54,6 +56,7 @@ def evaluate(
     Raises:
         FloatingPointError: on every process, if logits of an image are not finite; says of how many images, and names
             the first module whose output is not.
+        OutOfMemory: a batch does not fit; says how many images do.
     """
     if distributed.world_size() > 1:
         distribute_bn(model, distributed.world_size(), reduce=False)
@@ -64,15 +67,17 @@ def evaluate(
     counts, nonfinite = AccuracyCounts(device), torch.zeros(len(loader), dtype=torch.int64, device=device)
 
     def forward(images: Tensor) -> Tensor:
+        images = normalize(to_device(images, device, channels_last), pixel_mean, pixel_std)
         with autocast(device, precision):
-            return model(normalize(to_device(images, device, channels_last), pixel_mean, pixel_std)).float()
+            return model(images).float()
 
     for batch, (indices, (images, labels)) in enumerate(zip(loader.batches, loader, strict=True)):
-        labels = labels.to(device, non_blocking=True)
-        logits = forward(images)
+        with memory.explained(functools.partial(_smaller_batch, forward, images, device)):
+            logits = forward(images)
+        labels = to_device(labels, device)
         nonfinite[batch] = (~logits.isfinite().all(dim=1)).sum()
-        # In float64, as logits that differ by more than float32's range have a finite loss too.
-        counts.add(logits, labels, cross_entropy(logits.double(), labels))
+        # In float64 where there is one, as logits that differ by more than float32's range have a finite loss too.
+        counts.add(logits, labels, cross_entropy(logits.to(counts.sums.dtype), labels))
         if predictions is not None:
             predictions.add(range(indices.start - start, indices.stop - start), logits, labels)
     result = counts.reduce()
@@ -103,6 +108,14 @@ def _first_nonfinite(
             forward(images)
     loader.batches[:] = batches
     return first.name
+
+
+def _smaller_batch(forward: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> str:
+    """The line for a batch (B, 3, H, W) whose forward did not fit: the largest part of it that does."""
+    used, half = memory.describe_peak(device), len(images) // 2
+    count = memory.largest_that_fits(half, lambda count: forward(images[:count]))
+    advice = f"{count} fit: data.eval_batch_size={count} (eval.py --batch-size {count})" if count else "not even 1 fits"
+    return f"out of memory on {device.type} in evaluation with {len(images)} images a batch, {used}; {advice}"
 
 
 def evaluate_set(
@@ -148,7 +161,13 @@ def evaluate_set(
 
 
 def evaluate_reference(
-    model: nn.Module, config: EvalConfig, data: str, workers: int, images: int | None = None, kind: str | None = None
+    model: nn.Module,
+    config: EvalConfig,
+    data: str,
+    workers: int,
+    images: int | None = None,
+    kind: str | None = None,
+    payload: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Exact counts by the reference's protocol, on any number of processes.
 
@@ -157,12 +176,15 @@ def evaluate_reference(
         data, kind: as for ``protocol.adapt``.
         workers: loader processes of each process.
         images: the number of images that the set must have; None for any.
+        payload: the checkpoint of the weights, whose classes the set must have where it names them.
 
     Raises:
         InputError: the classes do not fit the network, or the number of images differs.
     """
     config, split = adapt(config, None, data, kind=kind, workers=workers)
-    val = testsets.open_set(None, config.data, split, config.model.num_classes)
+    classes = recorded_classes(payload or {})
+    val = testsets.open_set(None, config.data, split, config.model.num_classes, classes=classes)
+    check_set(payload or {}, val, "the checkpoint")
     if images is not None and len(val.source) != images:
         raise InputError(f"--data {data} has {len(val.source)} images; the published counts are of {images}")
     model.to(distributed.device())

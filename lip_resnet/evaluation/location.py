@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 from typing import get_args
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from lip_resnet import distributed
 from lip_resnet.config import InputError, TorchvisionSet
+from lip_resnet.data.sources.folder import hint_for_loose_images
 from lip_resnet.data.sources.index import FILE
 from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
@@ -104,6 +103,4 @@ def layout(folder: Path) -> str:
     suffixes = {entry.suffix.lower() for entry in entries}
     if ".tar" in suffixes:
         return "shards"
-    loose = "; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
-    hint = loose if suffixes & set(IMG_EXTENSIONS) else ""
-    raise InputError(f"{folder} holds neither class folders nor .tar shards{hint}")
+    raise InputError(f"{folder} holds neither class folders nor .tar shards{hint_for_loose_images(folder)}")

@@ -84,7 +84,7 @@ def build_row(
         "params": cost.count_parameters(model),
         "macs": cost.count_macs(model, config.data.eval_size),
         "seed": trained.train.seed if trained else None,
-        "step": payload.get("step"),
+        "step": step if isinstance(step := payload.get("step"), int) else None,
         "protocol": protocol.describe_protocol(config, training, data.protocol),
         "dataset": {"name": data.name, "whole": data.whole, **describe_source(data.source)},
         "environment": describe_environment(),

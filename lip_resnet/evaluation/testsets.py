@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import read_file
 from lip_resnet.data.sources import build_sources
-from lip_resnet.data.sources.base import Encoded
+from lip_resnet.data.sources.base import Encoded, LeftOut, say_left_out
 from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.transforms import eval_transform
 from lip_resnet.evaluation.classes import indices_of, name_of_set
@@ -137,6 +137,7 @@ class RealLabels(Encoded):
                 correct.append(labels[f"{match[1]}.JPEG"])
                 self.kept.append(index)
         super().__init__(source.root, source.classes, samples)
+        self.left_out = source.left_out
         self.source, width = source, max(map(len, correct), default=1)
         self._correct = torch.tensor([[*each, *[-1] * (width - len(each))] for each in correct]).share_memory_()
 
@@ -188,7 +189,14 @@ def choose(names: list[str] | None, partial: bool) -> Sequence[str | None]:
     return names
 
 
-def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: int, partial: bool = False) -> EvalSet:
+def open_set(
+    name: str | None,
+    config: EvalDataConfig,
+    split: str,
+    num_classes: int,
+    partial: bool = False,
+    classes: list[str] | None = None,
+) -> EvalSet:
     """The set to evaluate on.
 
     Args:
@@ -197,15 +205,17 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
         split: folder below ``config.root``, as ``protocol.adapt`` returns it.
         num_classes: the network's number of classes.
         partial: accept an ImageNet-C without some of its folders.
+        classes: those that the network was trained on, where known; they stand for the file ``config.classes``.
 
     Raises:
         InputError: the set does not exist or misses classes, or the network does not have ImageNet's 1,000.
     """
     known, protocol = wnids(), dict[str, Any]()
     if name is None:
+        selection = "\n".join(classes) if config.classes and classes else None
         # Class folders may be some of ImageNet's.
         part = config.name == "folder" and config.classes is None and num_classes == len(known)
-        source = build_sources(config, None if part else num_classes, (split,))[0]
+        source = build_sources(config, None if part else num_classes, (split,), selection, names=classes)[0]
         names = list(source.classes)
         if names == known:
             return EvalSet("imagenet", source, config, _whole(source))
@@ -240,8 +250,9 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
     subset = _subset(name)
     _check_classes(name, root, subset)
     source = Folder(root, subset)
-    classes = None if len(subset) == len(known) else [known.index(wnid) for wnid in subset]
-    return EvalSet(name, source, config, _whole(source), classes, protocol)
+    say_left_out(source)
+    indices = None if len(subset) == len(known) else [known.index(wnid) for wnid in subset]
+    return EvalSet(name, source, config, _whole(source), indices, protocol)
 
 
 def _whole(source: Any) -> dict[str, range]:
@@ -304,12 +315,14 @@ def _open_corruptions(root: Path, config: EvalDataConfig, partial: bool) -> tupl
         )
     known = wnids()
     samples: list[tuple[str, int]] = []
+    left_out: list[LeftOut] = []
     parts: dict[str, range] = {}
     for part, folder in part_folders.items():
         _check_classes("imagenet-c", folder, known)
-        images = Folder(folder, known).samples
+        images = Folder(folder, known)
+        left_out.append(images.left_out)
         parts[part] = range(len(samples), len(samples) + len(images))
-        samples += images
+        samples += images.samples
     sizes = {part: len(images) for part, images in parts.items()}
     fewest, most = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     if sizes[fewest] != sizes[most]:
@@ -318,6 +331,8 @@ def _open_corruptions(root: Path, config: EvalDataConfig, partial: bool) -> tupl
             "the same number"
         )
     source = _Files(root, known, samples)
+    source.left_out = LeftOut.sum(left_out)
+    say_left_out(source)
     width, height = source[0][0].size
     if config.eval_resize == SIDE_OF_C and (width, height) != (SIDE_OF_C, SIDE_OF_C):
         raise InputError(

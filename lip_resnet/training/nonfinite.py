@@ -72,15 +72,16 @@ class NonFiniteGuard:
         self._pending: deque[_PendingStep] = deque()
         self._stopped = torch.zeros((), dtype=torch.bool, device=self.device)
         self._nan = torch.tensor(math.nan, device=self.device)
-        self._groups = [
+        self.buffers = [
             [buffer for buffer in model.buffers() if buffer.dtype == dtype]
             for dtype in {buffer.dtype for buffer in model.buffers()}
         ]
+        """The model's buffers, those of one dtype together."""
 
     def start_step(self, sums: Tensor) -> None:
         """Remember buffers and ``sums``, the counts (n,) that the step will add to."""
         self._sums = sums
-        self._before = sums.clone(), [_flat(group) for group in self._groups]
+        self._before = sums.clone(), [_flat(group) for group in self.buffers]
         self._loss = self._stopped.clone()
 
     def scale_loss(self, loss: Tensor, weight: float) -> Tensor:
@@ -111,7 +112,7 @@ class NonFiniteGuard:
         undone = bad.bool()
         sums, buffers = self._before
         self._sums.copy_(torch.where(undone, sums, self._sums))
-        for group, before in zip(self._groups, buffers, strict=True):
+        for group, before in zip(self.buffers, buffers, strict=True):
             flats = torch.where(undone, before, _flat(group)).split([buffer.numel() for buffer in group])
             copy_tensors_(group, [flat.view_as(buffer) for flat, buffer in zip(flats, group, strict=True)])
         self.counters += undone
@@ -211,14 +212,11 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def update_average(ema: ModelEmaV3, model: nn.Module, bad: Tensor) -> None:
     """average += (1 - decay) (weights - average), timm's rule; unchanged where ``bad`` () is 1. On the device."""
-    averages, values = [], []
-    for average, value in zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True):
-        if average.is_floating_point():
-            averages.append(average)
-            values.append(value)
-        else:
-            average.copy_(value)
-    move_towards_(averages, values, (1 - bad) * (1 - ema.decay))
+    pairs = list(zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True))
+    weights = [pair for pair in pairs if pair[0].is_floating_point()]
+    counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+    move_towards_([mean for mean, _ in weights], [value for _, value in weights], (1 - bad) * (1 - ema.decay))
+    copy_tensors_([mean for mean, _ in counters], [value for _, value in counters])
 
 
 SMALLEST_SCALE = 2.0**-14

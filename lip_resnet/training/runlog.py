@@ -108,9 +108,11 @@ class RunLog:
         if not self.active:
             return
         if "train/loss" in values:
+            peak = values.get("train/peak_memory_gib")
             self.bar.set_postfix_str(
                 f"loss {values['train/loss']:.3f}, top-1 {values['train/top1']:.1f}%, "
                 f"{values['train/images_per_second']:.0f} images/s, wait {values['train/data_wait']:.0%}"
+                + (f", {peak:.1f} GiB" if peak else "")
             )
         if self.quiet:
             self.say(f"epoch {epoch} step {step}/{self.total_steps}: {_brief(values)}{self._time_left(step)}")

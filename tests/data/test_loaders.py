@@ -166,9 +166,12 @@ def test_bad_folders(image_folder, tmp_path):
     (tmp_path / "train" / "ant").mkdir(parents=True)
     assert "has no val/" in refusal(folder_config(tmp_path))
     (tmp_path / "val").mkdir()
-    assert "differ in 1, the first is 'ant'" in refusal(folder_config(tmp_path))
-    (tmp_path / "val" / "ant").mkdir()
-    assert "ant" in refusal(folder_config(tmp_path), 1)  # no image in it
+    assert "val holds no class folders" in refusal(folder_config(tmp_path))
+    (tmp_path / "val" / "bee").mkdir()
+    line = "train/ and val/ differ: 1 only in train/, the first is 'ant'; 1 only in val/, the first is 'bee'"
+    assert line in refusal(folder_config(tmp_path))
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "ant")
+    assert "1 of 1 class folders of" in refusal(folder_config(tmp_path), 1)  # no image in it
     shutil.rmtree(tmp_path / "train" / "ant")
     assert "holds no class folders" in refusal(folder_config(tmp_path))
     assert "model.num_classes is 5, but the data has 3" in refusal(folder_config(image_folder), 5)
