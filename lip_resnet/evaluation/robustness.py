@@ -57,7 +57,7 @@ def measure_shift(build: Build, config: EvalConfig, split: str, seed: int = 0) -
     Source: Zhang, "Making Convolutional Networks Shift-Invariant Again", ICML 2019, section 4.
     """
     size = config.data.eval_size
-    shift = max(2, round(size * 32 / 224))
+    shift = shift_of(size)
     resize = max(config.data.eval_resize, size + shift)
     whole = config.data.model_copy(update={"eval_size": size + shift, "eval_resize": resize})
     data = open_set(None, whole, split, config.model.num_classes)
@@ -78,6 +78,11 @@ def measure_shift(build: Build, config: EvalConfig, split: str, seed: int = 0) -
     config = config.model_copy(update={"data": config.data.model_copy(update={"eval_resize": resize})})
     settings = {"name": "shift", "shift": shift, "seed": seed}
     return Measured(network, data, config, measured, settings)
+
+
+def shift_of(size: int) -> int:
+    """32 pixels of 224 in proportion, for images of ``size`` pixels; at least 2."""
+    return max(2, round(size * 32 / 224))
 
 
 class ShiftedCrops(Dataset):
