@@ -96,6 +96,21 @@ def initialize(model: nn.Module) -> None:
         nn.init.zeros_(head.bias)
 
 
+def check_batch_norm(model: nn.Module, size: int) -> None:
+    """Check that a network trains on single images of ``size`` x ``size`` pixels, by a forward on the meta device.
+
+    Raises:
+        InputError: batch norm would see one value a channel, which has no variance.
+    """
+    try:
+        copy.deepcopy(model).to("meta").train()(torch.empty(1, 3, size, size, device="meta"))
+    except ValueError as error:
+        raise InputError(
+            f"one image of {size}x{size} in each part of a batch (data.batch_size / processes / optim.accumulate), of "
+            "which batch norm sees one value a channel; 2 images are needed: raise data.batch_size"
+        ) from error
+
+
 def check_size(model: nn.Module, size: int) -> None:
     """Check that a network accepts images of ``size`` x ``size`` pixels, by a forward pass on the meta device.
 
