@@ -44,10 +44,7 @@ def main(options: Namespace) -> None:
 
 
 def train(config: Config, folder: Path, resume: str, interrupts: Interrupts, check: bool = False) -> None:
-    """Build data, network and optimizer, open or continue the run in ``folder``, train to the end, close the log.
-
-    With ``check``, return once data and network are built and fit each other: nothing is written.
-    """
+    """Build data, network and optimizer; unless ``check``, open or continue the run in ``folder``, train, close the log."""
     device = distributed.device()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
@@ -57,9 +54,8 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts, che
     val_loader = EvalLoader(val_source, config.data)
     model = registry.build_model(config.model, **regularisers(config.train))
     registry.check_size(model, min(*config.data.sizes, config.data.eval_size))
-    parts = distributed.world_size() * config.optim.accumulate
-    if config.data.batch_size == parts and not (config.train.sync_bn and distributed.world_size() > 1):
-        registry.check_batch_norm(model, config.data.sizes[0])
+    parts = config.optim.accumulate * (1 if config.train.sync_bn else distributed.world_size())
+    registry.check_batch_norm(model, config.data.sizes[0], config.data.batch_size // parts)
     if check:
         return
     provenance = Provenance([distributed.world_size()])
