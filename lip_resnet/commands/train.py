@@ -44,7 +44,7 @@ def main(options: Namespace) -> None:
 
 
 def train(config: Config, folder: Path, resume: str, interrupts: Interrupts, check: bool = False) -> None:
-    """Build data, network and optimizer; unless ``check``, open or continue the run in ``folder``, train, close the log."""
+    """Build data, network and optimizer; unless ``check``, open or continue the run in ``folder`` and train."""
     device = distributed.device()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
