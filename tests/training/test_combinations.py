@@ -184,6 +184,22 @@ def test_a_step_mixes_in_one_way_and_steps_differ():
     assert {True, False} == set(cuts)  # both kinds are used
 
 
+@pytest.mark.parametrize(("kind", "low", "high"), [("mixup", 0.4, 0.6), ("cutmix", 0.4, 0.9)])
+def test_shares_are_drawn_with_the_recipe_s_alpha(kind, low, high):
+    """Beta(alpha, alpha): a half for a large alpha, 0 or 1 for a small one; the images' edge can cut off cutmix's box."""
+    for step in range(6):
+        assert low < prepared(step, **{f"train__{kind}": 1000.0})[1][0, 0].item() < high
+        share = prepared(step, train__mixup=0.001)[1][0, 0].item()
+        assert min(share, 1 - share) < 0.01
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_layout_is_the_recipe_s(channels_last):
+    images = prepared(train__channels_last=channels_last)[0]
+    assert images.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert images.is_contiguous() != channels_last
+
+
 def test_randomness_of_the_forward_differs_between_steps_and_parts(monkeypatch):
     def drawn(step: int, part: int, seed: int = 0) -> float:
         prepared(step, part, train__seed=seed)

@@ -215,3 +215,20 @@ def test_rollbacks_are_limited(monkeypatch, tmp_path):
     assert state.excluded_steps == {6, 8}
     with pytest.raises(FloatingPointError, match="rolled back 2 times already"):
         one._roll_back(Rollback(9, "not finite"))
+
+
+def test_undone_steps_are_counted_in_all_and_in_a_row():
+    guard, sums, rows = fresh().guard, torch.zeros(4), []
+    for bad in (1, 1, 0, 1, 0):
+        guard.start_step(sums)
+        guard.undo_if(torch.tensor(float(bad)))
+        rows.append(guard.counters.tolist())
+    assert rows == [[1, 1], [2, 2], [2, 0], [3, 1], [3, 0]]
+
+
+def test_the_profiler_traces_the_steps_after_the_first_five(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.profiler, "profile", lambda **given: given["schedule"])
+    schedule = run.profiler(small_config(train__profile=2).train, tmp_path)
+    assert [schedule(step).name for step in range(9)] == [
+        *("NONE", "NONE", "NONE", "NONE", "WARMUP", "RECORD", "RECORD_AND_SAVE", "NONE", "NONE")
+    ]
