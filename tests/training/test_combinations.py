@@ -184,13 +184,12 @@ def test_a_step_mixes_in_one_way_and_steps_differ():
     assert {True, False} == set(cuts)  # both kinds are used
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("mixup", 0.4, 0.6), ("cutmix", 0.4, 0.9)])
-def test_shares_are_drawn_with_the_recipe_s_alpha(kind, low, high):
-    """Beta(alpha, alpha): a half for a large alpha, 0 or 1 for a small one; the images' edge can cut off cutmix's box."""
-    for step in range(6):
-        assert low < prepared(step, **{f"train__{kind}": 1000.0})[1][0, 0].item() < high
-        share = prepared(step, train__mixup=0.001)[1][0, 0].item()
-        assert min(share, 1 - share) < 0.01
+@pytest.mark.parametrize(("kind", "highest"), [("mixup", 0.6), ("cutmix", 0.95)])
+def test_shares_are_drawn_with_the_recipe_s_alpha(kind, highest):
+    """Beta(alpha, alpha) is close to a half for a large alpha; the edge of an image can cut a part of cutmix's box off."""
+    shares = [prepared(step, **{f"train__{kind}": 1000.0})[1][0, 0].item() for step in range(20)]
+    assert 0.4 < min(shares)
+    assert max(shares) < highest
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
