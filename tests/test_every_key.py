@@ -141,8 +141,8 @@ def test_every_key_of_the_evaluation_is_taken_from_the_recipe():
 
 
 FACTS = {
-    "model": "resnet18", "args": {"width": 3}, "downsampling": {"stem": "max"}, "weights": "ema", "selected_on_val": True,
-    "images": 9, "dataset": {"names": "sha256:a"}, "protocol": None,
+    "model": "resnet18", "args": {"width": 3}, "downsampling": {"stem": "max"}, "weights": "ema",
+    "selected_on_val": True, "images": 9, "dataset": {"names": "sha256:a"}, "protocol": None,
 }  # fmt: skip
 
 
@@ -163,3 +163,15 @@ def test_a_baseline_is_the_network_with_its_own_layers():
     assert [line[header.index("delta top-1")] for line in lines] == ["+5.00", "+10.00", "-"]
     assert notes == []
     assert build_table(rows[:2], {})[1][1][header.index("delta top-1")] == "-"
+
+
+def test_published_figures_stand_beside_all_of_imagenet_alone():
+    """1,000 classes and 50,000 images of no other test set."""
+    thousand = EvalConfig.from_recipe(recipe({"model.num_classes": 1000}))
+    paper = {"lip_resnet50": {"top1": 78.19, "top5": 93.96}}
+    whole = row(thousand, "lip_resnet50", 70.0) | {"images": 50000}
+    sketch = row(thousand, "lip_resnet50", 70.0, {"test_set": "imagenet-sketch"}) | {"images": 50000}
+    ten = row(EvalConfig.from_recipe(small_config()), "lip_resnet50", 70.0) | {"images": 50000}
+    assert "paper top-1" in build_table([whole], paper)[0]
+    for other in (whole | {"images": 49999}, sketch, ten):
+        assert "paper top-1" not in build_table([other], paper)[0]

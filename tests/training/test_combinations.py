@@ -186,9 +186,9 @@ def test_a_step_mixes_in_one_way_and_steps_differ():
 
 @pytest.mark.parametrize(("kind", "highest"), [("mixup", 0.6), ("cutmix", 0.95)])
 def test_shares_are_drawn_with_the_recipe_s_alpha(kind, highest):
-    """Beta(alpha, alpha) is close to a half for a large alpha; the edge of an image can cut a part of cutmix's box off."""
+    """Beta(alpha, alpha) is about a half for a large alpha; an image's edge can cut a part of cutmix's box off."""
     shares = [prepared(step, **{f"train__{kind}": 1000.0})[1][0, 0].item() for step in range(20)]
-    assert 0.4 < min(shares)
+    assert min(shares) > 0.4
     assert max(shares) < highest
 
 

@@ -1,6 +1,7 @@
 """`train.rules: ema` from training to the row, and what eval.py's options change in it; in this process."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,14 @@ import eval as eval_command
 def trained(tmp_path, monkeypatch):
     """A run of two epochs, four steps each, whose average (of decay 0.9) is far behind the weights."""
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
-    changes = {"data__batch_size": 480, "data__eval_resize": 36, "train__ema_decay": 0.9, "train__rules": "ema"}
+    changes = {
+        "data__name": "synthetic",
+        "data__images": 160,
+        "data__batch_size": 40,
+        "data__eval_resize": 36,
+        "train__ema_decay": 0.9,
+        "train__rules": "ema",
+    }
     changes["train__seed"] = 3
     recipe.write_text(small_config(**changes).dump())
     run_train(monkeypatch, "--config", recipe, "--output", folder)
@@ -32,10 +40,11 @@ def test_the_average_decides_from_training_to_the_row(trained, tmp_path, capsys,
     assert newest["best"] == max(averages)
     assert best["step"] == (8 if averages[1] > averages[0] else 4)
 
-    def score(*arguments: object) -> dict:
-        output = tmp_path / f"{len(arguments)}.json"
+    def score(*arguments: object, source: Path = trained) -> dict:
+        output = tmp_path / "row.json"
+        output.unlink(missing_ok=True)
         code, printed, errors = call(
-            capsys, monkeypatch, eval_command, "--checkpoint", trained, "--output", output, *arguments
+            capsys, monkeypatch, eval_command, "--checkpoint", source, "--output", output, *arguments
         )
         assert code == 0, errors
         row = json.loads(output.read_text())
@@ -46,6 +55,7 @@ def test_the_average_decides_from_training_to_the_row(trained, tmp_path, capsys,
     assert (row["weights"], row["step"], row["seed"], row["selected_on_val"]) == ("ema", 8, 3, False)
     for key in ("top1", "top5", "loss"):
         assert row[key] == pytest.approx(last[f"val_ema/{key}"], rel=1e-5)
+    assert score(source=trained / "checkpoints" / "best.pt")["selected_on_val"]
     plain = score("--weights", "model")
     assert (plain["weights"], plain["top1"]) == ("model", last["val/top1"])
     assert plain["loss"] == pytest.approx(last["val/loss"], rel=1e-5)
