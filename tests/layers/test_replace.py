@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from lip_resnet import replace_downsampling
-from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d
+from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions
 from lip_resnet.layers.replace import SITES
 
 NETWORKS = {
@@ -108,6 +108,29 @@ def test_convolution_with_a_rectangular_kernel():
     report = replace_downsampling(model, "strided", input_size=(3, 32, 32))
     assert report.swapped == {"1": "main, Conv2d (3, 1)/2 -> strided"}
     torch.testing.assert_close(model(x), want)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{"dilation": 2}, {"groups": 4}, {"bias": False}, {"padding": 1, "padding_mode": "reflect"}, {"kernel_size": 5}],
+    ids=str,
+)
+def test_the_convolution_keeps_its_arguments(keywords):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, stride=2, **{"kernel_size": 3, **keywords}))
+    x = torch.randn(1, 3, 33, 30)
+    want = model(x)
+    assert replace_downsampling(model, "strided", input_size=(3, 32, 32)).swapped
+    torch.testing.assert_close(model(x), want)
+
+
+def test_options_reach_the_logits_behind_pools_and_convolutions():
+    options = LogitOptions("simplified", gate=3.0)
+    for downsampling in (nn.MaxPool2d(2), nn.Conv2d(8, 8, 2, 2)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), downsampling)
+        replace_downsampling(model, "lip", input_size=(3, 32, 32), options=options)
+        (lip,) = (module for module in model.modules() if isinstance(module, LIP2d))
+        assert type(lip.logits).__name__ == "SimplifiedLogits"
+        assert lip.logits.gate.coefficient == 3
 
 
 def test_dtype_device_and_mode_are_the_models():
