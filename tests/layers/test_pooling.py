@@ -162,6 +162,7 @@ def test_bfloat16_and_float16(name):
 
 
 def test_instance_norm_by_its_formula():
+    torch.manual_seed(0)
     x, norm = features().float(), InstanceNorm2d(4)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
@@ -192,6 +193,21 @@ def test_options_of_the_logits(name):
     assert list(logit_parameters(torch.nn.Sequential(layer))) == [convolutions[-1].weight]
     default = make_layer(name, 4)
     assert [module.coefficient for module in default.modules() if isinstance(module, Gate)] == [12.0]  # published
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputed_logits_are_computed_again_in_the_backward_alone(recompute):
+    layer, calls = make_layer("lip_projection", 4), []
+    layer.recompute = recompute
+    layer.logits.register_forward_hook(lambda *_: calls.append(1))
+    x = features().float().requires_grad_()
+    with torch.no_grad():
+        layer(x)
+    assert len(calls) == 1
+    y = layer(x)
+    assert len(calls) == 2
+    y.sum().backward()
+    assert len(calls) == 2 + recompute
 
 
 def test_bottleneck_by_its_formula():
