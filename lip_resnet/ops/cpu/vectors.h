@@ -132,11 +132,15 @@ template <class A> inline Vec<A> exp_nonpositive(Vec<A> d) {
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t width_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+constexpr int64_t width_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 inline VecF widen(Half16 h, int dtype) {
   if (dtype == kBFloat16) {
+#if defined(__AVX512F__)  // for GCC, which converts the halves of the vector one after the other
+    const Word16 word = (Word16)_mm512_cvtepu16_epi32((__m256i)h) << 16;
+#else
     const Word16 word = __builtin_convertvector(h, Word16) << 16;
+#endif
     VecF v;
     std::memcpy(&v, &word, sizeof v);
     return v;
@@ -160,11 +164,15 @@ inline VecF widen(Half16 h, int dtype) {
 
 inline Half16 narrow(VecF v, int dtype) {
   if (dtype == kBFloat16) {  // round to nearest, ties to even; keeps NaN
+#if defined(__AVX512BF16__)  // one instruction, to which numbers below 1.2e-38 are 0
+    return (Half16)_mm512_cvtneps_pbh((__m512)v);
+#else
     Word16 word;
     std::memcpy(&word, &v, sizeof word);
     Word16 rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     rounded = v != v ? (word >> 16) | 0x40 : rounded;
     return __builtin_convertvector(rounded, Half16);
+#endif
   }
 #if defined(__AVX512F__)
   return (Half16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
