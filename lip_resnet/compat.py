@@ -18,6 +18,7 @@ __all__ = [
     "feature_indices",
     "functorch_is_active",
     "is_compiled",
+    "is_exporting",
     "is_tensorboard_thread",
     "loader_workers",
     "move_towards_",
@@ -36,6 +37,12 @@ def functorch_is_active() -> bool:
 def is_compiled(model: nn.Module) -> bool:
     """Whether ``model.compile()`` was called; torch 2.11 to 2.14."""
     return model._compiled_call_impl is not None
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing; under torch.compile ``torch.compiler.is_exporting`` is True in torch 2.11;
+    torch 2.11 to 2.14."""
+    return torch.compiler._is_exporting_flag
 
 
 def copy_tensors_(targets: list[Tensor], sources: list[Tensor]) -> None:

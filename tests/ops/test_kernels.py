@@ -9,12 +9,14 @@ import warnings
 import pytest
 import timm
 import torch
+from functorch.compile import make_boxed_func
 from helpers import OLD_EXPORT, run_python
 from helpers.lip_oracle import relative_error, slow_lip2d
 from helpers.operator_cases import LAYOUTS, TOLERANCES, WINDOWS, make
+from torch._dynamo.backends.common import aot_autograd
 
 from lip_resnet import lip2d
-from lip_resnet.layers.logits import BottleneckLogits, SimplifiedLogits
+from lip_resnet.layers.logits import BottleneckLogits, Gate, InstanceNorm2d, SimplifiedLogits
 from lip_resnet.layers.pooling import logit_parameters
 from lip_resnet.ops import cpu, dispatch, reference
 
@@ -174,28 +176,47 @@ def test_saved_for_backward(layout):
     assert sum(sizes.values()) <= 4 * (2 * x.numel() + 2 * y.numel())
 
 
-def test_compile():
-    """One graph without a break, with the results of eager mode."""
-    x, logits = make((2, 6, 9, 8), torch.float32, "channels_last")
-    dy = torch.randn(2, 6, 5, 4)
-    compiled = torch.compile(lambda a, b: lip2d(a, b), fullgraph=True, backend="aot_eager")
-    for a, b in zip(gradients(compiled, x, logits, dy), gradients(lip2d, x, logits, dy), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 class Pool(torch.nn.Module):
+    """``lip2d`` with logits of an instance norm and gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gate = InstanceNorm2d(3), Gate()
+
     def forward(self, x, logits):
-        return lip2d(x, logits)
+        return lip2d(x, self.norm(logits, self.gate))
 
 
-def test_exported_graph_has_only_aten_calls():
-    x, logits = (t.detach() for t in make((2, 3, 9, 8), torch.float32))
+def test_compile():
+    """One graph without a break, which calls the fused operators, with the results of eager mode."""
+    torch.compiler.reset()
+    calls = []
+
+    def compiler(graph, inputs):
+        calls.append({str(node.target) for node in graph.graph.nodes if str(node.target).startswith("lip_resnet.")})
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    x, logits = make((2, 3, 9, 8), torch.float32, "channels_last")
+    dy = torch.randn(2, 3, 5, 4)
+    module = Pool()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for a, b in zip(gradients(compiled, x, logits, dy), gradients(module, x, logits, dy), strict=True):
+        torch.testing.assert_close(a, b)
+    forward = {"lip_resnet.instance_norm.default", "lip_resnet.lip2d.default"}
+    assert calls == [forward, {name.replace(".default", "_backward.default") for name in forward}]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_graph_has_only_aten_calls(strict):
+    x, logits = (t.detach() for t in make((2, 3, 9, 8), torch.float32, "channels_last"))
     shapes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(Pool(), (x, logits), dynamic_shapes=(shapes, shapes))
+    module = Pool().eval()
+    program = torch.export.export(module, (x, logits), dynamic_shapes=(shapes, shapes), strict=strict)
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert all(target.namespace == "aten" for target in calls if isinstance(target, torch._ops.OpOverload))
     x, logits = (t.detach() for t in make((3, 3, 13 if OLD_EXPORT else 14, 8), torch.float32, low=-90, high=90))
-    torch.testing.assert_close(program.module()(x, logits), lip2d(x, logits))
+    torch.testing.assert_close(program.module()(x, logits), module(x, logits))
 
 
 def test_function_transforms():
