@@ -58,7 +58,7 @@ def move_towards_(targets: list[Tensor], ends: list[Tensor], weight: float | Ten
 
 
 def feature_indices(num_features: int, indices: int | list[int] | None) -> tuple[list[int], int]:
-    """The indices that ``indices`` selects (an int: the last n), and the largest of them; timm 1.0.20 to 1.0.31."""
+    """The indices that ``indices`` selects (an int: the last n), and the largest of them; timm 1.0.31."""
     from timm.models._features import feature_take_indices
 
     return feature_take_indices(num_features, indices)
