@@ -22,6 +22,7 @@ __all__ = [
     "is_tensorboard_thread",
     "loader_workers",
     "move_towards_",
+    "raise_recompile_limit",
     "stack_frames",
     "torchvision_files",
     "tree_leaves",
@@ -43,6 +44,13 @@ def is_exporting() -> bool:
     """Whether torch.export is tracing; under torch.compile ``torch.compiler.is_exporting`` is True in torch 2.11;
     torch 2.11 to 2.14."""
     return torch.compiler._is_exporting_flag
+
+
+def raise_recompile_limit(graphs: int) -> None:
+    """Let torch.compile make at least this many graphs of one module before it falls back to eager mode; torch 2.11 to
+    2.14."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, graphs)
 
 
 def copy_tensors_(targets: list[Tensor], sources: list[Tensor]) -> None:
