@@ -44,15 +44,15 @@ def test_one_position_in_a_view_with_gaps(window):
     assert relative_error(lip2d(x.contiguous(), logits.contiguous(), *window), y) < 1e-6
 
 
+@pytest.mark.parametrize("channels", [37, 48])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)))
-def test_many_channels_and_rows(dtype, layouts):
+def test_many_channels_and_rows(dtype, layouts, channels):
     """Whole vectors, remainders, several batches of rows, chunks for every thread, mixed layouts: against the
     reference form in float64, which another test compares with the slow loops."""
-    shape = (2, 37, 23, 41)
-    x, logits = make(shape, dtype, layouts[0])
+    x, logits = make((2, channels, 23, 41), dtype, layouts[0])
     logits = logits.detach().contiguous(memory_format=LAYOUTS[layouts[1]]).requires_grad_()
-    dy = torch.randn(2, 37, 12, 21, dtype=torch.float64).to(dtype).contiguous(memory_format=LAYOUTS[layouts[1]])
+    dy = torch.randn(2, channels, 12, 21, dtype=torch.float64).to(dtype).contiguous(memory_format=LAYOUTS[layouts[1]])
     results = gradients(lambda a, b: OP(a, b, 3, 2, 1)[0], x, logits, dy)
     inputs = [t.detach().double().requires_grad_() for t in (x, logits)]
     truths = gradients(lambda a, b: reference.stable(a, b, (3, 2, 1)), *inputs, dy.double())
@@ -63,11 +63,11 @@ def test_many_channels_and_rows(dtype, layouts):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("channels", [40, 48])
+@pytest.mark.parametrize(("channels", "dtype"), [(40, torch.float32), (48, torch.float32), (48, torch.bfloat16)])
 @pytest.mark.parametrize("window", [(3, 2, 1), (2, 1, 0), (5, 3, 2)])
-def test_logits_of_all_magnitudes_in_one_tensor(window, channels, layout):
+def test_logits_of_all_magnitudes_in_one_tensor(window, channels, dtype, layout):
     """Rows whose exponentials fit float32 and rows whose do not, in a tensor too large for the caches."""
-    x, logits = (t.detach() for t in make((1, channels, 83, 79), torch.float32, layout, low=0, high=12))
+    x, logits = (t.detach() for t in make((1, channels, 83, 79), dtype, layout, low=0, high=12))
     logits[:, :, 20:24] += 70
     logits[:, :, 24:27] -= 90
     logits[:, 3, 40, 5] = -2e4
@@ -79,7 +79,7 @@ def test_logits_of_all_magnitudes_in_one_tensor(window, channels, layout):
     truths = gradients(lambda a, b: reference.stable(a, b, window), *inputs, dy.double())
     for value, truth in zip((y, *torch.autograd.grad(y, (x, logits), dy)), truths, strict=True):
         for rows, expected in zip(value.chunk(9, 2), truth.chunk(9, 2), strict=True):
-            assert relative_error(rows, expected) < TOLERANCES[torch.float32]
+            assert relative_error(rows, expected) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

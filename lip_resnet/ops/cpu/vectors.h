@@ -47,6 +47,19 @@ template <> struct Traits<double> {
 template <class A> using Vec = typename Traits<A>::Vec;
 template <class A> constexpr int64_t lanes() { return 64 / sizeof(A); }
 
+struct BFloat16 {
+  uint16_t bits;
+};
+template <class S> struct SumOf {  // the type in which values of storage type S are added
+  typedef S Type;
+  static constexpr DType kType = sizeof(S) == 8 ? kFloat64 : kFloat32;
+};
+template <> struct SumOf<BFloat16> {
+  typedef float Type;
+  static constexpr DType kType = kBFloat16;
+};
+template <class S> using Sum = typename SumOf<S>::Type;
+
 template <class A> inline Vec<A> load(const A* p) {
   Vec<A> v;
   std::memcpy(&v, p, sizeof v);
@@ -189,6 +202,24 @@ inline Half16 narrow(VecF v, int dtype) {
 #else
   typedef _Float16 Native __attribute__((vector_size(32)));
   return (Half16) __builtin_convertvector(v, Native);
+#endif
+}
+
+// As load, store and stream above, of bfloat16; an address to which is streamed is 32-byte-aligned.
+template <class A> inline Vec<A> load(const BFloat16* p) {
+  Half16 h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(h, kBFloat16);
+}
+template <class A> inline void store(BFloat16* p, Vec<A> v) {
+  const Half16 h = narrow(v, kBFloat16);
+  std::memcpy(p, &h, sizeof h);
+}
+template <class A> inline void stream(BFloat16* p, Vec<A> v) {
+#if defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(v, kBFloat16));
+#else
+  store<A>(p, v);
 #endif
 }
 
