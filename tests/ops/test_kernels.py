@@ -341,20 +341,25 @@ def test_logits_under_autocast(layout):
 
 
 def test_no_layout_change_in_a_channels_last_step():
-    """No operator of a training step copies features: they stay channels-last in the forward and backward pass."""
-    model = timm.create_model("lip_resnet50", num_classes=10).to(memory_format=torch.channels_last)
+    """The fused operators run and no operator copies features, which stay channels-last, also under autocast."""
+    model = timm.create_model("lip_resnet18", num_classes=10).to(memory_format=torch.channels_last)
     for parameters in logit_parameters(model):
         torch.nn.init.normal_(parameters, std=0.1)
-    images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        model(images).square().mean().backward()
-    names = {event.name for event in profile.events()}
-    assert {"lip_resnet::lip2d_backward", "lip_resnet::instance_norm_backward"} <= names
-    copies = [
-        (event.name, event.input_shapes[0])
-        for event in profile.events()
-        if event.name in ("aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy")
-        and len(event.input_shapes[0]) == 4
-        and event.input_shapes[0][0] == len(images)
-    ]
-    assert not copies
+    for dtype in (torch.float32, torch.bfloat16):
+        images = torch.randn(3, 3, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits = model(images)
+            logits.square().mean().backward()
+        names = {event.name for event in profile.events()}
+        assert {"lip_resnet::lip2d_backward", "lip_resnet::instance_norm_backward"} <= names
+        assert "aten::native_group_norm" not in names
+        copies = [
+            (event.name, event.input_shapes[0])
+            for event in profile.events()
+            if event.name in ("aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy")
+            and len(event.input_shapes[0]) == 4
+            and event.input_shapes[0][0] == len(images)
+            and event.input_shapes[0][1] < model.num_features  # autocast pools the last features in float32
+        ]
+        assert not copies
