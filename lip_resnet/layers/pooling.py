@@ -184,8 +184,7 @@ class Blur(BlurPool2d):
     """timm's ``BlurPool2d`` (binomial filter, reflection padding) with the window's own kernel size and padding."""
 
     def __init__(self, channels: int, window: Window, device=None, dtype=None) -> None:
-        super().__init__(channels, window.kernel_size, window.stride)
-        self.to(device, dtype)  # timm 1.0.20 has no arguments for them
+        super().__init__(channels, window.kernel_size, window.stride, device=device, dtype=dtype)
         self.padding = [window.padding] * 4
 
 

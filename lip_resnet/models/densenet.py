@@ -71,8 +71,7 @@ class LIPDenseNet(DenseNet):
         if init not in ("reference", "zero"):
             raise ValueError(f"init {init!r}; it must be reference or zero")
         options = LogitOptions(logit_module, bottleneck_width, gate_coefficient if gate else None)
-        # timm 1.0.20 accepts neither; newer versions accept both.
-        factory_kwargs = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        factory_kwargs = {"device": device, "dtype": dtype}
         # timm initialises as the reference code does: convolutions Kaiming normal (fan in), the classifier PyTorch's
         # default with zero bias.
         super().__init__(
