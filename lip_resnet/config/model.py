@@ -12,9 +12,9 @@ class ModelConfig(Section):
     """A name registered with timm: lip_resnet50, lip_resnet101, or any of timm's own."""
     num_classes: Trains[Positive] = 1000
     """Outputs of the classifier; the data must have as many classes."""
-    args: Trains[dict[str, JsonValue]] = Field(default_factory=dict)
+    args: Trains[dict[str, JsonValue]] = Field(default_factory=dict, examples=[{"bottleneck_width": 64}])
     """Further keyword arguments of the model, such as bottleneck_width: 64."""
-    downsampling: Trains[dict[str, str]] = Field(default_factory=dict)
+    downsampling: Trains[dict[str, str]] = Field(default_factory=dict, examples=[{"stem": "blur", "main": "blur"}])
     """Downsampling layers to replace, in any convolutional network: placement (stem, main, shortcut, transition, image)
     -> layer, such as {stem: blur, main: blur, shortcut: average}."""
     weights: Neutral[str | None] = None

@@ -36,10 +36,19 @@ class LIP2d(nn.Module):
         logits: the logit module G. Its last convolution must be called ``conv``; it is initialised to zero, so that
             LIP starts as average pooling.
         kernel_size, stride, padding: of the window, in positions; the default padding is (kernel_size - 1) // 2.
+
+    Raises:
+        ValueError: kernel_size below stride. The windows must cover every position (paper, section 3); ``lip2d`` itself
+            allows gaps, as avg_pool2d does.
     """
 
     def __init__(self, logits: nn.Module, kernel_size: int = 3, stride: int = 2, padding: int | None = None) -> None:
         super().__init__()
+        if kernel_size < stride:
+            raise ValueError(
+                f"LIP: kernel_size {kernel_size} is smaller than stride {stride}, so no window sees the positions in "
+                f"between; kernel_size must be at least {stride}"
+            )
         self.logits = logits
         self.kernel_size = kernel_size
         self.stride = stride

@@ -1,8 +1,10 @@
 """Replace the downsampling layers of any convolutional network in place.
 
 A pooling layer is replaced by a layer with the same window. A strided convolution becomes the same convolution at
-stride 1, with its weights and keys, followed by a layer; with ``strided`` the network computes what it did before. Only
-modules are replaced, not functional pooling in a ``forward`` method.
+stride 1, with its weights and keys, followed by a layer; with ``strided`` the network computes what it did before.
+
+Only modules are seen, not functional pooling in a ``forward`` method (``F.max_pool2d``). A module that is called
+several times in a forward pass is kept, unless its replacement has no weights that the calls would share.
 """
 
 import copy
@@ -57,6 +59,7 @@ class Replacements:
         lines = [f"{len(self.swapped)} replaced, {len(self.kept)} kept"]
         lines += [f"  {name}: {change}" for name, change in self.swapped.items()]
         lines += [f"  {name}: kept, {reason}" for name, reason in self.kept.items()]
+        lines.append("  not seen: pooling that a forward method calls as a function, such as F.max_pool2d")
         return "\n".join(lines)
 
 
@@ -67,7 +70,7 @@ def replace_downsampling(
     input_size: tuple[int, int, int] | None = None,
     options: LogitOptions | None = None,
 ) -> Replacements:
-    """Replace the downsampling layers of ``model`` in place.
+    """Replace the downsampling layers of ``model`` in place: all of those chosen or, where it raises, none.
 
     Args:
         model: any timm or torchvision CNN.
@@ -82,7 +85,8 @@ def replace_downsampling(
         What was replaced, and what was kept and why; ``print`` shows it.
 
     Raises:
-        ValueError: unknown layer or site; the model is unchanged.
+        ValueError: unknown layer or site, or the model does not accept an image of ``input_size``, before or after the
+            replacement; the model is unchanged.
     """
     chosen = dict.fromkeys(SITES[1:], layers) if isinstance(layers, str) else dict(layers)
     for site, name in chosen.items():
@@ -90,32 +94,52 @@ def replace_downsampling(
             raise ValueError(f"unknown site {site!r}; known: {', '.join(SITES)}")
         check_layer(name, site)
     options = options or LogitOptions()
-    if input_size is None:
-        input_size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
-
+    size = input_size or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
     like = next(model.parameters(), torch.empty(0))
-    channels = _traced_channels(model, input_size, like.dtype)
+    try:
+        channels = _traced_channels(model, size, like.dtype)
+    except Exception as error:  # whatever the model's own forward raises
+        hint = "" if input_size else "; give input_size=(channels, height, width) of an image that it accepts"
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"{type(model).__name__} does not accept an image of {tuple(size)}: {line}{hint}") from error
     strided = {name: module for name, module in model.named_modules() if _is_strided(module)}
     report = Replacements()
     new: dict[str, nn.Module] = {}
     for name, old in strided.items():
-        reads_image = name == next(iter(channels), None) and getattr(old, "in_channels", None) == input_size[0]
+        reads_image = name == next(iter(channels), None) and getattr(old, "in_channels", None) == size[0]
         site = "image" if reads_image else _site(name, list(strided))
-        reason = _reason_to_keep(old, name in channels) if name else "it is the model itself"
+        reason: str | None = _reason_to_keep(old, name in channels) if name else "it is the model itself"
         if reason is None and site not in chosen:
             reason = f"no layer was chosen for the site {site!r}"
         if reason is not None:
             report.kept[name] = reason
             continue
+        calls = channels[name]
         layer = "lip_simplified" if chosen[site] == "lip" and site == "stem" else chosen[site]
         try:
-            new[name] = _replacement(old, layer, channels[name], options, like)
+            module = _replacement(old, layer, calls[0], options, like)
         except ValueError as error:
             report.kept[name] = str(error)
             continue
+        pool = module.pool if isinstance(module, DownsampledConv2d) else module
+        if len(calls) > 1 and [*pool.parameters(), *pool.buffers()]:
+            report.kept[name] = (
+                f"the forward pass calls it {len(calls)} times, which would share one {layer}; give each call a module"
+            )
+            continue
+        new[name] = module
         report.swapped[name] = f"{site}, {_describe(old)} -> {layer}"
-    for name, module in new.items():
-        _set(model, strided[name], module)
+    try:
+        for name, module in new.items():
+            _set(model, strided[name], module)
+        _traced_channels(model, size, like.dtype)
+    except Exception as error:
+        for name, module in new.items():
+            _set(model, module, strided[name])
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{type(model).__name__} does not run with the new layers, so it keeps its own: {line}"
+        ) from error
     return report
 
 
@@ -132,14 +156,17 @@ def _replacement(old: StridedLayer, layer: str, channels: int, options: LogitOpt
     return make_layer(layer, channels, *window, options, **factory_kwargs).train(old.training)
 
 
-def _traced_channels(model: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, int]:
-    """Output channels of every strided layer, in the order of the forward pass, from a copy on the meta device."""
+def _traced_channels(model: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, list[int]]:
+    """Output channels at every call of every strided layer, by name in the order of first calls.
+
+    A forward pass of a copy on the meta device.
+    """
     trial = copy.deepcopy(model).to("meta").eval()
-    channels: dict[str, int] = {}
+    channels: dict[str, list[int]] = {}
     names: dict[nn.Module, str] = {module: name for name, module in trial.named_modules() if _is_strided(module)}
 
     def record(module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        channels.setdefault(names[module], out.shape[1])
+        channels.setdefault(names[module], []).append(out.shape[1])
 
     for module in names:
         module.register_forward_hook(record)

@@ -70,7 +70,7 @@ def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
     initialize(model)
     if config.downsampling:
         try:
-            report = replace_downsampling(model, config.downsampling)
+            report = replace_downsampling(model, config.downsampling, input_size=model.default_cfg["input_size"])
         except ValueError as error:
             raise InputError(f"model.downsampling: {error}") from error
         swapped = {what.partition(",")[0] for what in report.swapped.values()}
@@ -94,6 +94,23 @@ def initialize(model: nn.Module) -> None:
     if blocks and isinstance(head, nn.Linear):
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
+
+
+def check_batch_norm(model: nn.Module, size: int, images: int) -> None:
+    """Check that a network trains on ``images`` of ``size`` x ``size`` at a time; one is tried on the meta device.
+
+    Raises:
+        InputError: batch norm would see one value a channel, which has no variance.
+    """
+    if images > 1:
+        return
+    try:
+        copy.deepcopy(model).to("meta").train()(torch.empty(1, 3, size, size, device="meta"))
+    except ValueError as error:
+        raise InputError(
+            f"one image of {size}x{size} in each part of a batch (data.batch_size / processes / optim.accumulate), of "
+            "which batch norm sees one value a channel; 2 images are needed: raise data.batch_size"
+        ) from error
 
 
 def check_size(model: nn.Module, size: int) -> None:

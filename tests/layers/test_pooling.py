@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lip_resnet.layers.logits import Gate, InstanceNorm2d
+from lip_resnet.layers.logits import Gate, InstanceNorm2d, ProjectionLogits
 from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions, make_layer
 from lip_resnet.ops.lip import lip2d
 
@@ -202,6 +202,24 @@ def test_feature_map_of_one_position():
 def test_layer_arguments_out_of_range(keywords, message):
     with pytest.raises(ValueError, match=message):
         make_layer(channels=4, **keywords)
+
+
+@pytest.mark.parametrize("name", [name for name in DOWNSAMPLING if name.startswith("lip")])
+def test_lip_sees_every_position(name):
+    """The paper's criterion; PyTorch's own layers and ``lip2d`` follow avg_pool2d, which allows gaps."""
+    with pytest.raises(ValueError, match="kernel_size 2 is smaller than stride 3"):
+        make_layer(name, 4, 2, 3)
+    x = features()
+    assert make_layer("average", 4, 2, 3)(x).shape == lip2d(x, x, 2, 3, 0).shape
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (7, 3)])
+def test_default_padding_by_hand(kernel, padding):
+    """Half of what the window has beside its centre, rounded down: an even window leans to the right."""
+    x = features()
+    want = F.avg_pool2d(x, kernel, 1, padding, count_include_pad=False)
+    for layer in (make_layer("average", 4, kernel, 1), LIP2d(ProjectionLogits(4).double(), kernel, 1)):
+        close(layer(x), want)
 
 
 @pytest.mark.parametrize(

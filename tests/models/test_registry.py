@@ -108,3 +108,5 @@ def test_downsampling_of_a_recipe():
     ):
         with pytest.raises(InputError, match=words):
             registry.build_model(ModelConfig(name="resnet50", downsampling=sites))
+    with pytest.raises(InputError, match=r"does not accept an image of \(3, 224, 224\): [^;]*$"):  # no Python advice
+        registry.build_model(ModelConfig(name="resnet18", args={"in_chans": 1}, downsampling={"stem": "max"}))
