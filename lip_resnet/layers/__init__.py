@@ -4,7 +4,8 @@
 Built on ``ops`` and timm's layers; independent of networks and training.
 """
 
-from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions, logit_parameters, make_layer
+from lip_resnet.layers.downsampling import DOWNSAMPLING, LogitOptions, make_layer
+from lip_resnet.layers.pooling import LIP2d, logit_parameters
 from lip_resnet.layers.replace import SITES, Replacements, replace_downsampling
 
 __all__ = [

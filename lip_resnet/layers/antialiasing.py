@@ -10,6 +10,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from lip_resnet.layers.window import Window, WindowLayer, window_slices
+from lip_resnet.ops.dispatch import layout_of
 
 
 class Blur(BlurPool2d):
@@ -41,8 +42,7 @@ class MaxBlur(nn.Module):
 class FrequencyCrop(WindowLayer):
     """IFFT of the lowest frequencies of FFT(x): an ideal low-pass filter (FLC pooling); the mean stays.
 
-    Float32 inside. Source: Grabinski et al., "FrequencyLowCut Pooling - Plug and Play against Catastrophic Overfitting",
-    ECCV 2022, section 3.
+    Float32 inside. Source: Grabinski et al., "FrequencyLowCut Pooling", ECCV 2022, section 3.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class FrequencyCrop(WindowLayer):
         spectrum = torch.fft.fftshift(torch.fft.fft2(x.float(), norm="forward"), dim=(-2, -1))
         spectrum = spectrum[..., top : top + h, left : left + w]
         y = torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1)), norm="forward").real
-        return y.to(x.dtype, memory_format=_format(x))
+        return y.to(x.dtype, memory_format=layout_of(x))
 
 
 @register_notrace_module
@@ -68,12 +68,11 @@ class AdaptivePolyphase(WindowLayer):
         stride = self.window.stride
         h, w = map(self.window.out, x.shape[-2:])
         grids = polyphase(x, stride, h, w)
-        choice = norms = None
         source = grids if reference is None else polyphase(reference, stride, h, w)
         norms = source.float().square().sum(dim=(2, 3, 4))  # (B, stride^2)
         choice = norms.argmax(1)
         y = grids[torch.arange(len(x), device=x.device), choice]
-        return y.contiguous(memory_format=_format(x))
+        return y.contiguous(memory_format=layout_of(x))
 
 
 def polyphase(x: Tensor, stride: int, h: int, w: int) -> Tensor:
@@ -111,9 +110,4 @@ class ContentAwareBlur(nn.Module):
         for number, part in enumerate(window_slices(x, self.window, "reflect")):
             y = y + weights[:, :, :, number] * part.reshape(batch, self.groups, -1, h, w)
         assert isinstance(y, Tensor)
-        return y.reshape(batch, -1, h, w).contiguous(memory_format=_format(x))
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+        return y.reshape(batch, -1, h, w).contiguous(memory_format=layout_of(x))

@@ -1,7 +1,7 @@
 """Layers that keep every value of a block of stride x stride positions as channels, then mix the channels.
 
-Each maps (B, C, H, W) to (B, C, h, w) with the output size of its ``Window``; sizes that do not divide by the stride are
-filled up by their last row and column.
+Each maps (B, C, H, W) to (B, C, h, w) with the output size of its ``Window``; sizes that do not divide by the stride
+are filled up by their last row and column.
 """
 
 from typing import Any
@@ -81,6 +81,6 @@ class HaarConv(WindowLayer):
         self.bn = nn.BatchNorm2d(channels, **factory_kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks = _blocks(x, self.window).unflatten(1, (-1, 4))
-        bands = torch.einsum("bcqhw,kq->bkchw", blocks, self.bands.to(x.dtype)).flatten(1, 2)
+        filters = self.bands.to(x.dtype).repeat(x.shape[1], 1)[:, :, None, None]
+        bands = F.conv2d(_blocks(x, self.window), filters, groups=x.shape[1])
         return F.relu(self.bn(self.conv(bands)))

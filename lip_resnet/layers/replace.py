@@ -17,7 +17,8 @@ import torch
 from timm.layers import BlurPool2d
 from torch import Tensor, nn
 
-from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.layers.downsampling import LogitOptions, check_layer, make_layer
+from lip_resnet.layers.pooling import LIP2d
 
 SITES = ("image", "stem", "main", "shortcut", "transition")
 """image: the convolution that reads the image; stem: pooling in the stem; shortcut: on a block's shortcut;

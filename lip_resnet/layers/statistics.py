@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lip_resnet.layers.window import Window, WindowLayer, window_slices
+from lip_resnet.ops.dispatch import layout_of
 
 
 class LearntNorm(WindowLayer):
     """(mean of |x|^p over the window)^(1/p), p = 1 + softplus(rho) learnt for each channel, 2 at the start.
 
-    p = 1 is the mean of |x|, large p its maximum. Float32 inside; values are scaled by a map's largest, so that no power
-    overflows. Source: Gulcehre et al., "Learned-Norm Pooling for Deep Feedforward and Recurrent Networks", ECML 2014.
+    p = 1 is the mean of |x|, large p its maximum. Float32 inside; values are divided by a map's largest, so that no
+    power overflows. Source: Gulcehre et al., "Learned-Norm Pooling", ECML 2014.
     """
 
     def __init__(self, channels: int, window: Window, **factory_kwargs: Any) -> None:
@@ -34,8 +35,8 @@ class LearntNorm(WindowLayer):
 class Ordinal(WindowLayer):
     """The values of a window, sorted and weighted by rank; the weights, softmax of learnt numbers, are a channel's own.
 
-    They start equal: average pooling. A window at the edge repeats the map's last row and column. Source: Deliege, Istasse,
-    Kumar, De Vleeschouwer, Van Droogenbroeck, "Ordinal Pooling", BMVC 2019.
+    They start equal: average pooling. A window at the edge repeats the map's last row and column. Source: Deliege et
+    al., "Ordinal Pooling", BMVC 2019.
     """
 
     def __init__(self, channels: int, window: Window, **factory_kwargs: Any) -> None:
@@ -44,7 +45,8 @@ class Ordinal(WindowLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         values = torch.stack(list(window_slices(x, self.window, "replicate")), dim=-1).sort(dim=-1).values
-        return torch.einsum("bchwk,ck->bchw", values, self.ranks.softmax(1).to(x.dtype))
+        y = torch.einsum("bchwk,ck->bchw", values, self.ranks.softmax(1).to(x.dtype))
+        return y.contiguous(memory_format=layout_of(x))
 
 
 class MaxAverage(WindowLayer):

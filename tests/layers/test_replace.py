@@ -9,7 +9,8 @@ import torchvision
 from torch import nn
 
 from lip_resnet import replace_downsampling
-from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d
+from lip_resnet.layers.downsampling import DOWNSAMPLING
+from lip_resnet.layers.pooling import LIP2d
 from lip_resnet.layers.replace import SITES
 
 NETWORKS = {
