@@ -40,7 +40,7 @@ def test_lp_is_torchs(p):
     x, layer = features() * 1e3, layer_of("lp", 4, 3, 2, 0)
     nn.init.constant_(layer.rho, math.log(math.expm1(p - 1)))
     close(layer(x), F.lp_pool2d(x.abs(), p, 3, 2) / 9 ** (1 / p), 1e-6)  # the layer computes in float32
-    assert (1 + F.softplus(make_layer("lp", 4).rho)).tolist() == pytest.approx([[[2.0]]] * 4, rel=1e-4)
+    assert (1 + F.softplus(make_layer("lp", 4).rho)).flatten().tolist() == pytest.approx([2.0] * 4, rel=1e-4)
 
 
 def test_ordinal_between_minimum_mean_and_maximum():
@@ -63,7 +63,7 @@ def test_haar_bands_keep_the_energy():
     layer.conv = layer.bn = nn.Identity()
     bands = torch.cat([layer(x), layer(-x)], 1)  # ReLU keeps the positive part of each
     assert bands.square().sum().item() == pytest.approx(x.square().sum().item())
-    close(layer(x.abs())[:, :4], layer_of("haar")(x.abs()))
+    close(layer(x.abs())[:, ::4], layer_of("haar")(x.abs()))
 
 
 def test_space_to_depth_and_patch_merge_drop_nothing():
@@ -149,5 +149,4 @@ def test_layouts_and_odd_sizes(name):
         assert y.shape == F.avg_pool2d(x, 3, 2, 1).shape
         last = layer(x.contiguous(memory_format=torch.channels_last))
         torch.testing.assert_close(last, y, rtol=1e-4, atol=1e-4)
-        if height > 2:
-            assert last.is_contiguous(memory_format=torch.channels_last)
+        assert height == 2 or last.stride(1) == 1
