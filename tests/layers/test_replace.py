@@ -10,8 +10,8 @@ from torch import nn
 
 from lip_resnet import replace_downsampling
 from lip_resnet.layers.downsampling import DOWNSAMPLING
+from lip_resnet.layers.placement import SITES
 from lip_resnet.layers.pooling import LIP2d
-from lip_resnet.layers.replace import SITES
 
 NETWORKS = {
     # network: the layers with which it computes the same as before, and how many are replaced.
