@@ -5,7 +5,7 @@ from helpers import small_config
 
 from lip_resnet.config import EFFECTS, Config, Effect, EvalDataConfig, InputError
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, describe_protocol, describe_training, difference
-from lip_resnet.evaluation.tables import build_table
+from lip_resnet.evaluation.tables import build_table, group
 from lip_resnet.recipe import parse_config
 from lip_resnet.training.run_folder import check_same_recipe
 
@@ -112,11 +112,12 @@ def test_no_delta_between_evaluations_that_differ(key):
     else:
         other = base.model_copy(update={"data": base.data.model_copy(update={key: (0.5, 0.5, 0.5)})})
     ours = row(base, "lip_resnet50", 60.0, {"scoring": "any"} if key == "test_set" else None)
-    _, lines, notes = build_table([ours, row(other, "resnet50", 50.0)], {})
-    assert lines[0][5] == "-"
+    header, lines, notes = build_table([ours, row(other, "resnet50", 50.0)], {})
+    delta = header.index("delta top-1")
+    assert lines[0][delta] == "-"
     assert f": {'scoring' if key == 'test_set' else key}: " in notes[0]
     _, lines, notes = build_table([row(base, "lip_resnet50", 60.0), row(base, "resnet50", 50.0)], {})
-    assert (lines[0][5], notes) == ("+10.00", [])
+    assert (lines[0][delta], notes) == ("+10.00", [])
 
 
 @pytest.mark.parametrize("key", EVALUATION)
@@ -137,3 +138,40 @@ def test_every_key_of_the_evaluation_is_taken_from_the_recipe():
     assert not taken.channels_last
     for key in EvalDataConfig.model_fields:
         assert getattr(taken.data, key) == getattr(config.data, key), key
+
+
+FACTS = {
+    "model": "resnet18", "args": {"width": 3}, "downsampling": {"stem": "max"}, "weights": "ema",
+    "selected_on_val": True, "images": 9, "dataset": {"names": "sha256:a"}, "protocol": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_rows_are_seeds_of_one_entry_only_where_all_else_is_equal(fact):
+    config = EvalConfig.from_recipe(recipe({"data.eval_resize": 36}))
+    one, other = row(config, "resnet50", 50.0), row(config, "resnet50", 60.0) | {"seed": 1}
+    assert [(entry.mean("top1"), len(entry.rows)) for entry in group([one, other])] == [(55.0, 2)]
+    value = FACTS[fact] or row(adapt(config, eval_size=24)[0], "resnet50", 1.0)["protocol"]
+    assert [entry.mean("top1") for entry in group([one, other | {fact: value}])] == [50.0, 60.0]
+
+
+def test_a_baseline_is_the_network_with_its_own_layers():
+    config = EvalConfig.from_recipe(small_config())
+    swapped = row(config, "resnet50", 55.0) | {"downsampling": {"stem": "max"}}
+    rows = [swapped, row(config, "lip_resnet50", 60.0), row(config, "resnet50", 50.0)]
+    header, lines, notes = build_table(rows, {})
+    assert [line[header.index("delta top-1")] for line in lines] == ["+5.00", "+10.00", "-"]
+    assert notes == []
+    assert build_table(rows[:2], {})[1][1][header.index("delta top-1")] == "-"
+
+
+def test_published_figures_stand_beside_all_of_imagenet_alone():
+    """1,000 classes and 50,000 images of no other test set."""
+    thousand = EvalConfig.from_recipe(recipe({"model.num_classes": 1000}))
+    paper = {"lip_resnet50": {"top1": 78.19, "top5": 93.96}}
+    whole = row(thousand, "lip_resnet50", 70.0) | {"images": 50000}
+    sketch = row(thousand, "lip_resnet50", 70.0, {"test_set": "imagenet-sketch"}) | {"images": 50000}
+    ten = row(EvalConfig.from_recipe(small_config()), "lip_resnet50", 70.0) | {"images": 50000}
+    assert "paper top-1" in build_table([whole], paper)[0]
+    for other in (whole | {"images": 49999}, sketch, ten):
+        assert "paper top-1" not in build_table([other], paper)[0]

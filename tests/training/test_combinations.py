@@ -2,6 +2,7 @@
 
 import copy
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import small_config
 from torch import Tensor, nn
 
 from lip_resnet.data import Batch, normalize
-from lip_resnet.training import run
+from lip_resnet.training import engine, run
 from lip_resnet.training.engine import TrainState, TrainStep, build_state
 from lip_resnet.training.objective import Objective
 
@@ -83,6 +84,57 @@ def test_parts_of_unequal_size_and_skipped_images():
     assert state.window.reduce()["images"] == 6
 
 
+def test_float16_keeps_gradients_that_are_too_small_for_it():
+    """Of some 1e-8, below float16's smallest number: the loss is scaled before the backward."""
+    images, labels = noise(6)
+    want = gradient([(images, labels)], 10**8)
+    got = take_step([(images, labels)], 10**8, train__precision="float16", optim__lr=1e8)[1] / 1e8
+    assert want.abs().max() < 2**-24
+    assert (got - want).norm() <= 1e-2 * want.norm()
+
+
+class Clock:
+    """A clock that stands still, but for 3 s before each batch and 1 s in each step; and the loader of 5 batches."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(engine.time, "perf_counter", lambda: self.now)
+
+    def __len__(self) -> int:
+        return 5
+
+    def epoch(self, epoch: int, first: int) -> Iterator[Batch]:
+        images, labels = noise(6)
+        for _ in range(first, 5):
+            self.now += 3
+            yield Batch([(images, labels)], 6, 0)
+
+    def phase(self, name: str) -> None:
+        self.now += name == "update"
+
+
+def test_logged_numbers_by_hand(monkeypatch):
+    """Steps 1 to 2, 3 to 4 and the epoch's last: speed, share of waiting, and the last step's learning rate."""
+    clock, logged = Clock(monkeypatch), []
+    config = small(**PLAIN, train__log_every=2, train__epochs=2, optim__schedule="linear")
+    state = build_state(nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)), config, CPU)
+    losses: list[float] = []
+    add = state.window.add
+
+    def spy(logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        losses.append(loss.item())
+        add(logits, labels, loss)
+
+    state.window.add = spy
+    engine.train_one_epoch(state, clock, config, on_step=lambda: None, on_log=logged.append, on_phase=clock.phase)
+    assert state.step == 5
+    assert [values["train/images_per_second"] for values in logged] == pytest.approx([12 / 8, 12 / 8, 6 / 4])
+    assert [values["train/data_wait"] for values in logged] == pytest.approx([0.75] * 3)
+    assert [values["train/lr"] for values in logged] == pytest.approx([0.9, 0.7, 0.6])
+    means = [sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]]
+    assert [values["train/loss"] for values in logged] == pytest.approx(means)
+
+
 def prepared(step: int = 3, part: int = 0, **changes: object) -> tuple[Tensor, Tensor, Objective]:
     """images and targets of a part of a step, and the objective."""
     objective = Objective(small(**changes), CPU)
@@ -130,6 +182,21 @@ def test_a_step_mixes_in_one_way_and_steps_differ():
     plain = prepared()[0]
     cuts = [(prepared(step, **mixing)[0] == plain).all(1).any().item() for step in range(12)]
     assert {True, False} == set(cuts)  # both kinds are used
+
+
+@pytest.mark.parametrize(("kind", "highest"), [("mixup", 0.6), ("cutmix", 0.95)])
+def test_shares_are_drawn_with_the_recipe_s_alpha(kind, highest):
+    """Beta(alpha, alpha) is about a half for a large alpha; an image's edge can cut a part of cutmix's box off."""
+    shares = [prepared(step, **{f"train__{kind}": 1000.0})[1][0, 0].item() for step in range(20)]
+    assert min(shares) > 0.4
+    assert max(shares) < highest
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_layout_is_the_recipe_s(channels_last):
+    images = prepared(train__channels_last=channels_last)[0]
+    assert images.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert images.is_contiguous() != channels_last
 
 
 def test_randomness_of_the_forward_differs_between_steps_and_parts(monkeypatch):

@@ -21,7 +21,7 @@ def test_step_schedule_is_the_paper_s():
 def test_cosine_with_warmup():
     config = OptimConfig(lr=0.4, schedule="cosine", warmup_epochs=2, min_lr=0.1)
     # 4 steps an epoch, 6 epochs: 8 steps of warm-up, 16 of cosine.
-    expected = {0: 0.05, 3: 0.2, 7: 0.4, 8: 0.4, 16: 0.25, 24: 0.1}
+    expected = {0: 0.05, 3: 0.2, 7: 0.4, 8: 0.4, 16: 0.25, 24: 0.1, 30: 0.1}
     for step, lr in expected.items():
         assert lr_at(step, config, 4, 6) == pytest.approx(lr, rel=1e-12)
 
@@ -40,6 +40,7 @@ def test_decay_goes_by_tensor_rank(name):
     decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decaying == {id(p) for p in model.parameters() if p.dim() >= 2}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "lars"])
