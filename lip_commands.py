@@ -64,8 +64,9 @@ def eval_parser(
     add("--partial", action="store_true", help="accept imagenet-c with missing folders: no mCE")
     where = "where to write the row (default for a run: RUN/eval.json, or RUN/eval-NAME.json with --dataset)"
     add("--output", help=f"{where}; for several sets a directory, for rows of those names")
+    add("--predictions", metavar="FILE.csv", help="write the prediction of every image, with its loss and margin")
     add("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
-    add("--size", dest="eval_size", type=int, help="side of the centre crop, pixels")
+    add("--size", dest="eval_size", type=int, help="side of the centre crop, pixels; alone it scales --resize too")
     add(
         "--resize",
         dest="eval_resize",

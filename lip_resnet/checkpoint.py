@@ -93,6 +93,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint file that a path names: ``checkpoints/last.pt`` of a run folder, else the path itself."""
+    """The checkpoint file that a path names: ``last.pt`` of a run folder or of its ``checkpoints/``, else the path."""
     path = Path(path).expanduser()
-    return path / "checkpoints" / "last.pt" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    inner = path / "checkpoints"
+    return (path if not inner.is_dir() and any(path.glob("*.pt")) else inner) / "last.pt"

@@ -26,9 +26,10 @@ class ArgumentParser(argparse.ArgumentParser):
 def launch(main: Callable[[], None]) -> None:
     """Join the process group, run a command's ``main``, and exit.
 
-    Exit codes: 0, done; 2, InputError, on every rank, printed by rank 0 alone; 1, training diverged
-    (FloatingPointError); 75, Stopped; 130, interrupted. These print one line, and with LIP_DEBUG=1 in the environment
-    their traceback after it. Any other exception is a bug: exit code 1, with its traceback.
+    Exit codes: 0, done; 2, InputError, on every rank, printed by rank 0 alone; 1, FloatingPointError: training has
+    diverged, or an evaluation's logits are not finite; 75, Stopped; 130, interrupted. These print one line, and with
+    LIP_DEBUG=1 in the environment their traceback after it. Any other exception is a bug: exit code 1, with its
+    traceback.
     """
     code = 0
     try:

@@ -12,6 +12,6 @@ class Stopped(Exception):
 EXIT_CODES: dict[type[BaseException], int] = {
     InputError: 2,
     Stopped: 75,  # EX_TEMPFAIL of sysexits.h: try again
-    FloatingPointError: 1,  # training diverged
+    FloatingPointError: 1,  # training diverged, or logits of an evaluation are not finite
     KeyboardInterrupt: 130,
 }

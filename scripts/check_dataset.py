@@ -5,7 +5,6 @@ none, it writes DIR/fingerprint.json, which runs and rows then record.
 """
 
 import hashlib
-import json
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,7 @@ from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.sources.shards import Shards
 from lip_resnet.evaluation import testsets
 from lip_resnet.evaluation.location import layout
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 
 _IMAGENET = {"train": 1_281_167, "val": 50_000}
 
@@ -133,7 +132,7 @@ def main() -> None:
         raise InputError(f"{options.root}: the classes of train/ and val/ differ, so their labels do too")
     if problems:
         raise InputError(f"{options.root}: {len(problems)} bad files, listed above; the first is {problems[0]}")
-    write_text(output, json.dumps(entries, indent=2) + "\n")
+    write_text(output, to_json(entries, indent=2) + "\n")
     print(f"every image decodes; {output} written")
 
 

@@ -19,7 +19,7 @@ from lip_resnet.recipe import find_recipe, load_config, parse_config
 from lip_resnet.training.run_folder import check_same_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
 MINIMAL = "model: {name: resnet50}\ndata: {root: x, batch_size: 8}\noptim: {lr: 0.1}\ntrain: {epochs: 2}\n"
 
 
@@ -222,6 +222,9 @@ def test_bad_recipe(tmp_path, text, words):
         (["data.crop_scale=[0.9, 0.1]"], ["crop_scale"]),
         (["data.eval_size=300"], ["eval_size 300", "eval_resize 256"]),
         (["data.std=[0, 1, 1]"], ["std"]),
+        (["data.mean=[123.7, 116.3, 103.5]"], ["mean is [123.7, 116.3, 103.5]", "[0, 1]", "by 255"]),
+        (["data.std=[0.2, 57.1, 0.2]"], ["std is", "by 255"]),
+        (["data.mean=[-0.1, 0, 0]"], ["mean is [-0.1, 0.0, 0.0]", "[0, 1]"]),
         (["optim.min_lr=1.0"], ["min_lr"]),
         (["data.flip=1.5"], ["data.flip", "1.5"]),
         (["data.mean=0.5"], ["data.mean: given 0.5 (float); write it as mean: [0.485, 0.456, 0.406]"]),

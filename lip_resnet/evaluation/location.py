@@ -22,6 +22,10 @@ _FOLDERS = {
 """Test set -> names that its folder may have, where there are others than its own."""
 
 
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+"""Names of folders that are splits of a set, not its classes."""
+
+
 def locate(data: str, test_set: str | None = None, several: bool = False, kind: str | None = None) -> tuple[dict, str]:
     """The keys ``name`` and ``root`` of a set, and its split (folder below the root).
 
@@ -68,6 +72,11 @@ def locate(data: str, test_set: str | None = None, several: bool = False, kind: 
         return {"name": "huggingface", "root": str(root)}, "val"
     split = "val"
     if not (root / "val").is_dir():
+        present = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if present and set(present) <= _SPLITS:
+            choice = next((name for name in present if not name.startswith("train")), present[0])
+            held = ", ".join(f"{name}/" for name in present)
+            raise InputError(f"--data {root} has no val/ but {held}: give one of these, such as --data {root / choice}")
         root, split = root.resolve().parent, root.resolve().name
     return {"name": layout(root / split), "root": str(root)}, split
 

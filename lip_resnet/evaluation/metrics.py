@@ -60,7 +60,7 @@ def _rates(correct1: int, correct5: int, loss: float, images: int) -> dict[str, 
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (B, classes) float32 and labels -> (): the mean of -log P(correct).
+    """Logits (B, classes), float32 or float64, and labels -> (): the mean of -log P(correct).
 
     Args:
         labels: (B,) int64; or (B, K) int64, any of which is correct, padded with -1: P is the sum over them.

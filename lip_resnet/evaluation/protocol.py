@@ -45,7 +45,7 @@ def timm_protocol(name: str, pretrained_cfg: dict[str, Any]) -> EvalConfig:
         pretrained_cfg: timm's ``pretrained_cfg`` of the model, as a dict.
 
     Raises:
-        InputError: the images are not square RGB, or ``EvalDataConfig`` refuses a value.
+        InputError: the images are not square RGB or are padded, or ``EvalDataConfig`` refuses a value.
     """
     resolved = timm.data.resolve_data_config({}, pretrained_cfg=pretrained_cfg, use_test_size=True)
     channels, height, width = resolved["input_size"]
@@ -54,12 +54,18 @@ def timm_protocol(name: str, pretrained_cfg: dict[str, Any]) -> EvalConfig:
             f"--model {name}: timm evaluates it on {height}x{width} images of {channels} channels; this code evaluates "
             "on square images of 3 channels: give a recipe with --config, with an eval_size of its own"
         )
+    resize = math.floor(height / resolved["crop_pct"])
+    if height > resize:
+        raise InputError(
+            f"--model {name}: timm resizes to {resize} pixels and pads to {height}; this code crops from the resized "
+            "image: give a recipe with --config, with an eval_resize of its own"
+        )
     tree = {
         "model": {"name": name, "num_classes": pretrained_cfg.get("num_classes") or 1},
         "data": {
             "root": ".",
             "eval_size": height,
-            "eval_resize": math.floor(height / resolved["crop_pct"]),
+            "eval_resize": resize,
             **{key: resolved[key] for key in ("crop_mode", "interpolation", "mean", "std")},
         },
     }
@@ -95,7 +101,8 @@ def adapt(
         data: --data; None: the recipe's ``data.root``.
         several: whether ``data`` must be the directory of several test sets, not one of them.
         kind: --data-name, the ``data.name`` of the images at ``data``; None: the recipe's.
-        precision, keys: overrides of ``precision`` and of keys of ``data``; None: unchanged.
+        precision, keys: overrides of ``precision`` and of keys of ``data``; None: unchanged. An ``eval_size`` without
+            ``eval_resize`` scales that too.
 
     Raises:
         InputError: as ``locate``; a test set without ``data``; or keys that contradict each other.
@@ -111,6 +118,8 @@ def adapt(
     if test_set == "imagenet-c":  # its images are crops
         side = keys.get("eval_size") or SIDE_OF_C
         tree["data"] |= {"eval_size": side, "eval_resize": side, "crop_mode": "center"}
+    elif keys.get("eval_size") and not keys.get("eval_resize"):  # the crop keeps its share of the image, as timm's does
+        tree["data"]["eval_resize"] = config.data.eval_resize * keys["eval_size"] // config.data.eval_size
     tree["data"] |= {key: value for key, value in keys.items() if value is not None}
     tree["precision"] = precision or config.precision
     return parse_section(tree, "evaluation", EvalConfig), split

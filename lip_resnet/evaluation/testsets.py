@@ -25,6 +25,7 @@ from lip_resnet.data.sources import build_sources
 from lip_resnet.data.sources.base import Encoded
 from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.transforms import eval_transform
+from lip_resnet.evaluation.classes import indices_of, name_of_set
 
 IMAGES = {
     "imagenet": 50_000,
@@ -52,7 +53,7 @@ class EvalSet:
     """Images, their labels, and how a network is scored on them."""
 
     name: str
-    """One of ``IMAGES``, or the recipe's ``data.name``."""
+    """One of ``IMAGES``, or for other sets ``classes.name_of_set``."""
     source: Any
     config: EvalDataConfig
     """Resizing and crop."""
@@ -60,7 +61,7 @@ class EvalSet:
     """Name -> indices of its images in the source; each part is evaluated separately. One part named "", except in
     ImageNet-C: corruption/severity."""
     classes: list[int] | None = None
-    """Indices of the set's classes among ImageNet's 1,000: only these logits are used. None: all."""
+    """Indices of the set's classes among the network's: only these logits are used. None: all."""
     protocol: dict[str, Any] = field(default_factory=dict)
     """Keys of a row's protocol that a validation set does not have."""
 
@@ -200,16 +201,25 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
     Raises:
         InputError: the set does not exist or misses classes, or the network does not have ImageNet's 1,000.
     """
-    known = wnids()
+    known, protocol = wnids(), dict[str, Any]()
     if name is None:
-        source = build_sources(config, num_classes, (split,))[0]
-        imagenet = list(source.classes) == known
-        return EvalSet("imagenet" if imagenet else config.name, source, config, _whole(source))
+        # Class folders may be some of ImageNet's.
+        part = config.name == "folder" and config.classes is None and num_classes == len(known)
+        source = build_sources(config, None if part else num_classes, (split,))[0]
+        names = list(source.classes)
+        if names == known:
+            return EvalSet("imagenet", source, config, _whole(source))
+        indices = indices_of(names, num_classes, known)
+        if indices is not None:
+            protocol = {"classes": len(names), "scoring": f"among the set's {len(names)} classes"}
+        own_name = name_of_set(config, split, IMAGES)
+        return EvalSet(own_name, source, config, _whole(source), indices, protocol)
     if num_classes != len(known):
         raise InputError(f"--dataset {name} needs a network of ImageNet's 1,000 classes; this one has {num_classes}")
     assert config.root is not None  # adapt's
     root = Path(config.root).expanduser() / split
-    protocol: dict[str, Any] = {} if name == "imagenet" else {"test_set": name}
+    if name != "imagenet":
+        protocol["test_set"] = name
     if name in _SCORING:
         protocol["scoring"] = _SCORING[name]
     if name == "imagenet-c":

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lip_resnet.layers.downsampling import check_layer
+from lip_resnet.layers.downsampling import LogitOptions, check_layer, make_layer
 
 SITES = ("image", "stem", "main", "shortcut", "transition")
 """image: the convolution that reads the image; stem: pooling in the stem; shortcut: on a block's shortcut;
@@ -128,6 +128,36 @@ def _parse(key: str, value: Any) -> Choice:
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ValueError(f"{key}: kernel_size {size!r}; it must be an integer of at least 1")
     return choice
+
+
+def aa_layer(name: str, options: LogitOptions | None = None) -> type[nn.Module]:
+    """A layer as timm's ``aa_layer``: ``timm.create_model("resnet50", aa_layer=aa_layer("lip"))``.
+
+    timm puts it after the activation of strided convolutions, and after a max pooling at stride 1 in the stem.
+
+    Args:
+        name: a key of ``DOWNSAMPLING``.
+        options: of LIP's logit modules.
+
+    Raises:
+        ValueError: an unknown layer.
+    """
+    check_layer(name)
+
+    class Layer(nn.Module):
+        """timm calls it as ``Layer(channels=..., stride=...)``; what it returns is the layer itself."""
+
+        def __new__(cls, channels: int, stride: int = 2, **factory_kwargs: Any) -> Any:
+            return make_layer(name, channels, 2 * stride - 1, stride, options=options, **factory_kwargs)
+
+    return Layer
+
+
+def use_circular_padding(model: nn.Module) -> None:
+    """Let every convolution pad circularly, in place: needed for exact invariance to circular shifts (``aps``)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and any(module.padding):
+            module.padding_mode = "circular"
 
 
 class Unstrided(nn.Conv2d):

@@ -1,20 +1,20 @@
 """Steps whose loss or gradients are not finite: undone on the device, reported by the host, diagnosed by a rerun."""
 
-import contextlib
 import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from lip_resnet import checkpoint, distributed
-from lip_resnet.compat import copy_tensors_, is_compiled, move_towards_, tree_leaves
+from lip_resnet.compat import copy_tensors_, move_towards_
 from lip_resnet.config import InputError, TrainConfig
+from lip_resnet.evaluation.nonfinite import FirstNonFinite
 
 CHECK_DELAY_STEPS = 2
 """On a GPU, the host reads a step's flags this many steps later, when the copy has arrived without waiting."""
@@ -263,35 +263,17 @@ def diagnose(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> str | 
     In this order: the images, a module's output, the loss, a parameter's gradient (in the order of the backward, the
     last parameter first). The network is left unchanged.
     """
-    first: list[str] = []
-
-    def check(tensors: Any, name: str) -> None:
-        if not first and not all(
-            tensor.isfinite().all() for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)
-        ):
-            first.append(name)
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: check(output, f"the output of {name or 'the network'}")
-
-    eager: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if is_compiled(model):
-        eager = torch.compiler.set_stance("force_eager")
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    hooks = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
-    hooks.append(model.register_forward_pre_hook(lambda module, inputs: check(inputs, "the images")))
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
-        with eager:
+        with FirstNonFinite(model) as first:
             for loss in losses():
-                check(loss, "the loss")
+                first.check(loss, "the loss")
                 gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
                 for (name, _), gradient in reversed(list(zip(named, gradients, strict=True))):
-                    check([gradient], f"the gradient of {name}")
+                    first.check([gradient], f"the gradient of {name}")
     finally:
-        for handle in hooks:
-            handle.remove()
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-    return first[0] if first else None
+    return first.name

@@ -257,21 +257,28 @@ class Run:
         distributed.on_main(write)
 
     def validate(self) -> dict[str, float]:
-        """Loss, top-1 and top-5 (percent) under val/, and those of the average, if there is one, under val_ema/."""
+        """Loss, top-1 and top-5 (percent) under val/, and those of the average, if there is one, under val_ema/.
+
+        NaN, with a warning, where logits are not finite.
+        """
         networks = {"val": self.state.model}
         if self.state.ema is not None:
             networks["val_ema"] = self.state.ema.module
         data, train = self.config.data, self.config.train
         values: dict[str, float] = {}
         for prefix, network in networks.items():
-            result = evaluate(
-                network,
-                self.val_loader,
-                precision=train.precision,
-                channels_last=train.channels_last,
-                mean=data.mean,
-                std=data.std,
-            )
+            try:
+                result = evaluate(
+                    network,
+                    self.val_loader,
+                    precision=train.precision,
+                    channels_last=train.channels_last,
+                    mean=data.mean,
+                    std=data.std,
+                )
+            except FloatingPointError as error:  # the training itself is finite: its checkpoint must not be lost
+                self.log.say(f"warning: {prefix} at step {self.state.step}: {error}; it is not a candidate for best")
+                result = dict.fromkeys(("loss", "top1", "top5"), math.nan)
             values |= {f"{prefix}/{name}": result[name] for name in ("loss", "top1", "top5")}
         return values
 

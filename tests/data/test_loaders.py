@@ -1,6 +1,8 @@
 """Files to batches: which images, in which order, with which pixels, and which input is refused."""
 
+import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -222,3 +224,12 @@ def test_selection_goes_by_class_and_name(tmp_path):
     assert len(build_sources(config, 2)[0]) == 2
     names.write_text("ant/1.png\nbee/7.png\n")
     assert "lists 2 images, 1 are in" in refusal(config, 2)
+
+
+def test_more_workers_than_cores_are_the_users_choice(image_folder, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    config = folder_config(image_folder, workers=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = EvalLoader(build_sources(config, 3)[1], config)
+        assert sum(len(labels) for _, labels in loader) == 11

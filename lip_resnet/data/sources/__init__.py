@@ -11,11 +11,14 @@ from lip_resnet.data.sources.named import NAMED, named_sources
 from lip_resnet.data.sources.shards import shard_sources
 
 
-def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Source]:
+def build_sources(
+    config: EvalDataConfig, num_classes: int | None, splits: tuple[str, ...] = ("train", "val")
+) -> list[Source]:
     """The sources of the splits asked for, ("train", "val") or ("val",); every process must call it.
 
     Args:
         config: for "train" a ``DataConfig``.
+        num_classes: of the network; None for any number.
 
     Raises:
         InputError: the data is missing, damaged or incomplete, has another number of classes, or needs a package that
@@ -26,6 +29,7 @@ def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, .
     if config.name == "digits":
         sources = [Digits(train=split == "train") for split in splits]
     elif config.name == "synthetic":
+        assert num_classes is not None
         sources = [_synthetic(config, num_classes, split) for split in splits]
     elif config.name == "shards":
         sources = shard_sources(root, splits)
@@ -36,7 +40,7 @@ def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, .
     else:
         sources = folder_sources(root, config.classes, splits)
     classes = len(sources[0].classes)
-    if classes != num_classes:
+    if num_classes is not None and classes != num_classes:
         raise InputError(f"model.num_classes is {num_classes}, but the data has {classes} classes")
     return list(sources)
 
