@@ -195,8 +195,9 @@ class _Builder:
             else:
                 new, pool = self._elsewhere(name, old, layer, choice.placement, window)
         else:
-            window = window_of(old)
-            assert window is not None, "reason_to_keep excludes windows that are not square"
+            own = window_of(old)
+            assert own is not None, "reason_to_keep excludes windows that are not square"
+            window = own
             if choice.kernel_size:
                 window = (choice.kernel_size, window[1], (choice.kernel_size - 1) // 2)
             pool = make_layer(layer, calls.outputs[0][1], *window, self.options, **self.factory_kwargs)

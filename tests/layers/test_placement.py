@@ -131,7 +131,7 @@ def test_layers_as_timms_aa_layer(name):
     model = timm.create_model("resnet18", aa_layer=lip_resnet.aa_layer(name), num_classes=3)
     assert model(IMAGES).shape == (2, 3)
     if name == "blur":
-        theirs = timm.create_model("resnet18", aa_layer="blur", num_classes=3)
+        theirs = timm.create_model("resnet18", aa_layer=timm.layers.BlurPool2d, num_classes=3)
         theirs.load_state_dict(model.state_dict())
         same(model, theirs)
 
