@@ -11,8 +11,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.densenet import DenseNet, DenseTransition
 from torch import Tensor, nn
 
+from lip_resnet.layers.downsampling import LogitOptions, check_layer, make_layer
 from lip_resnet.layers.logits import GATE
-from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.layers.pooling import LIP2d
 from lip_resnet.models.published import CFG, rename_keys
 
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lip_resnet.config import InputError, ModelConfig
+from lip_resnet.layers.placement import use_circular_padding
 from lip_resnet.layers.replace import replace_downsampling
 
 
@@ -106,12 +107,15 @@ def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
     initialize(model)
     if config.downsampling:
         try:
-            report = replace_downsampling(model, config.downsampling, input_size=model.default_cfg["input_size"])
+            layers: Any = config.downsampling
+            default: Any = model.default_cfg
+            report = replace_downsampling(model, layers, input_size=default["input_size"])
         except ValueError as error:
             raise InputError(f"model.downsampling: {error}") from error
-        swapped = {what.partition(",")[0] for what in report.swapped.values()}
-        if missed := sorted(set(config.downsampling) - swapped):
-            raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(missed)}")
+        if report.unused:
+            raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(report.unused)}")
+    if config.circular_padding:
+        use_circular_padding(model)
     return model
 
 

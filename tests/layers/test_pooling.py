@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lip_resnet.layers.downsampling import DOWNSAMPLING, LogitOptions, make_layer
 from lip_resnet.layers.logits import Gate, InstanceNorm2d, ProjectionLogits
-from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions, logit_parameters, make_layer
+from lip_resnet.layers.pooling import LIP2d, logit_parameters
 from lip_resnet.ops.lip import lip2d
 
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 2, 0), (5, 2, 2), (7, 4, 3)]
@@ -120,6 +121,10 @@ def test_detail_preserving_by_its_formula():
 @pytest.mark.parametrize("window", WINDOWS)
 def test_every_layer_has_one_shape_and_gradients(name, window):
     torch.manual_seed(0)
+    if DOWNSAMPLING[name].only_stride_2 and window[1] != 2:
+        with pytest.raises(ValueError, match=f"{name}: stride 4; it must be 2"):
+            make_layer(name, 4, *window)
+        return
     layer = make_layer(name, 4, *window)
     for parameter in layer.parameters():  # zero weights would stop the gradients of earlier parameters
         if not parameter.any():

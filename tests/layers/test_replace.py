@@ -9,8 +9,9 @@ import torchvision
 from torch import nn
 
 from lip_resnet import replace_downsampling
-from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions
-from lip_resnet.layers.replace import SITES
+from lip_resnet.layers.downsampling import DOWNSAMPLING, LogitOptions
+from lip_resnet.layers.placement import SITES
+from lip_resnet.layers.pooling import LIP2d
 
 NETWORKS = {
     # network: the layers with which it computes the same as before, and how many are replaced.

@@ -289,7 +289,7 @@ def test_ddp_averages_gradients(tmp_path):
         import sys
         import torch
         import torch.distributed as dist
-        from lip_resnet.layers.pooling import make_layer
+        from lip_resnet.layers.downsampling import make_layer
 
         def work(rank, path):
             dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
