@@ -1,7 +1,7 @@
 """Tiny-ImageNet as it is released, to class folders:  python scripts/prepare_tiny_imagenet.py DIR --output DIR
 
-Copies train/<wnid>/images/ to train/<wnid>/ and val/images/ to val/<wnid>/, as val_annotations.txt sorts them, and writes
-boxes.tsv: the object's box in every image, for scripts/probe.py objects.
+Copies train/<wnid>/images/ to train/<wnid>/, and val/images/ to val/<wnid>/ as val_annotations.txt sorts them. Writes
+boxes.tsv, the object's box in every image, for scripts/probe.py objects.
 """
 
 import csv
@@ -59,9 +59,8 @@ def main() -> None:
                 shutil.copyfile(file, target)
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from error
-    write_text(
-        table, "".join("\t".join(row) + "\n" for row in [BOX_COLUMNS, *([name, *box] for _, name, box in images)])
-    )
+    rows = [BOX_COLUMNS, *([name, *box] for _, name, box in images)]
+    write_text(table, "".join("\t".join(row) + "\n" for row in rows))
     print(f"{options.output}: {len(images):,} images, and their boxes in {table}")
 
 
