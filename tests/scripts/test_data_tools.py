@@ -363,6 +363,5 @@ def test_tiny_imagenet_as_released(tmp_path, capsys, monkeypatch):
     assert boxes[f"train/{CLASSES[0]}/{CLASSES[0]}_1.JPEG"] == 62 * 48
     assert (source / "val" / "images" / "val_0.JPEG").is_file()
     assert "choose another" in refuse(capsys, monkeypatch, prepare_tiny_imagenet, source, "--output", source / "new")
-    assert "as released" in refuse(
-        capsys, monkeypatch, prepare_tiny_imagenet, output / "val", "--output", tmp_path / "x"
-    )
+    line = refuse(capsys, monkeypatch, prepare_tiny_imagenet, output / "val", "--output", tmp_path / "x")
+    assert "DIR must be Tiny-ImageNet as released" in line
