@@ -1,8 +1,11 @@
 """Order and augmentation of training images: functions of seed, epoch, index and repeat, and of each of them."""
 
 import itertools
+import random
 
+import numpy as np
 import pytest
+import torch
 from helpers import photograph, small_config
 from torch import Tensor
 
@@ -71,3 +74,17 @@ def test_each_part_of_the_last_batch_needs_two_images(remainder, accumulate, ref
         assert len(loader(16 + remainder, accumulate=accumulate, data__last_batch="drop")) == 2
     else:
         assert len(loader(16 + remainder, accumulate=accumulate)) == 3
+
+
+def test_every_generator_is_seeded():
+    """RandAugment draws from Python's and numpy's too."""
+
+    def drawn() -> tuple[float, float, float]:
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    draws = []
+    for seed in (1, 1, 2):
+        seeding.reseed(seed)
+        draws.append(drawn())
+    assert draws[0] == draws[1]
+    assert all(one != other for one, other in zip(draws[0], draws[2], strict=True))

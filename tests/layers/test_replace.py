@@ -218,6 +218,11 @@ def test_a_layer_with_weights_is_not_shared_by_several_calls(channels):
     assert model(x).shape == (2, 10)
 
 
+def test_a_filter_for_other_channels_is_not_shared():
+    """Blur has no weights to learn, but one filter for each channel."""
+    assert "calls it 2 times" in replace_downsampling(Tutorial(), "blur", input_size=(1, 28, 28)).kept["pool"]
+
+
 def test_a_layer_under_several_names():
     pool = nn.MaxPool2d(2)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Sequential(nn.Conv2d(8, 8, 3), pool))
