@@ -70,7 +70,8 @@ def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
     initialize(model)
     if config.downsampling:
         try:
-            report = replace_downsampling(model, config.downsampling, input_size=model.default_cfg["input_size"])
+            cfg: Any = model.default_cfg
+            report = replace_downsampling(model, config.downsampling, input_size=cfg["input_size"])
         except ValueError as error:
             raise InputError(f"model.downsampling: {error}") from error
         swapped = {what.partition(",")[0] for what in report.swapped.values()}
