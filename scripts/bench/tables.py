@@ -159,6 +159,7 @@ class Part(NamedTuple):
 PARTS = (
     Part("op_cpu", "The operator on a CPU", _operator),
     Part("train_cpu", "Training steps on a CPU", _TRAINING, FLOOR_CAPTION),
+    Part("train_cpu_bfloat16", "Training steps on a CPU in bfloat16", _TRAINING, FLOOR_CAPTION),
     Part("model_cpu", "Inference on a CPU", _INFERENCE, FLOOR_CAPTION),
     Part("train_plain", "Training steps on a CPU without a C++ compiler", _TRAINING, FLOOR_CAPTION),
     Part("step_cpu", "The parts of a training step, on a CPU", _STEP, STEP_CAPTION),
