@@ -3,14 +3,15 @@
     lip.lip2d    checks its arguments, then asks ``supports`` and ``must_decompose``
       -> torch.ops.lip_resnet.lip2d (here)    float32, bfloat16, float16, where a kernel runs
            -> cpu (C++), or triton_lip on GPUs: ``forward``, ``backward``
-      -> reference.py    float64; graphs that are exported or traced; other devices; no kernel; windows above 8x8, and on
-                         GPUs strides above 8
+      -> reference.py    float64; graphs that are exported or traced; other devices; no kernel; windows above 8x8;
+                         on GPUs also strides above 8
 
 The fused operator takes one pass over x and the logits forward and one backward, and saves x, logits, y and one number
-per window, on GPUs two. The CPU kernel has room for a window of 8x8. Triton compiles a kernel for each window when it
-is first used, its code growing with kernel_size + stride^2: 1 to 3 s for 3x3/2, at most 15 s up to the limits, but 2
-minutes for a stride of 16, longer than the plain form would take for all of a short run. A kernel is built or loaded when the first tensor of its device needs it; if that fails, one warning says
-why. The environment variable LIP_KERNELS=auto|plain chooses; with ``plain`` only ``reference.py`` is used.
+per window, on GPUs two. A kernel is built or loaded when the first tensor of its device needs it; if that fails, one
+warning says why. The environment variable LIP_KERNELS=auto|plain chooses; with ``plain`` only ``reference.py`` is used.
+
+Triton compiles a kernel for each window, when it is first used: 1 to 3 s for 3x3/2, at most half a minute within the
+limits, but two minutes for a stride of 16, as each of the stride^2 positions of a cell has code of its own.
 """
 
 import functools
@@ -131,10 +132,10 @@ def _empty_outputs(
 def lip2d(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, logits (B, C, H, W) -> y (B, C, h, w), and what the backward pass needs of every window: top and r.
 
-    ``top`` is the largest logit, in the logits' dtype; the CPU kernel finds it again, so there ``top`` is empty. ``r`` is
-    1 / sum exp(logits - top), float32, or beside float64 float64. On GPUs it is float16 where x and logits have 16 bits:
-    it lies between 1/64 and 1, so that its rounding is an eighth of y's in bfloat16. ``y`` has the dtype and layout of
-    x. See ``lip_resnet.lip2d``, which checks the arguments.
+    ``y`` has the dtype and layout of x. ``top`` is the largest logit, in their dtype; on the CPU, where the kernel
+    finds it again, it is empty. ``r`` = 1 / sum exp(logits - top) is float32 (float64 beside float64), on GPUs float16
+    where x and logits have 16 bits: it lies between 1/64 and 1, so it is rounded at most as much as y.
+    See ``lip_resnet.lip2d``, which checks the arguments.
     """
     y, top, r = _empty_outputs(x, logits, kernel_size, stride, padding)
     if y.numel():

@@ -21,7 +21,6 @@ from torch import Tensor
 
 THREADS = 128  # per program; each has 16 bytes of every position and window that it visits
 UNROLLED = tl.constexpr(3)  # windows up to this size are unrolled; above it rows of a window are a loop
-SUMS = {torch.float32: tl.float32, torch.float64: tl.float64}
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -127,7 +126,7 @@ def backward_kernel(
                     gathered_v += weight * v
             value = tl.load(x + at, inside, other=0.0).to(SUM)
             dx_value = gathered_u.to(dx.dtype.element_ty)
-            gradients = gradients + (dx_value, (value * gathered_u - gathered_v).to(dl.dtype.element_ty))
+            gradients = (*gradients, dx_value, (value * gathered_u - gathered_v).to(dl.dtype.element_ty))
         for s in tl.static_range(STRIDE):
             at = first + (t * W + s) * step
             inside = _inside(i + t, j + s, H, W, mask)
