@@ -119,8 +119,8 @@ def _empty_outputs(
     x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     h, w = ((size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[-2:])
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.empty((*x.shape[:2], h, w), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.device.type == "cpu":
         return y, logits.new_empty((0, 0, 0, 0)), torch.empty_like(y, dtype=dtype)
     if x.dtype.itemsize == logits.dtype.itemsize == 2:

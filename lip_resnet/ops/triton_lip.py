@@ -125,8 +125,8 @@ def backward_kernel(
                     gathered_u += weight * u
                     gathered_v += weight * v
             value = tl.load(x + at, inside, other=0.0).to(SUM)
-            dx_value = gathered_u.to(dx.dtype.element_ty)
-            gradients = (*gradients, dx_value, (value * gathered_u - gathered_v).to(dl.dtype.element_ty))
+            dl_value = value * gathered_u - gathered_v
+            gradients += (gathered_u.to(dx.dtype.element_ty), dl_value.to(dl.dtype.element_ty))
         for s in tl.static_range(STRIDE):
             at = first + (t * W + s) * step
             inside = _inside(i + t, j + s, H, W, mask)
