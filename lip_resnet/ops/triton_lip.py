@@ -126,7 +126,7 @@ def backward_kernel(
                     gathered_v += weight * v
             value = tl.load(x + at, inside, other=0.0).to(SUM)
             dl_value = value * gathered_u - gathered_v
-            gradients += (gathered_u.to(dx.dtype.element_ty), dl_value.to(dl.dtype.element_ty))
+            gradients += (gathered_u.to(dx.dtype.element_ty), dl_value.to(dl.dtype.element_ty))  # type: ignore[assignment]
         for s in tl.static_range(STRIDE):
             at = first + (t * W + s) * step
             inside = _inside(i + t, j + s, H, W, mask)
@@ -156,7 +156,7 @@ def backward(
     _launch(backward_kernel, (dy, x, logits, y, top, r, dx, dl), x, y, window, cells, cells)
 
 
-def _launch(kernel, tensors, x: Tensor, y: Tensor, window, extent: tuple[int, int], extra: tuple[int, ...]) -> None:
+def _launch(kernel, tensors, x: Tensor, y: Tensor, window, extent: tuple[int, ...], extra: tuple[int, ...]) -> None:
     """Cover an ``extent`` (rows, columns) of every image with tiles."""
     batch, channels, height, width = x.shape
     channels_last = not x.is_contiguous()
