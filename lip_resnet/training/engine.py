@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from lip_resnet import distributed
-from lip_resnet.config import Config, InputError
+from lip_resnet.config import Config, InputError, TrainConfig
 from lip_resnet.data import Batch, TrainLoader, prefetch, to_device
 from lip_resnet.evaluation.evaluate import autocast
 from lip_resnet.evaluation.metrics import AccuracyCounts
@@ -135,14 +135,24 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
         model.compile(mode=train.compile_mode)
     wrapped = model
     if distributed.world_size() > 1:
-        # DDP broadcasts rank 0's BN buffers before every forward: a checkpoint needs only those.
-        wrapped = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
-        if train.gradient_compression != "none":
-            wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
+        wrapped = wrap_ddp(model, train)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
     return TrainState(model, wrapped, optimizer, scaler, ema, AccuracyCounts(device), NonFiniteGuard(model, train))
+
+
+def wrap_ddp(model: nn.Module, config: TrainConfig) -> DistributedDataParallel:
+    """The network under DDP, on the device where its parameters are.
+
+    The gradients are views of DDP's buckets, which have the strides of the parameters: channels-last where those are.
+    """
+    device = next(model.parameters()).device
+    # DDP broadcasts rank 0's BN buffers before every forward: a checkpoint needs only those.
+    wrapped = DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+    if config.gradient_compression != "none":
+        wrapped.register_comm_hook(None, _COMPRESSION[config.gradient_compression])
+    return wrapped
 
 
 def warm_up_ddp(state: TrainState, config: Config) -> None:
