@@ -15,7 +15,7 @@ from lip_resnet.ops import dispatch
 if not torch.cuda.is_available():
     pytest.skip("tests/gpu needs a CUDA device, and PyTorch sees none", allow_module_level=True)
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu")]
+pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PRECISIONS = ["float32", "bfloat16", "float16"]
 REAL = {"model__name": "lip_resnet18", "model__downsampling": {}, "batch": 16, "side": 64}
@@ -62,6 +62,7 @@ def test_sites(site, dtype):
     device_operators.check_site("cuda", dtype, 8, channels, size)
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_than_two_billion_elements(layout):
     require_memory(50)
