@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.network import build_config, describe, make_step, prepare
 from bench.timing import Row, attempt
 
-STEPS = 3
+WARM_UP, STEPS = 2, 3
 MOST = 20
 """Kernels with a row of their own; all others share one."""
 
@@ -38,7 +38,7 @@ def kernel_rows(options: argparse.Namespace) -> Iterator[Row]:
 def _profile(step, device: torch.device) -> list[tuple[str, float, float]]:
     """(kernel, milliseconds a step, calls a step), the longest first."""
     gpu = device.type == "cuda"
-    for _ in range(3):
+    for _ in range(WARM_UP):
         step()
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as trace:
         for _ in range(STEPS):

@@ -73,20 +73,20 @@ def fast(options: argparse.Namespace, folder: Path) -> list[Part]:
     compiled = (
         []
         if quick
-        else [measure("train compiled", "train", "--compile", "--contestants", *trained, *half, seconds=120)]
+        else [measure("train compiled", "train", "--compile", "--contestants", *trained, *half, seconds=110)]
     )
     forms = ["lip2d", *([PREVIOUS] if gpu else []), "textbook", "avg_pool2d"]
     one_site = sites or ["--sites", "64x112"]  # torch.compile compiles for every site anew
     return [
-        measure("op", "op", "--contestants", *forms, *half, *sites, seconds=90),
-        measure("train", "train", "--contestants", *trained, *previous, *half, *sizes, *rounds, seconds=80),
+        measure("op", "op", "--contestants", *forms, *half, *sites, seconds=80),
+        measure("train", "train", "--contestants", *trained, *previous, *half, *sizes, *rounds, seconds=70),
         *compiled,
-        measure("memory", "memory", "--contestants", *trained, *half, *sizes, seconds=40),
-        _synthetic("lip_resnet50", options, folder, 50),
+        measure("memory", "memory", "--contestants", *trained, *half, *sizes, seconds=35),
+        _synthetic("lip_resnet50", options, folder, 45),
         measure(
-            "inference", "model", "--contestants", *PAPER_NETWORKS, *(sizes or ["--batch", "32"]), *rounds, seconds=60
+            "inference", "model", "--contestants", *PAPER_NETWORKS, *(sizes or ["--batch", "32"]), *rounds, seconds=55
         ),
-        measure("kernels", "kernels", "--contestants", *trained[:2], *half, *sizes, seconds=40),
+        measure("kernels", "kernels", "--contestants", *trained[:2], *half, *sizes, seconds=35),
         measure(
             "op compiled", "op", "--contestants", "textbook", "textbook, torch.compile", *half, *one_site, seconds=40
         ),
