@@ -47,6 +47,10 @@ def run(monkeypatch, tmp_path, *arguments: str) -> list[dict]:
 
 @pytest.mark.parametrize("what", TINY)
 def test_rows(monkeypatch, tmp_path, capsys, what):
+    if what == "kernels":  # a small network: the profiler is slow
+        monkeypatch.setitem(
+            contestants.NETWORKS, "resnet50", lambda: timm.create_model("test_resnet", num_classes=1000)
+        )
     rounds = [] if what in ("memory", "kernels") else ["--rounds", "2"]
     rows = run(monkeypatch, tmp_path, what, *TINY[what], *rounds)
     count = {"op": 2 * 4, "model": 2 * 2, "train": 2, "step": 3, "memory": 3, "kernels": 21}[what]
