@@ -105,7 +105,7 @@ def real(options: argparse.Namespace, folder: Path) -> list[Part]:
     ]
     if not (data / "cifar-10-batches-py").is_dir():
         classes = sum(path.is_dir() for path in (data / "train").iterdir())
-        side = ["data.size=64", "data.eval_size=64", "data.eval_resize=64"]
+        side = [f"data.{key}={options.size}" for key in ("size", "eval_size", "eval_resize")]
         changes += ["data.name=folder", f"model.num_classes={classes}", *side]
     if options.quick:
         changes += ["data.batch_size=16", "train.max_steps=4", "train.log_every=2"]

@@ -60,6 +60,8 @@ def check_skipped_step(device: str, precision: str, batch: int = 2, side: int = 
     state, step, data = make_step(
         device, batch, side, train__precision=precision, train__ema_decay=0.9, train__on_nonfinite="skip", **changes
     )
+    if precision == "float16":
+        state.scaler = torch.amp.GradScaler(device, init_scale=256.0)  # no step overflows
     reported: list[str] = []
     state.guard.warn = reported.append
     step(data, 0.01)
@@ -114,12 +116,14 @@ def check_no_layout_copy(device: str, precision: str, batch: int = 3, side: int 
         (event.name, event.input_shapes[0])
         for event in profile.events()
         if event.name in ("aten::copy_", "aten::clone", "aten::contiguous")
+        and event.input_shapes
         and len(event.input_shapes[0]) == 4
         and event.input_shapes[0][0] == batch
         and event.input_shapes[0][1] != 3  # the images: uint8 to float32, and to the precision
     ]
     assert not copies
-    assert not [name for name in names if any(part in name.lower() for part in LAYOUT_KERNELS)]
+    if precision != "float32":  # cuDNN itself changes layouts for float32 convolutions without TF32
+        assert not [name for name in names if any(part in name.lower() for part in LAYOUT_KERNELS)]
 
 
 def check_prefetch(device: str, batches: int = 6, cycles: int = 10_000_000) -> None:
@@ -175,15 +179,20 @@ def check_ddp_strides(device: str, folder: Path, batch: int = 2, side: int = 32,
     try:
         wrapped = wrap_ddp(state.model, config.train)
         images = torch.randn(batch, 3, side, side, device=here).to(memory_format=torch.channels_last)
+        produced: dict[str, tuple[int, ...]] = {}
+        for key, parameter in state.model.named_parameters():
+            parameter.register_hook(lambda gradient, key=key: produced.update({key: gradient.stride()}))
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.filterwarnings("error", message="Grad strides do not match bucket view strides")
             for _ in range(2):
                 with torch.autocast(device, torch.bfloat16):
                     loss = wrapped(images).float().sum()
                 loss.backward()
-                strides = {n: (p.grad.stride(), p.stride()) for n, p in state.model.named_parameters()}
+                buckets = {key: parameter.grad.stride() for key, parameter in state.model.named_parameters()}
                 state.optimizer.zero_grad()
-        assert not {n: pair for n, pair in strides.items() if pair[0] != pair[1]}
+        expected = {key: parameter.stride() for key, parameter in state.model.named_parameters()}
+        assert produced == expected
+        assert buckets == expected
         kernels = [p.stride() for p in state.model.parameters() if p.dim() == 4 and p.shape[1] * p.shape[2] > 1]
         assert kernels
         assert all(stride[1] == 1 for stride in kernels)  # channels-last

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import run_python
+from helpers import old_interpreter, run_python
 from helpers.operator_cases import LAYOUTS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -102,6 +102,7 @@ def test_operator_compiles_for_a_gpu(name, channels_last, capability):
     compile_ahead(getattr(triton_lip, name), constants, types, "i32", capability)
 
 
+@old_interpreter
 def test_instance_norm_in_the_interpreter():
     """Forward and backward, run by Triton's interpreter, against PyTorch's instance norm in float64 and autograd.
 

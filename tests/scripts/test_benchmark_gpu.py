@@ -35,7 +35,7 @@ def test_every_part_is_a_valid_command(monkeypatch, tmp_path, images, stage, qui
     """Options, recipes and files exist; the time-outs of a stage add up to at most 8 minutes; names are unique."""
     device = "cpu" if quick else "cuda"
     monkeypatch.setattr(stages.shutil, "which", lambda name: f"/bin/{name}")
-    options = argparse.Namespace(stage=stage, device=device, quick=quick, data=images, seeds=2, epochs=3)
+    options = argparse.Namespace(stage=stage, device=device, quick=quick, data=images, seeds=2, epochs=3, size=48)
     parts = stages.STAGES[stage](options, tmp_path)
     assert len({part.name for part in parts}) == len(parts)
     assert sum(part.seconds for part in parts) <= 480
@@ -52,12 +52,22 @@ def test_every_part_is_a_valid_command(monkeypatch, tmp_path, images, stage, qui
             given = lip_commands.train_parser(cli.ArgumentParser).parse_intermixed_args()
             config = load_config(Path(given.config), tuple(given.overrides))
             assert config.train.precision == ("float32" if quick else "bfloat16")
-            assert stage != "real" or (config.model.num_classes, config.data.name) == (3, "folder")
+            if stage == "real":
+                assert (config.model.num_classes, config.data.name, config.data.size) == (3, "folder", 48)
         elif words[0] == "eval.py":
             assert lip_commands.eval_parser(cli.ArgumentParser).parse_args().output
         else:
             assert words[:2] == ["-m", "pytest"]
             assert (stages.ROOT / words[2]).exists()
+
+
+def test_cifar_as_torchvision_stores_it(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    options = argparse.Namespace(device="cuda", quick=False, data=tmp_path, seeds=3, epochs=12, size=64)
+    words = stages.real(options, tmp_path)[0].command[2:]
+    config = load_config(Path(words[1]), tuple(words[4:]))
+    assert (config.data.name, config.data.root, config.model.num_classes) == ("cifar10", str(tmp_path), 10)
+    assert (config.data.size, config.train.epochs) == (32, 12)
 
 
 def python(code: str) -> list[str]:
