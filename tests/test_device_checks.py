@@ -67,8 +67,8 @@ def test_layout_copies(monkeypatch):
 def test_ddp_strides(monkeypatch, tmp_path):
     device_steps.check_ddp_strides("cpu", tmp_path)
 
-    def late(model, config):  # the layout changes after DDP has made its buckets
-        wrapped = engine.wrap_ddp(model.to(memory_format=torch.contiguous_format), config)
+    def late(model, compression):  # the layout changes after DDP has made its buckets
+        wrapped = engine.wrap_ddp(model.to(memory_format=torch.contiguous_format), compression)
         model.to(memory_format=torch.channels_last)
         return wrapped
 

@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from lip_resnet import distributed
-from lip_resnet.config import Config, InputError, TrainConfig
+from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, TrainLoader, prefetch, to_device
 from lip_resnet.evaluation.evaluate import autocast
 from lip_resnet.evaluation.metrics import AccuracyCounts
@@ -135,13 +135,13 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
         model.compile(mode=train.compile_mode)
     wrapped = model
     if distributed.world_size() > 1:
-        wrapped = wrap_ddp(model, train)
+        wrapped = wrap_ddp(model, train.gradient_compression)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
     return TrainState(model, wrapped, optimizer, scaler, ema, AccuracyCounts(device), NonFiniteGuard(model, train))
 
 
-def wrap_ddp(model: nn.Module, config: TrainConfig) -> DistributedDataParallel:
-    """The network under DDP, on the device where its parameters are.
+def wrap_ddp(model: nn.Module, compression: str) -> DistributedDataParallel:
+    """The network under DDP, on the device of its parameters; ``compression`` is ``train.gradient_compression``.
 
     The gradients are views of DDP's buckets, which have the strides of the parameters: channels-last where those are.
     """
@@ -150,8 +150,8 @@ def wrap_ddp(model: nn.Module, config: TrainConfig) -> DistributedDataParallel:
     wrapped = DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
-    if config.gradient_compression != "none":
-        wrapped.register_comm_hook(None, _COMPRESSION[config.gradient_compression])
+    if compression != "none":
+        wrapped.register_comm_hook(None, _COMPRESSION[compression])
     return wrapped
 
 

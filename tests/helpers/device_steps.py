@@ -177,7 +177,7 @@ def check_ddp_strides(device: str, folder: Path, batch: int = 2, side: int = 32,
     store = dist.FileStore(str(folder / "store"), 1)
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1, **gpu)
     try:
-        wrapped = wrap_ddp(state.model, config.train)
+        wrapped = wrap_ddp(state.model, config.train.gradient_compression)
         images = torch.randn(batch, 3, side, side, device=here).to(memory_format=torch.channels_last)
         produced: dict[str, tuple[int, ...]] = {}
         for key, parameter in state.model.named_parameters():
