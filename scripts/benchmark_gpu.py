@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="for real: the images")
     parser.add_argument("--size", type=int, default=64, help="for real: side of the images of a folder (default: 64)")
     parser.add_argument("--seeds", type=int, default=3, help="for real: runs of each network (default: 3)")
-    parser.add_argument("--epochs", type=int, default=12, help="for real (default: 12)")
+    parser.add_argument("--epochs", type=int, default=10, help="for real (default: 10)")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no GPU; --device cpu --quick tries the stage without one")
@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
         raise InputError(
             f"--data {options.data}; real needs a folder with train/ and val/, or with cifar-10-batches-py/"
         )
-    for name, least in (("seeds", 1), ("epochs", 1), ("size", 32)):
+    for name, least in (("seeds", 1), ("epochs", 2), ("size", 32)):
         if getattr(options, name) < least:
             raise InputError(f"--{name} {getattr(options, name)}; it must be at least {least}")
     if options.output.suffix != ".jsonl" or options.output.exists() or not options.output.parent.is_dir():

@@ -22,6 +22,7 @@ REAL = {"model__name": "lip_resnet18", "model__downsampling": {}, "batch": 16, "
 
 
 def require_memory(gib: int) -> None:
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gib:
         pytest.skip(f"needs {gib} GiB of GPU memory, {free:.0f} are free")
