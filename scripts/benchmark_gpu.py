@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from bench import quantities, tables
@@ -124,7 +123,7 @@ def report(stage: str, hardware: str, rows: list[Row]) -> str:
         lines = []
         for quantity in quantities.QUANTITIES:
             values = predicted.get((gpu or "H100", quantity.name)), quantity.measure(rows)
-            lines.append([quantity.name, _show(values[0]), quantity.target, _show(values[1])])
+            lines.append([quantity.name, tables.show(values[0]), quantity.target, tables.show(values[1])])
         header = ["quantity", f"predicted, {gpu or 'H100'}", "target", f"measured, {hardware}"]
         texts += [render(header, lines), f"Predicted: {method}"]
     if stage == "real":
@@ -151,12 +150,6 @@ def accuracies(rows: list[Row]) -> str:
 
 def _ends_part(row: Row) -> bool:
     return row.keys() <= {"part", "seconds", "failed"}
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, list):
-        return " to ".join(map(_show, value))
-    return "-" if value is None else f"{value:.3g}"
 
 
 def main() -> None:

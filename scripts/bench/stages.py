@@ -109,7 +109,7 @@ def real(options: argparse.Namespace, folder: Path) -> list[Part]:
         for name in ("lip_resnet18", "resnet18"):
             run = folder / f"{name}-{seed}"
             row = {"model": name, "seed": seed}
-            train = _train(CIFAR / f"{name}.yaml", run, [*changes, f"train.seed={seed}"], options)
+            train = _train(CIFAR / f"{name}.yaml", run, [*changes, f"train.seed={seed}"])
             parts.append(Part(f"train {run.name}", train, limit - 20, functools.partial(_log, run, row)))
             evaluate = [
                 sys.executable,
@@ -151,14 +151,22 @@ def _benchmark(name: str, what: str, *words: str, options: argparse.Namespace, f
     return Part(name, command, seconds, functools.partial(_lines, output))
 
 
-def _train(recipe: Path, run: Path, changes: list[str], options: argparse.Namespace) -> list[str]:
-    precision = [] if options.device == "cpu" else ["train.precision=bfloat16"]
-    return [sys.executable, "train.py", "--config", str(recipe), "--output", str(run), *precision, *changes]
+def _train(recipe: Path, run: Path, changes: list[str]) -> list[str]:
+    return [
+        sys.executable,
+        "train.py",
+        "--config",
+        str(recipe),
+        "--output",
+        str(run),
+        "train.precision=bfloat16",
+        *changes,
+    ]
 
 
 def _synthetic(name: str, options: argparse.Namespace, folder: Path, seconds: float) -> Part:
     """``train.py`` on noise that costs nothing to load: its images/s beside those of the bare step."""
-    steps, batch = STEPS[options.quick], 4 if options.quick else 256
+    steps, batch = STEPS[options.quick], 2 if options.quick else 256
     changes = [
         "data.name=synthetic",
         f"data.batch_size={batch}",
@@ -168,7 +176,7 @@ def _synthetic(name: str, options: argparse.Namespace, folder: Path, seconds: fl
     changes += [f"train.max_steps={steps}", f"train.log_every={steps // 4}", f"data.workers={_workers()}"]
     changes += ["data.size=64", "data.eval_size=64", "data.eval_resize=64"] if options.quick else []
     run = folder / f"synthetic-{name}"
-    command = _train(IMAGENET / f"{name}_step90.yaml", run, changes, options)
+    command = _train(IMAGENET / f"{name}_step90.yaml", run, changes)
     return Part(f"train.py {name}", command, seconds, functools.partial(_log, run, {"model": name}))
 
 

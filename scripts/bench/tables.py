@@ -36,16 +36,17 @@ def markdown(rows: list[Row], environment: Row) -> str:
     return "\n".join([*facts, "", _table(keys, [[row.get(key) for key in keys] for row in rows])]) + "\n"
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value for a table: three digits, a range for a list, "-" for None."""
     if isinstance(value, list):
-        return " to ".join(map(_show, value))
+        return " to ".join(map(show, value))
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return "-" if value is None else str(value)
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
-    return render(header, [[_show(value) for value in row] for row in rows]).rstrip()
+    return render(header, [[show(value) for value in row] for row in rows]).rstrip()
 
 
 # ---- tables of the docs ----
@@ -182,7 +183,7 @@ def gpus(folder: Path) -> str:
         for gpu in GPUS:
             value = quantity.measure(measured[gpu][1]) if gpu in measured else None
             model = predicted.get((gpu, quantity.name))
-            cells.append(_show(value) if value is not None else f"{_show(model)} (model)" if model is not None else "-")
+            cells.append(show(value) if value is not None else f"{show(model)} (model)" if model is not None else "-")
         lines.append([quantity.name, quantity.target, *cells])
     text = f"**On GPUs**\n\n{_table(['quantity', 'target', *GPUS], lines)}\n\n(model): predicted. {method}"
     machines = [_made_by(environment) for environment, _ in measured.values()]
