@@ -63,8 +63,9 @@ def eval_parser(
     add("--partial", action="store_true", help="accept imagenet-c with missing folders: no mCE")
     where = "where to write the row (default for a run: RUN/eval.json, or RUN/eval-NAME.json with --dataset)"
     add("--output", help=f"{where}; for several sets a directory, for rows of those names")
+    add("--predictions", metavar="FILE.csv", help="write the prediction of every image, with its loss and margin")
     add("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
-    add("--size", dest="eval_size", type=int, help="side of the centre crop, pixels")
+    add("--size", dest="eval_size", type=int, help="side of the centre crop, pixels; alone it scales --resize too")
     add(
         "--resize",
         dest="eval_resize",
@@ -74,6 +75,7 @@ def eval_parser(
     add("--crop-mode", choices=("center", "squash", "border"), help="how images are resized before the crop, as timm's")
     add("--interpolation", choices=("bilinear", "bicubic"))
     add("--precision", choices=("float32", "bfloat16", "float16"))
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: CUDA, else the CPU")
     add("--batch-size", dest="eval_batch_size", type=int, help="images per batch and process")
     add("--workers", type=int, help="loader worker processes per process")
     return parser

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import io
 import os
 import signal
 import sys
@@ -12,8 +13,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from lip_resnet import distributed
-from lip_resnet.errors import EXIT_CODES, InputError, Stopped
+from lip_resnet import distributed, memory
+from lip_resnet.errors import EXIT_CODES, InputError, OutOfMemory, Stopped
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -26,17 +27,24 @@ class ArgumentParser(argparse.ArgumentParser):
 def launch(main: Callable[[], None]) -> None:
     """Join the process group, run a command's ``main``, and exit.
 
-    Exit codes: 0, done; 2, InputError, on every rank, printed by rank 0 alone; 1, training diverged
-    (FloatingPointError); 75, Stopped; 130, interrupted. These print one line, and with LIP_DEBUG=1 in the environment
-    their traceback after it. Any other exception is a bug: exit code 1, with its traceback.
+    Exit codes: 0, done; 2, InputError, on every rank, printed by rank 0 alone; 1, FloatingPointError (training has
+    diverged, or an evaluation's logits are not finite) or out of memory; 75, Stopped; 130, interrupted. These print one
+    line, and with LIP_DEBUG=1 in the environment their traceback after it. Any other exception is a bug: exit code 1,
+    with its traceback.
     """
     code = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal cannot show; stderr does so
     try:
         distributed.init()
         main()
     except tuple(EXIT_CODES) as error:
         code = _fail(error)
     except Exception as error:
+        if memory.is_out_of_memory(error):
+            short = OutOfMemory(f"out of memory: {str(error)[:300]}")
+            short.__cause__ = error
+            sys.exit(_fail(short))
         if distributed.world_size() > 1:
             _exit_alone(error)
         raise

@@ -40,7 +40,8 @@ def is_compiled(model: nn.Module) -> bool:
 
 def copy_tensors_(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source into its target, in few kernels; torch 2.11 to 2.14."""
-    torch._foreach_copy_(targets, sources)
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def move_towards_(targets: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:

@@ -16,6 +16,7 @@ T = TypeVar("T")
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = datetime.timedelta(hours=2)
 """Of collectives: longer than ``train.hang_minutes``, so that the watchdog names a hanging rank first."""
+_device: torch.device | None = None
 _control: Any = None  # a Gloo group: objects and barriers go through the CPU and never wait for a GPU stream
 
 
@@ -34,23 +35,53 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def choose_device(name: str) -> torch.device:
+    """Choose what ``device`` returns from now on.
+
+    Args:
+        name: cuda, mps or cpu; auto: this process's GPU, or the CPU where CUDA has none.
+
+    Raises:
+        InputError: PyTorch cannot use it here, or not with this many processes.
+    """
+    global _device
+    _device = _find_device(name)
+    return _device
+
+
 def device() -> torch.device:
-    """This process's GPU, or the CPU where there is none.
+    """This process's device: the one chosen by ``choose_device``, else that of ``auto``.
 
     Raises:
         InputError: this machine has more processes than GPUs.
     """
-    if not torch.cuda.is_available():
+    return _device or _find_device("auto")
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise InputError("device mps: PyTorch can use no Apple GPU here; choose auto, cuda or cpu")
+        if world_size() > 1:
+            raise InputError(f"device mps: Apple's GPU takes one process, not {world_size()}; start without torchrun")
+        return torch.device("mps")
+    if not torch.cuda.is_available():
+        raise InputError("device cuda: PyTorch can use no CUDA GPU here; choose auto or cpu")
     processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if processes > count:  # the same on every process of the machine
         raise InputError(f"{processes} processes on this machine but {count} GPUs are visible; lower --nproc_per_node")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if "RANK" in os.environ else 0)
+    if "RANK" not in os.environ:
+        return torch.device("cuda", 0)
+    here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(here)
+    return here
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over processes, in place; any shape and dtype."""
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
@@ -141,7 +172,7 @@ def init() -> None:
     """Join torchrun's process group, if torchrun (or a launcher that sets the same variables) started this process.
 
     Raises:
-        InputError: some of torchrun's variables are missing, there are too few GPUs, or not all processes come.
+        InputError: some of torchrun's variables are missing, or not all processes come.
     """
     global _control
     present = [name for name in _VARIABLES if name in os.environ]
@@ -152,14 +183,11 @@ def init() -> None:
         raise InputError(f"the environment sets {', '.join(present)} but not {missing}; start with torchrun")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         lifeline.exit_with_parent()
-    here = device()
     store: dict[str, Any] = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = {"store": store_of_this_start(number, count), "rank": number, "world_size": count}
-    if here.type == "cuda":
-        torch.cuda.set_device(here)
-        dist.init_process_group("nccl", device_id=here, timeout=TIMEOUT, **store)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT, **store)
+    # The device is chosen later, by the recipe: a group for both, whose NCCL half starts with its first collective.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, **store)
     _control = dist.new_group(backend="gloo", timeout=TIMEOUT)

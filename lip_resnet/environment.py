@@ -20,14 +20,15 @@ def describe_environment(device: str | None = None) -> dict[str, Any]:
     """Versions, hardware, command and commit, for env.json and rows.
 
     Args:
-        device: "cpu" or "cuda", the one to describe; by default the GPU, if there is one.
+        device: "cuda", "mps" or "cpu", the one to describe; by default this process's.
     """
-    gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    device = device or distributed.device().type
+    gpu = device == "cuda"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         **_describe_commit(Path(__file__)),
-        "hardware": torch.cuda.get_device_name() if gpu else _cpu_name(),
+        "hardware": torch.cuda.get_device_name() if gpu else _cpu_name() + (", MPS" if device == "mps" else ""),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

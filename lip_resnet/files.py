@@ -1,10 +1,11 @@
-"""Atomic writes of files, and their digests."""
+"""Atomic writes of files, strict JSON, and digests of files."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lip_resnet.errors import InputError
 
@@ -35,6 +36,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text to a file, as ``write_atomically``."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON (RFC 8259), without a line feed at its end.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have.
+    """
+    return json.dumps(value, indent=indent, allow_nan=False)
 
 
 def sync_folder(folder: Path) -> None:

@@ -83,22 +83,26 @@ def _check_plain(tree: Any) -> None:
             raise ValueError(f"{where}: a whole number of {value.bit_length()} bits; 64 are allowed")
 
 
+_CONFIGS = Path(__file__).with_name("configs")
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Name, such as ``imagenet/lip_resnet50_step90``, to file of the recipes that come with the package."""
-    folder = Path(__file__).with_name("configs")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    paths = {path.relative_to(_CONFIGS): path for path in sorted(_CONFIGS.rglob("*.yaml"))}
+    return {name.with_suffix("").as_posix(): path for name, path in paths.items() if name.parts[0] != "studies"}
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file that ``path`` names, with or without ``.yaml``; where there is none, the shipped recipe of that name.
+    """The file that ``path`` names, with or without ``.yaml``; where there is none, the shipped one of that name.
 
-    A shipped recipe is named ``imagenet/lip_resnet50_step90`` or ``configs/imagenet/lip_resnet50_step90``. A name that
-    is neither a file nor a shipped recipe is returned as it is.
+    A shipped recipe or study is named ``imagenet/lip_resnet50_step90`` or ``configs/imagenet/lip_resnet50_step90``. A
+    name that is neither a file nor shipped is returned as it is.
     """
     for candidate in (str(path), f"{path}.yaml"):
         if os.path.isfile(candidate):
             return Path(candidate)
-    return shipped_recipes().get(_recipe_name(path), Path(path))
+    shipped = _CONFIGS / f"{_recipe_name(path)}.yaml"
+    return shipped if shipped.is_file() else Path(path)
 
 
 def _recipe_name(path: str | Path) -> str:
@@ -110,6 +114,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises:
         InputError: one line naming file, key, what was given, what is allowed, and the nearest valid key.
+    """
+    tree, source = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, source)
+
+
+def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
+    """The mapping in a YAML file, found by ``find_recipe``, before it is validated; and the file's name for errors.
+
+    Raises:
+        InputError: the file cannot be read, or is not a mapping.
     """
     path = find_recipe(path)
     try:
@@ -124,9 +140,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(tree, dict):
         given = "an empty file" if tree is None else f"a {type(tree).__name__}"
         raise _refusal(f"{path}: {given}; a recipe is a mapping of {', '.join(Config.model_fields)}")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(path))
+    return tree, str(path)
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
@@ -149,7 +163,12 @@ def parse_section(tree: dict[str, Any], source: str, schema: type[T]) -> T:
         raise _refusal(f"{source}: {error}") from error
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set a key of a mapping of sections by ``section.key=value``, in place; the value is YAML.
+
+    Raises:
+        InputError: it has not this form.
+    """
     dotted, equals, value = override.partition("=")
     keys = dotted.split(".")
     if not equals or len(keys) < 2 or not all(keys):

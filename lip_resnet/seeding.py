@@ -30,3 +30,5 @@ def reseed_device(device: torch.device, seed: int) -> None:
     reseed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

@@ -20,7 +20,6 @@ are printed as Markdown. A contestant that fails, or whose result is wrong, is a
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from bench.timing import CLOCKS, LAYOUTS, Row
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.environment import describe_environment
+from lip_resnet.files import to_json
 from lip_resnet.ops import dispatch
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -156,7 +156,7 @@ def main() -> None:
     with open(options.output or os.devnull, "w", encoding="utf-8") as file:
         for row in itertools.chain([{"environment": environment}], ROWS[options.what](options)):
             rows.append(tables.shorten(row))
-            file.write(json.dumps(rows[-1]) + "\n")
+            file.write(to_json(rows[-1]) + "\n")
             file.flush()
     print(tables.markdown(rows[1:], environment), end="")
 

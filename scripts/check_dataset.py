@@ -1,59 +1,65 @@
 """Decode every image of a data set:  python scripts/check_dataset.py DIR
 
-Prints the numbers of images and classes, and lists the files that training and evaluation cannot decode. If there are
-none, it writes DIR/fingerprint.json, which runs and rows then record.
+Opens the set as training does, and so refuses what training refuses; prints the numbers of images and classes, and
+lists the files that training and evaluation cannot decode or resize. If there are none, it writes DIR/fingerprint.json,
+which runs and rows then record.
 """
 
 import hashlib
-import json
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from lip_resnet import cli
-from lip_resnet.config import InputError
-from lip_resnet.data.decode import BadImage, check_scan, decode_exact
+from lip_resnet.config import EvalDataConfig, InputError
+from lip_resnet.data.decode import BadImage, check_scan, decode_exact, image_errors, one_line
 from lip_resnet.data.fingerprint import FILE, digest, names_of
+from lip_resnet.data.sources import build_sources
 from lip_resnet.data.sources.base import Encoded
-from lip_resnet.data.sources.folder import Folder
-from lip_resnet.data.sources.shards import Shards
+from lip_resnet.data.transforms import check_resize
 from lip_resnet.evaluation import testsets
 from lip_resnet.evaluation.location import layout
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 
 _IMAGENET = {"train": 1_281_167, "val": 50_000}
 
 _source: Encoded  # in each worker process
+_evaluated: bool
 
 
 def _init_worker(source: Encoded) -> None:
-    global _source
-    _source = source
+    global _source, _evaluated
+    _source, _evaluated = source, source.root.name == "val"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends the others
 
 
 def check_image(index: int) -> tuple[int, str, str | None]:
-    """(bytes, sha256, error) of one image; (0, "", the line of the error) of one that does not decode."""
+    """(bytes, sha256, error) of one image; (0, "", the line of the error) of one that a run would refuse."""
     path = _source.path(index)
     try:
-        data = _source.read(index)
-        decode_exact(data, path)
-        check_scan(data, path)
+        with image_errors(path, "load"):
+            data = _source.read(index)
+            image = decode_exact(data, path)
+            check_scan(data, path)
+            if _evaluated:
+                check_resize(image, EvalDataConfig(name="digits"))  # with the default eval_resize
     except BadImage as error:
         return 0, "", str(error)
     return len(data), hashlib.sha256(data).hexdigest(), None
 
 
-def open_split(root: Path) -> Folder | Shards:
-    """The class folders or shards of a directory."""
-    if layout(root) == "shards":
-        return Shards(root)
-    return Folder(root, sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+def open_splits(root: Path, splits: list[str]) -> list[Any]:
+    """The class folders or shards of a directory, opened and checked as training opens them."""
+    layouts = [layout(root / split) for split in splits]
+    if layouts[0] != layouts[-1]:
+        kinds = {"folder": "class folders", "shards": "tar shards"}
+        raise InputError(f"{root}: train/ holds {kinds[layouts[0]]} and val/ {kinds[layouts[1]]}; a set has one kind")
+    return build_sources(EvalDataConfig(name=layouts[0], root=str(root)), None, tuple(splits))
 
 
 def check_images(source: Encoded, workers: int) -> list[tuple[int, str, str | None]]:
@@ -75,15 +81,14 @@ def check_images(source: Encoded, workers: int) -> list[tuple[int, str, str | No
             raise
 
 
-def check_split(root: Path, workers: int) -> tuple[Encoded, dict[str, object], list[str], list[str]]:
-    """One split -> (its images, its entry of the fingerprint, errors of bad files, files without an image's suffix)."""
-    source = open_split(root)
+def check_split(source: Encoded, workers: int) -> tuple[dict[str, object], list[str]]:
+    """One split -> (its entry of the fingerprint, errors of bad files)."""
     names, results = names_of(source), check_images(source, workers)
     bad = [error for _, _, error in results if error]
     lines = (
         b"%s %d %s" % (name, size, checksum.encode()) for name, (size, checksum, _) in zip(names, results, strict=True)
     )
-    entry = {
+    entry: dict[str, object] = {
         "images": len(source),
         "classes": len(source.classes),
         "class_order": digest(map(os.fsencode, source.classes)),
@@ -91,12 +96,7 @@ def check_split(root: Path, workers: int) -> tuple[Encoded, dict[str, object], l
         "names": digest(names),
         "content": digest(lines),
     }
-    ignored = [
-        str(path)
-        for path in sorted(root.glob("*/**/*"))
-        if path.is_file() and path.suffix.lower() not in IMG_EXTENSIONS
-    ]
-    return source, entry, bad, ignored
+    return entry, bad
 
 
 def main() -> None:
@@ -117,23 +117,24 @@ def main() -> None:
         hint = "; give the directory above it" if options.root.resolve().name in ("train", "val") else ""
         raise InputError(f"{options.root} holds neither train/ nor val/{hint}")
     entries, problems = {}, []
-    for split in splits:
-        source, entry, bad, ignored = check_split(options.root / split, options.workers)
+    for split, source in zip(splits, open_splits(options.root, splits), strict=True):
+        entry, bad = check_split(source, options.workers)
         entries[split] = entry
         print(f"{split}: {entry['images']} images, {entry['classes']} classes, {entry['bytes']} bytes, {len(bad)} bad")
-        print(*(f"bad: {line}\n" for line in bad), sep="", end="")
-        print(*(f"ignored, not an image's suffix: {path}\n" for path in ignored), sep="", end="")
+        print(*(f"bad: {one_line(line)}\n" for line in bad), sep="", end="")
+        if source.left_out.files:
+            print(f"{split}: {source.left_out}")
         problems += bad
         if list(source.classes) == testsets.wnids():
             complete = entry["images"] == _IMAGENET[split]
             print(
                 f"{split}: ImageNet has {_IMAGENET[split]} images" + ("" if complete else ", this set another number")
             )
-    if len({entry["class_order"] for entry in entries.values()}) > 1:
-        raise InputError(f"{options.root}: the classes of train/ and val/ differ, so their labels do too")
+    if len(splits) == 1:
+        print(f"note: {options.root} has no {'val' if splits == ['train'] else 'train'}/, which training needs")
     if problems:
         raise InputError(f"{options.root}: {len(problems)} bad files, listed above; the first is {problems[0]}")
-    write_text(output, json.dumps(entries, indent=2) + "\n")
+    write_text(output, to_json(entries, indent=2) + "\n")
     print(f"every image decodes; {output} written")
 
 

@@ -16,7 +16,7 @@ from reproduce_paper import count_networks
 from lip_resnet import cli
 from lip_resnet.config import EFFECTS, Config, Effect, InputError
 from lip_resnet.evaluation.paper import load_paper, render_table
-from lip_resnet.evaluation.tables import render
+from lip_resnet.evaluation.render import render
 from lip_resnet.files import write_text
 from lip_resnet.layers.pooling import DOWNSAMPLING
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.paper import load_paper
+from lip_resnet.evaluation.render import STYLES, render
 from lip_resnet.evaluation.rows import read_rows
-from lip_resnet.evaluation.tables import STYLES, build_table, build_wide, render
+from lip_resnet.evaluation.tables import build_table, build_wide
 from lip_resnet.files import write_text
 
 
@@ -18,6 +19,9 @@ def main() -> None:
     parser.add_argument(
         "--wide", action="store_true", help="one line per network, one column per test set: top-1, or mCE"
     )
+    parser.add_argument(
+        "--baseline", metavar="LABEL", help="compare every row with that of this label (default: a network without LIP)"
+    )
     parser.add_argument("--output", help="write the table here too; an existing file is replaced only with --force")
     parser.add_argument("--force", action="store_true")
     options = parser.parse_args()
@@ -26,9 +30,9 @@ def main() -> None:
         raise InputError(f"{output} exists; choose another --output or add --force")
     rows = read_rows(options.rows)
     if options.wide:
-        header, lines, notes = build_wide(rows)
+        header, lines, notes = build_wide(rows, options.baseline)
     else:
-        header, lines, notes = build_table(rows, load_paper().accuracies())
+        header, lines, notes = build_table(rows, load_paper().accuracies(), options.baseline)
     text = render(header, lines, notes, options.format)
     print(text, end="")
     if options.format == "csv":  # a CSV table has no notes

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.data.sources.index import write_index
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 
 _DATA = "ILSVRC2012_devkit_t12/data"
 _PER_SHARD = 1000
@@ -299,7 +299,7 @@ def main() -> None:
             f"--output {options.output} holds images written with {done['encoding']}, not {encoding}; choose another"
         )
     _make(options.output)
-    write_text(record, json.dumps(done, indent=2) + "\n")
+    write_text(record, to_json(done, indent=2) + "\n")
 
     md5, classes, truth = read_devkit(paths["devkit"])
     check(paths["devkit"], md5, options.any_archive)
@@ -316,7 +316,7 @@ def main() -> None:
         counts, md5 = read_archive(paths[split], lambda archive, read=members, to=to: write(read(archive), to, encode))
         check(paths[split], md5, options.any_archive)
         done[split] = {**counts, "md5": md5}
-        write_text(record, json.dumps(done, indent=2) + "\n")
+        write_text(record, to_json(done, indent=2) + "\n")
         print(f"{split}: {counts['images']} images of {counts['classes']} classes")
 
 

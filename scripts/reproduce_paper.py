@@ -6,7 +6,6 @@ eval.py. For a network without either, the report gives the command that trains 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,10 @@ from lip_resnet.evaluation.paper import (
 )
 from lip_resnet.evaluation.protocol import reference_protocol
 from lip_resnet.evaluation.rows import read_rows
-from lip_resnet.files import sha256, write_text
+from lip_resnet.files import sha256, to_json, write_text
 from lip_resnet.models import registry
 from lip_resnet.models.identify import check_finite, identify
-from lip_resnet.models.weights import load_weights
+from lip_resnet.models.weights import put_weights
 
 ROOT = Path(__file__).parents[1]
 FIGURES = PAPER_FILE
@@ -71,7 +70,7 @@ def main() -> None:
     if distributed.is_main():
         print(markdown, end="")
         if folder is not None:
-            text = json.dumps(report, indent=2) + "\n"
+            text = to_json(report, indent=2) + "\n"
             write_text(folder / "report.md", markdown)
             write_text(folder / "report.json", text)
     if not report["ok"]:
@@ -124,6 +123,9 @@ def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
         if row is None:
             raise InputError(f"{path}: {tables.label(result['model'], keywords)} is not a row of {FIGURES.name}")
         why_not = protocol_difference(result, ROOT / row.recipe)
+        images = (result.get("dataset") or {}).get("name", "imagenet")
+        if images != "imagenet":
+            why_not = f"dataset: {images} against imagenet"
         if result["images"] != paper.images:
             why_not = f"images: {result['images']} against {paper.images}"
         trained = result["protocol"].get("training") is not None
@@ -145,11 +147,11 @@ def evaluate_checkpoints(options: Any, paper: Paper) -> list[dict[str, Any]]:
         jobs.append((rows[name], network, path))
     measured = []
     for row, network, path in jobs:
-        model = network.build()
-        load_weights(model, path)
+        model, payload = network.build(), checkpoint.load(path)
+        put_weights(model, payload, path)
         check_finite(model, path)
-        config = reference_protocol(network.model, network.num_classes)
-        arguments = (options.data, options.workers, paper.images, options.data_name)
+        config = reference_protocol(network.model, network.num_classes, checkpoint.read_recipe(payload, path))
+        arguments = (options.data, options.workers, paper.images, options.data_name, payload)
         result = evaluate_reference(model, config, *arguments)
         facts = {"file": path, "sha256": sha256(Path(path))}
         if row.correct is not None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-import safetensors.torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -29,8 +28,7 @@ from lip_resnet.evaluation.paper import PAPER_FILE, compare_counts, load_paper
 from lip_resnet.evaluation.protocol import reference_protocol
 from lip_resnet.files import sha256
 from lip_resnet.models.identify import Network, check_finite, identify
-from lip_resnet.models.weights import put_weights
-from lip_resnet.recipe import parse_config
+from lip_resnet.models.weights import choose_weights, put_weights
 
 FIGURES = PAPER_FILE
 
@@ -58,35 +56,43 @@ def main() -> None:
     say(f"file      {path}")
     say(f"sha256    {sha256(path)}")
     say(f"holds     {describe(payload)}")
-    trained = parse_config(payload["config"], str(path)) if "config" in payload else None
-    ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
+    trained = checkpoint.read_recipe(payload, str(path))
+    kind = choose_weights(payload, str(path), options.weights or (trained.train.rules if trained else None))
+    ema = kind == "ema"
     network = identify(payload, str(path), ema)
-    say(f"network   {network}, {network.num_classes} classes")
+    replaced = f", downsampling {trained.model.downsampling}" if trained and trained.model.downsampling else ""
+    say(f"network   {network}{replaced}, {network.num_classes} classes")
     model = network.build(trained)
     put_weights(model, payload, str(path), ema=ema)
     check_finite(model, str(path))
-    kind = ", averaged (EMA)" if ema else ""
+    averaged = ", averaged (EMA)" if ema else ""
     count = cost.count_parameters(model)
-    say(f"mapped    {len(model.state_dict())} tensors, {count:,} parameters, all finite{kind}")
+    say(f"mapped    {len(model.state_dict())} tensors, {count:,} parameters, all finite{averaged}")
 
-    accepted = options.data is None or check_accuracy(model, network, trained, options)
+    accepted = options.data is None or check_accuracy(model, network, payload, trained, options)
     if options.data is None:
         say("accuracy  NOT checked: give --data DIR; everything else agrees")
     if export is not None and accepted:
-        distributed.on_main(lambda: write(export, model, network))
-        say(f"exported  {export}: timm.create_model('local-dir:{export}', pretrained=True) loads it")
+        description = describe_export(payload, network, kind)
+        distributed.on_main(lambda: write(export, model, network, description, for_timm=not replaced))
+        by_timm = f"timm.create_model('local-dir:{export}', pretrained=True) loads it"
+        by_us = f"timm cannot build this network; eval.py and load_weights read {export}/model.safetensors"
+        say(f"exported  {export}: {by_us if replaced else by_timm}")
     if not accepted:
         sys.exit(1)
 
 
-def check_accuracy(model: nn.Module, network: Network, trained: Config | None, options: Any) -> bool:
+def check_accuracy(
+    model: nn.Module, network: Network, payload: dict[str, Any], trained: Config | None, options: Any
+) -> bool:
     """Evaluate, compare with the published counts and print both; False where they differ."""
     paper = load_paper(FIGURES)
-    row = paper.find(network.model, network.args) if network.num_classes == paper.classes else None
+    of_paper = network.num_classes == paper.classes and not (trained and trained.model.downsampling)
+    row = paper.find(network.model, network.args) if of_paper else None
     published = row.correct if row else None
     images = paper.images if published else None
     config = reference_protocol(network.model, network.num_classes, trained)
-    result = evaluate_reference(model, config, options.data, options.workers, images, options.data_name)
+    result = evaluate_reference(model, config, options.data, options.workers, images, options.data_name, payload)
     say(f"* Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}")
     say(f"correct   top-1 {result['correct1']:,}, top-5 {result['correct5']:,} of {result['images']:,}")
     if published is None:
@@ -127,15 +133,37 @@ def check_new(folder: Path) -> None:
         raise InputError(f"--export {folder}: {folder.parent} is not a directory")
 
 
-def write(folder: Path, model: nn.Module, network: Network) -> None:
-    """Write model.safetensors and config.json as timm's push_to_hf_hub does; all of the folder or nothing appears."""
+def describe_export(payload: dict[str, Any], network: Network, kind: str) -> dict[str, Any]:
+    """What an exported file holds beside its weights: the recipe, or without one the network; and their provenance.
+
+    Args:
+        kind: which weights it holds, "model" or "ema".
+    """
+    keys = ("config", "class_names", "step", "processes", "datasets", "initial_weights")
+    description = {key: payload[key] for key in keys if key in payload} if "format" in payload else {}
+    if "config" not in description:
+        architecture = {"name": network.model, "args": network.args, "num_classes": network.num_classes}
+        description["architecture"] = architecture
+    return {**description, "weights": kind}
+
+
+def write(
+    folder: Path, model: nn.Module, network: Network, description: dict[str, Any], *, for_timm: bool = True
+) -> None:
+    """Write model.safetensors and config.json as timm's push_to_hf_hub does; all of the folder or nothing appears.
+
+    Args:
+        description: ``describe_export``'s.
+        for_timm: write config.json, from which timm builds the network.
+    """
     folder = folder.resolve()
     try:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             # As timm's save_for_hf, which in old versions needs an old huggingface_hub.
-            (temporary / "model.safetensors").write_bytes(safetensors.torch.save(model.state_dict()))
-            save_config_for_hf(model, temporary / "config.json", model_args=network.args)
+            (temporary / "model.safetensors").write_bytes(checkpoint.to_safetensors(model.state_dict(), description))
+            if for_timm:
+                save_config_for_hf(model, temporary / "config.json", model_args=network.args)
             temporary.chmod(0o755)  # mkdtemp's mode is 0700
             os.rename(temporary, folder)  # replaces an empty directory, and nothing else
         finally:

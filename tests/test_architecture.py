@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "data": {HALL},
     "evaluation": {HALL, "data"},
     "training": {HALL, "data", "evaluation"},
+    "study": {HALL, "evaluation"},
 }
 """Wing -> the wings that its modules import. ``commands``, scripts and ``lip_resnet/__init__.py`` join all of them."""
 COMMANDS = [ROOT / "train.py", ROOT / "eval.py", *(PACKAGE / "commands").glob("*.py"), *(ROOT / "scripts").glob("*.py")]

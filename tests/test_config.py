@@ -19,7 +19,7 @@ from lip_resnet.recipe import find_recipe, load_config, parse_config
 from lip_resnet.training.run_folder import check_same_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
 MINIMAL = "model: {name: resnet50}\ndata: {root: x, batch_size: 8}\noptim: {lr: 0.1}\ntrain: {epochs: 2}\n"
 
 
@@ -102,7 +102,8 @@ FREE = {
         *("model.weights", "data.root", "data.download", "data.classes", "data.eval_batch_size", "data.workers"),
         *("train.eval_every", "train.checkpoint_steps", "train.checkpoint_minutes", "train.keep"),
         *("train.on_write_error", "train.on_nonfinite", "train.nonfinite_limit", "train.hang_minutes"),
-        *("train.log_every", "train.profile"),
+        *("train.log_every", "train.profile", "train.device", "train.grad_checkpointing"),
+        *("data.on_error", "model.convert"),
     },
 }
 
@@ -129,6 +130,7 @@ def test_resuming_takes_every_key_that_changes_no_weights():
     changed |= dict.fromkeys(FREE[Effect.NOTHING], 7)
     changed |= {"model.weights": "x", "data.root": "x", "data.download": False, "data.classes": None}
     changed |= {"train.on_write_error": "continue", "train.on_nonfinite": "skip"}
+    changed |= {"data.on_error": "skip", "model.convert": True}
     tree = theirs.model_dump()
     for name, value in changed.items():
         section, key = name.split(".")
@@ -216,6 +218,9 @@ def test_bad_recipe(tmp_path, text, words):
         (["data.crop_scale=[0.9, 0.1]"], ["crop_scale"]),
         (["data.eval_size=300"], ["eval_size 300", "eval_resize 256"]),
         (["data.std=[0, 1, 1]"], ["std"]),
+        (["data.mean=[123.7, 116.3, 103.5]"], ["mean is [123.7, 116.3, 103.5]", "[0, 1]", "by 255"]),
+        (["data.std=[0.2, 57.1, 0.2]"], ["std is", "by 255"]),
+        (["data.mean=[-0.1, 0, 0]"], ["mean is [-0.1, 0.0, 0.0]", "[0, 1]"]),
         (["optim.min_lr=1.0"], ["min_lr"]),
         (["data.flip=1.5"], ["data.flip", "1.5"]),
     ],

@@ -14,6 +14,7 @@ from helpers import ROOT
 import lip_resnet.data
 from lip_resnet.config import Config, InputError
 from lip_resnet.recipe import load_config
+from lip_resnet.study.design import load_design
 
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/README.md")
 PAGES = [ROOT / name for name in NAMES] + sorted((ROOT / "docs").glob("*.md"))
@@ -95,7 +96,7 @@ def test_every_page_is_in_the_site_and_in_the_readme():
 
 def test_recipes_scripts_and_targets_exist():
     for name in set(re.findall(r"configs/[\w/]+\.yaml", ALL)) - {"configs/zoo/resnet50_NAME.yaml"}:
-        load_config(ROOT / name)
+        (load_design if "/studies/" in name else load_config)(ROOT / name)
     for name in set(re.findall(r"scripts/\w+\.(?:py|sh|sbatch|yaml)\b", ALL)):
         assert (ROOT / name).is_file(), name
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))

@@ -1,19 +1,24 @@
 """``eval.py``: reads weights and their protocol, evaluates each set, prints its result and writes its row."""
 
+import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import checkpoint, distributed, memory
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
+from lip_resnet.evaluation.classes import note_on_names
+from lip_resnet.evaluation.compatibility import check_normalization, check_set, recorded_classes
 from lip_resnet.evaluation.evaluate import evaluate_set, print_result
+from lip_resnet.evaluation.predictions import PredictionLog, check_new_file
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
 from lip_resnet.models import registry
-from lip_resnet.models.weights import extract_weights, put_weights
-from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.models.weights import choose_weights, extract_weights, put_weights
+from lip_resnet.recipe import load_config
 
 
 def main(options: Namespace) -> None:
@@ -22,34 +27,47 @@ def main(options: Namespace) -> None:
         raise InputError("give --checkpoint PATH or --pretrained with --model NAME, and not both")
     if options.pretrained and not options.model:
         raise InputError("--pretrained needs --model NAME")
+    device = distributed.choose_device(options.device)
     names = testsets.choose(options.dataset, options.partial)
     several = len(names) > 1
+    if options.predictions:
+        check_new_file(Path(options.predictions), several)
     outputs = [rows.row_path(options.checkpoint, options.output, name, several) for name in names]
 
     payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
-    trained = parse_config(payload["config"], options.checkpoint) if "config" in payload else None
-    ema = (options.weights or (trained.train.rules if trained else "model")) == "ema"
+    trained = checkpoint.read_recipe(payload, options.checkpoint)
+    kind = options.weights or (trained.train.rules if trained else None)
+    ema = choose_weights(payload, options.checkpoint, kind) == "ema"
     recipe = choose_protocol(options, payload, trained)
+    own_recipe = "evaluate it by its own recipe, without --config and --model"
+    check_normalization(trained, recipe.data, options.checkpoint, own_recipe)
+    same_classes = trained is not None and trained.data.classes == recipe.data.classes
+    classes = recorded_classes(payload) if same_classes else None
     keys = ("precision", "eval_size", "eval_resize", "crop_mode", "interpolation", "eval_batch_size", "workers")
     changes = {key: getattr(options, key) for key in keys}
     plans = [adapt(recipe, name, options.data, several=several, kind=options.data_name, **changes) for name in names]
     configs = [config for config, _ in plans]
     sets = [
-        testsets.open_set(name, config.data, split, config.model.num_classes, options.partial)
+        testsets.open_set(name, config.data, split, config.model.num_classes, options.partial, classes)
         for name, (config, split) in zip(names, plans, strict=True)
     ]
+    for data in sets:
+        check_set(payload, data, options.checkpoint)
+    if distributed.is_main():
+        print_notes(options, configs, sets, trained)
     # Before the network: the loader's workers are forked before other threads start.
     loader = EvalLoader(testsets.Joined(sets), configs[0].data)
     model = build(recipe, options, payload, ema)
 
     for config in configs:
         registry.check_size(model, config.data.eval_size)
-    model.to(distributed.device())
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model.to(device).to(memory_format=memory.layout(recipe.channels_last, device))
     start = 0
     for data, config, output in zip(sets, configs, outputs, strict=True):
-        result = evaluate_set(model, data, loader, config, start)
+        predictions = PredictionLog() if options.predictions else None
+        result = evaluate_set(model, data, loader, config, start, predictions)
+        if predictions is not None:
+            predictions.write(Path(options.predictions), data.source)
         start += len(data.source)
         if distributed.is_main():
             print_result(data, result, with_name=bool(options.dataset))
@@ -57,6 +75,19 @@ def main(options: Namespace) -> None:
             source = options.checkpoint or f"timm:{recipe.model.name}"
             row = rows.build_row(model, source, ema, data, config, result, payload, trained)
             rows.write_row(output, row)
+
+
+def print_notes(options: Namespace, configs: list[EvalConfig], sets: list[testsets.EvalSet], trained: Any) -> None:
+    """What follows from the command line and the set without being asked for, a line each on stderr."""
+    resizes = [config.data.eval_resize for config, data in zip(configs, sets, strict=True) if data.name != "imagenet-c"]
+    if resizes and options.eval_size and not options.eval_resize:
+        line = f"--size {options.eval_size} keeps the crop's share of the image: --resize {resizes[0]}"
+        print(f"note: {line}", file=sys.stderr)
+    if options.dataset or configs[0].model.num_classes != len(testsets.wnids()):
+        return
+    note = note_on_names(sets[0].source.classes, testsets.wnids())
+    if note and (trained is None or sets[0].classes):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config | None) -> EvalConfig:
@@ -81,7 +112,7 @@ def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config
 def build(config: EvalConfig, options: Namespace, payload: dict[str, Any], ema: bool) -> torch.nn.Module:
     """The network with the weights to evaluate."""
     if options.pretrained:
-        return registry.create_model(config.model.name, pretrained=True)
+        return registry.create_pretrained(config.model.name)
     model = registry.build_model(config.model.model_copy(update={"weights": None}))
     put_weights(model, payload, options.checkpoint, ema=ema)
     return model

@@ -1,24 +1,19 @@
 """``train.py``: builds what a recipe names, opens or continues the run folder, trains to the end, closes the log."""
 
-import contextlib
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from lip_resnet import checkpoint, distributed
-from lip_resnet.config import Config, ModelConfig, TrainConfig
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources
+from lip_resnet import distributed
+from lip_resnet.commands.initial_weights import load_initial_weights
+from lip_resnet.config import Config, TrainConfig
+from lip_resnet.data import EvalLoader, TrainLoader, build_sources, class_names
 from lip_resnet.environment import describe_environment
-from lip_resnet.errors import InputError, Stopped
-from lip_resnet.evaluation.protocol import describe_training
-from lip_resnet.files import sha256
+from lip_resnet.errors import InputError, OutOfMemory, Stopped
 from lip_resnet.layers.pooling import logit_parameters
 from lip_resnet.models import registry
-from lip_resnet.models.weights import put_weights
-from lip_resnet.recipe import find_recipe, load_config, parse_config
+from lip_resnet.recipe import find_recipe, load_config
 from lip_resnet.training import run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import build_state
@@ -35,7 +30,7 @@ def main(options: Namespace) -> None:
     try:
         with interrupts:
             train(config, folder, options.resume, interrupts)
-    except (InputError, FloatingPointError):
+    except (InputError, FloatingPointError, OutOfMemory):
         raise
     except Exception as error:  # before training, a signal can also show as a lost connection to another process
         if distributed.is_main() and (interrupts.received or isinstance(error, Stopped)):
@@ -45,18 +40,22 @@ def main(options: Namespace) -> None:
 
 def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> None:
     """Build data, network and optimizer, open or continue the run in ``folder``, train to the end, close the log."""
-    device = distributed.device()
+    device = distributed.choose_device(config.train.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
     torch.manual_seed(config.train.seed)
-    train_source, val_source = build_sources(config.data, config.model.num_classes)
+    selection = None
+    if (path := config.data.classes) is not None:
+        selection = distributed.on_main(lambda: run_folder.read_selection(path, folder, resume))
+    train_source, val_source = build_sources(config.data, config.model.num_classes, ("train", "val"), selection)
     loader = TrainLoader(train_source, config.data, config.optim.accumulate, config.train.seed)
     val_loader = EvalLoader(val_source, config.data)
     model = registry.build_model(config.model, **regularisers(config.train))
     registry.check_size(model, min(*config.data.sizes, config.data.eval_size))
-    provenance = Provenance([distributed.world_size()])
+    provenance = Provenance([distributed.world_size()], selection=selection)
+    provenance.class_names = class_names(train_source, config.data.name)
     if config.model.weights and not distributed.on_main(lambda: run_folder.will_continue(folder, resume)):
-        provenance.initial_weights = load_initial_weights(model, config.model)
+        provenance.initial_weights = load_initial_weights(model, config.model, config.data, provenance.class_names)
     state = build_state(model, config, device)
 
     opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))
@@ -85,29 +84,6 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
             run.fit(interrupts)
     finally:
         log.close()
-
-
-def load_initial_weights(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
-    """Load ``config.weights``, a checkpoint file or run folder, into a model.
-
-    Returns:
-        ``Provenance.initial_weights``.
-
-    Raises:
-        InputError: no such file, or not weights of this model.
-    """
-    assert config.weights is not None
-    path = checkpoint.resolve(config.weights)
-    payload, digest = distributed.on_main(lambda: (checkpoint.load(path), sha256(path)))
-    put_weights(model, payload, str(path), new_head=config.new_head)
-    training, processes = None, payload.get("processes")
-    if isinstance(processes, list) and processes and all(type(count) is int and count > 0 for count in processes):
-        with contextlib.suppress(InputError):  # not a recipe of this version: the file's sha256 identifies the weights
-            recipe = parse_config(payload["config"], str(path))
-            training = describe_training(recipe, processes, payload.get("initial_weights"), payload.get("datasets"))
-            training["step"] = payload.get("step")
-    kind = "ema" if "state_dict_ema" in payload and "state_dict" not in payload else "model"
-    return {"training": training, "sha256": digest, "weights": kind}
 
 
 def regularisers(train: TrainConfig) -> dict[str, float]:

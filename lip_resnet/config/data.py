@@ -77,7 +77,11 @@ class EvalDataConfig(Section):
                 raise ValueError(f"{key} needs data.name: {kind}; data.name is {self.name}")
         if self.eval_size > self.eval_resize:
             raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}, its maximum")
-        if min(self.std) <= 0:
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if min(values) < 0 or max(values) > 1:
+                hint = "; divide values for pixels of 0 to 255 by 255" if max(values) > 1 else ""
+                raise ValueError(f"{key} is {list(values)}; it is of pixels scaled to [0, 1]: each must be there{hint}")
+        if min(self.std) == 0:
             raise ValueError(f"std is {list(self.std)}; each must be greater than 0")
         return self
 
@@ -99,8 +103,9 @@ class DataConfig(EvalDataConfig):
     decode: Trains[Literal["exact", "fast", "gpu"]] = "exact"
     """Decoder of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no
     further than the crop needs and resized by torch, within one or two of 255 levels of PIL's pixels; gpu: the same
-    crops, decoded and resized on the GPU (needs nvImageCodec). Validation is always exact."""
-    on_error: Trains[Literal["stop", "skip"]] = "stop"
+    crops, decoded and resized on the GPU (needs nvImageCodec), experimental: no GPU run has yet shown that it pays.
+    Validation is always exact."""
+    on_error: Neutral[Literal["stop", "skip"]] = "stop"
     """A training image that cannot be decoded. stop: end with its path; skip: its batch is one image smaller; the image
     is counted and listed, and not replaced by another. Validation always stops."""
     crop_scale: Trains[Range] = (0.08, 1.0)

@@ -21,3 +21,6 @@ class ModelConfig(Section):
     """A checkpoint file or run folder to start from. Runs are compared by what it holds, not by its path."""
     new_head: Trains[bool] = False
     """Do not load the classifier from `weights`; initialise it (fine-tuning)."""
+    convert: Neutral[bool] = False
+    """Accept `weights` of a run whose network computes otherwise with the same weights (other layers without
+    parameters), or whose normalisation is another."""

@@ -16,16 +16,23 @@ class TrainConfig(Section):
     """Seed of all randomness: initial weights, order of the images, augmentation, dropout."""
     max_steps: Trains[Positive | None] = None
     """Stop after this many optimizer steps; the schedule still spans `epochs`. It may change on resume."""
+    device: Neutral[Literal["auto", "cuda", "mps", "cpu"]] = "auto"
+    """What trains: cuda, mps (Apple's GPU; one process; it has not been run yet) or cpu. auto: CUDA, else the CPU."""
     precision: Trains[Literal["float32", "tf32", "bfloat16", "float16"]] = "float32"
     """Precision of the forward (autocast). tf32: float32, TF32 products; float16: scaled loss, sgd or adamw only."""
     channels_last: Trains[bool] = True
-    """Memory layout of images and weights: channels-last (NHWC), or contiguous (NCHW)."""
+    """Memory layout of images and weights: channels-last (NHWC), or contiguous (NCHW), as always on MPS."""
+    grad_checkpointing: Neutral[bool] = False
+    """Compute the activations again in the backward pass instead of keeping them: less memory, the same gradients, more
+    time."""
     compile: Trains[bool] = False
     """Compile the forward and backward of the training step with torch.compile."""
     compile_mode: Trains[Literal["default", "reduce-overhead", "max-autotune"]] = "default"
-    """The mode argument of torch.compile."""
+    """The mode argument of torch.compile. Other modes than default are experimental: no GPU run has yet shown that they
+    pay."""
     gradient_compression: Trains[Literal["none", "bfloat16", "float16"]] = "none"
-    """The dtype of DDP's gradient all-reduce: half the traffic, rounded gradients. none: float32."""
+    """The dtype of DDP's gradient all-reduce: half the traffic, rounded gradients. none: float32. Others are
+    experimental: no GPU run has yet shown that they pay."""
     loss: Trains[Literal["cross_entropy", "binary_cross_entropy"]] = "cross_entropy"
     """The loss: cross entropy over the classes, or binary cross entropy of each class."""
     target_threshold: Trains[Rate | None] = None

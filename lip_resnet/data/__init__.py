@@ -5,7 +5,7 @@
 of a source.
 """
 
-from lip_resnet.data.fingerprint import describe_source
+from lip_resnet.data.fingerprint import class_names, describe_source
 from lip_resnet.data.loaders import Batch, EvalLoader, TrainLoader
 from lip_resnet.data.prefetch import prefetch
 from lip_resnet.data.sources import Source, build_sources
@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "TrainLoader",
     "build_sources",
+    "class_names",
     "describe_source",
     "normalize",
     "prefetch",

@@ -4,13 +4,19 @@ Two decoders. PIL is the reference, for every format. simplejpeg (libjpeg-turbo)
 pixels, can stop at the last row that a crop needs, and reports damage that PIL ignores.
 """
 
+import contextlib
 import io
+import re
 import struct
+import sys
+import warnings
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
+from tqdm import tqdm
 
 from lip_resnet.config import InputError
 
@@ -19,15 +25,59 @@ from lip_resnet.config import InputError
 _DAMAGE = ("premature end of data segment", "bad Huffman code", "bad arithmetic code", "instead of RST")
 _END = b"\xff\xd9"  # the marker EOI, with which a JPEG ends
 _EXTRANEOUS = "extraneous bytes before marker"
-_PIL_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
+_IMAGE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError, OverflowError, ZeroDivisionError),
+    *(struct.error, zlib.error, Image.DecompressionBombError, Warning),  # warnings under python -W error
 )
+_NOT_DECODED = {"EPS", "MPEG"}  # EPS needs another program, Ghostscript; of MPEG, PIL reads the header alone
+_warned: set[str] = set()  # PIL's warnings that this process has shown
 _MCU = 16  # rows of the tallest minimum coded unit (MCU) of the JPEG files that are decoded in part
 
 
 class BadImage(InputError):
-    """One image cannot be decoded; the message begins with its path."""
+    """One image cannot be read, decoded, resized or augmented; the message begins with its path."""
+
+
+@contextlib.contextmanager
+def image_errors(path: str, what: str) -> Iterator[None]:
+    """What goes wrong with one image in this block names it.
+
+    Args:
+        path: the image's name.
+        what: what the block does with it, such as "decode".
+
+    Raises:
+        BadImage: an exception that an image's content or size can cause.
+        RuntimeError: any other, which is a bug; an InputError passes unchanged.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage(f"{path}: cannot {what} this image: PIL knows no such format") from error
+    except _IMAGE_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadImage(f"{path}: cannot {what} this image: {reason}") from error
+    except Exception as error:
+        raise RuntimeError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def one_line(message: str) -> str:
+    """A message about a file whose name may hold line feeds."""
+    return message.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def readable_suffixes() -> set[str]:
+    """The suffixes, such as ".jpg", of the formats that this process's PIL decodes, those of its plugins included."""
+    extensions = Image.registered_extensions()  # loads PIL's plugins, which fill Image.OPEN
+    stubs = {  # formats that PIL recognises and needs a handler for, such as HDF5
+        name
+        for name, (factory, _) in Image.OPEN.items()
+        if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+    }
+    formats = {*Image.OPEN, "MPO"} - stubs - _NOT_DECODED  # MPO is opened as JPEG
+    return {suffix for suffix, name in extensions.items() if name in formats}
 
 
 def read_file(path: str) -> bytes:
@@ -56,7 +106,7 @@ def decode_exact(data: bytes, path: str) -> Image.Image:
     Raises:
         BadImage: it does not decode, or has more pixels than twice ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
-    try:
+    with image_errors(path, "decode"), _named_warnings(path):
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise BadImage(f"{path}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which hides truncated files")
         image: Image.Image = Image.open(io.BytesIO(data))
@@ -65,12 +115,18 @@ def decode_exact(data: bytes, path: str) -> Image.Image:
         elif image.mode in ("I", "F"):
             raise BadImage(f"{path}: cannot decode this image: pixels of mode {image.mode} have no known range")
         return image.convert("RGB")
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImage(f"{path}: cannot decode this image: PIL knows no such format") from error
-    except _PIL_ERRORS as error:
-        raise BadImage(f"{path}: cannot decode this image: {error}") from error
+
+
+@contextlib.contextmanager
+def _named_warnings(path: str) -> Iterator[None]:
+    """Show each of PIL's warnings once, with the first image that causes it."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for text in (str(warning.message) for warning in caught):
+        kind = re.sub(r"\d+", "", text)  # numbers, such as of pixels, are the image's own
+        if kind not in _warned:
+            _warned.add(kind)
+            tqdm.write(f"warning: {path}: {text} (shown for the first such image)", file=sys.stderr)
 
 
 def check_scan(data: bytes, path: str) -> bool:

@@ -34,13 +34,25 @@ def names_of(source: Encoded) -> list[bytes]:
     return relative
 
 
+def class_names(source: Source, kind: str) -> list[str] | None:
+    """The names of a source's classes; None where there are only numbers, as in shards and tables without names.
+
+    Args:
+        kind: the ``data.name`` of the source.
+    """
+    names = list(source.classes)
+    unnamed = kind in ("shards", "huggingface", "synthetic") and names == [str(label) for label in range(len(names))]
+    return None if unnamed else names
+
+
 def describe_source(source: Source) -> dict[str, Any]:
     """The fingerprint of a set. It takes a second for a million images: with several processes, call it on one of them.
 
     Returns:
         ``images`` and ``classes``: how many; ``names``: digest of the images' names in order; ``content``: digest of
-        the files' bytes too, if check_dataset.py has recorded it and no name has changed since, else None. Images in
-        memory have the digest of their pixels and labels as ``content`` and no ``names``; synthetic noise has neither.
+        the files' bytes too, if check_dataset.py has recorded it and no name has changed since, else None;
+        ``left_out``, where there are any: how many files no image is read from, and the first few. Images in memory
+        have the digest of their pixels and labels as ``content`` and no ``names``; synthetic noise has neither.
     """
     description: dict[str, Any] = {"images": len(source), "classes": len(source.classes)}
     if isinstance(source, Arrays):
@@ -49,6 +61,8 @@ def describe_source(source: Source) -> dict[str, Any]:
         names = digest(names_of(source))
         recorded = _recorded(source.root) if isinstance(source.root, Path) else {}
         description |= {"names": names, "content": recorded.get(names)}
+        if source.left_out.files:
+            description["left_out"] = {"files": source.left_out.files, "first": list(source.left_out.first)}
     return description
 
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from lip_resnet import distributed, seeding
 from lip_resnet.config import DataConfig, EvalDataConfig, InputError
-from lip_resnet.data.decode import BadImage
+from lip_resnet.data.decode import BadImage, image_errors, one_line
 from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Parcel, on_this_gpu
-from lip_resnet.data.sources.base import Encoded, Label, Samples, prefetch_samples
+from lip_resnet.data.sources.base import Encoded, Label, Samples, name_sample, prefetch_samples
 from lip_resnet.data.transforms import TrainTransform, eval_transform
 from lip_resnet.data.workers import PREFETCH_FACTOR, BufferPool, DeferredBatchSampler, InFlightSamples, start_loader
 
@@ -80,7 +80,8 @@ class _TrainBatches(Dataset):
             self.in_flight.begin(index)
             seed = seeding.derive("augment", self.seed, epoch, index, repeat)
             try:
-                labels.append(self._load(index, seed, images[len(labels)], packer))
+                with image_errors(name_sample(self.source, index), "load"):
+                    labels.append(self._load(index, seed, images[len(labels)], packer))
             except InputError as error:  # only bad images are skipped, not the failure of a server
                 if self.config.on_error == "stop" or not isinstance(error, BadImage):
                     return str(error)
@@ -132,10 +133,11 @@ class _EvalBatches(Dataset):
         for index in indices:
             self.in_flight.begin(index)
             try:
-                image, label = self.source[index]
+                with image_errors(name_sample(self.source, index), "load"):
+                    image, label = self.source[index]
+                    images.append(image if isinstance(image, Tensor) else self.transform(image))
             except InputError as error:
                 return str(error)
-            images.append(image if isinstance(image, Tensor) else self.transform(image))
             labels.append(label)
         self.in_flight.end()
         return torch.stack(images), torch.tensor(labels)
@@ -260,12 +262,13 @@ class TrainLoader:
         return images.permute(0, 3, 1, 2), labels
 
     def _skip(self, line: str) -> None:
+        line = one_line(line)
         self.skipped[line] = self.skipped.get(line, 0) + 1
         if self.skipped[line] == 1:
             tqdm.write(f"skipped: {line}", file=sys.stderr)
             if self.skipped_to is not None:
                 try:
-                    with open(self.skipped_to, "a", encoding="utf-8") as file:
+                    with open(self.skipped_to, "a", encoding="utf-8", errors="backslashreplace") as file:
                         file.write(line + "\n")
                 except OSError as error:
                     tqdm.write(f"warning: {self.skipped_to}: cannot write: {error.strerror}", file=sys.stderr)
@@ -309,7 +312,7 @@ class EvalLoader:
         self.in_flight = InFlightSamples(config.workers)
         dataset = _EvalBatches(source, config, self.in_flight)
         sampler = DeferredBatchSampler(self.batches)
-        self.loader = start_loader(dataset, sampler, config.workers, pin=torch.cuda.is_available())
+        self.loader = start_loader(dataset, sampler, config.workers, pin=distributed.device().type == "cuda")
 
     def choose(self, images: range) -> None:
         """From now on, read only these images of the source."""

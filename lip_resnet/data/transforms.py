@@ -1,5 +1,6 @@
 """Images to uint8 pixels on the CPU, and uint8 batches to normalised floats on the device."""
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import InterpolationMode, v2
 
-from lip_resnet import seeding
+from lip_resnet import memory, seeding
 from lip_resnet.config import DataConfig, EvalDataConfig, InputError
 from lip_resnet.data.decode import JpegDecoder, decode_exact
 
@@ -39,8 +40,11 @@ class TrainTransform:
             try:
                 steps.append(rand_augment_transform(config.rand_augment, {"img_mean": colour}))
             except (AssertionError, ValueError, KeyError) as error:
-                text = f"data.rand_augment: {config.rand_augment!r} is not a timm RandAugment: {error}"
-                raise InputError(text) from error
+                reason = str(error) or "not in timm's form"
+                raise InputError(
+                    f"data.rand_augment: {config.rand_augment!r} is not a timm RandAugment: {reason}; give one such as "
+                    "rand-m7-mstd0.5-inc1"
+                ) from error
         if config.color_jitter:
             steps.append(v2.ColorJitter(*(config.color_jitter,) * 3))
         self.on_pil = v2.Compose(steps) if steps else None
@@ -120,16 +124,35 @@ class TrainTransform:
                 return int(top), int(left), h, w
         w, h = width, height
         if width / height < lowest:
-            h = round(width / lowest)
+            h = max(1, round(width / lowest))
         elif width / height > highest:
-            w = round(height * highest)
+            w = max(1, round(height * highest))
         return (height - h) // 2, (width - w) // 2, h, w
+
+
+def check_resize(image: Image.Image, config: EvalDataConfig) -> Image.Image:
+    """Check an image before ``eval_transform`` resizes it; returned unchanged.
+
+    Raises:
+        ValueError: resized, a side would be 0 or there would be more pixels than PIL decodes.
+    """
+    if config.crop_mode != "squash":
+        scale = config.eval_resize / (min if config.crop_mode == "center" else max)(image.size)
+        width, height = (round(side * scale) for side in image.size)
+        largest = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+        if not 0 < width * height <= largest:
+            raise ValueError(
+                f"its {image.width}x{image.height} pixels would be resized to {width}x{height} (data.eval_resize "
+                f"{config.eval_resize}); 1 to {largest:,} pixels are allowed"
+            )
+    return image
 
 
 def eval_transform(config: EvalDataConfig) -> v2.Transform:
     """PIL image -> (3, eval_size, eval_size) uint8: resized as ``crop_mode`` says, then cropped at the centre.
 
-    The modes are those of timm's ``transforms_imagenet_eval``; ``center`` is the reference's protocol.
+    The modes are those of timm's ``transforms_imagenet_eval``; ``center`` is the reference's protocol. It raises what
+    ``check_resize`` does.
     """
     side, interpolation = config.eval_resize, InterpolationMode(config.interpolation)
     crop: Any = v2.CenterCrop(config.eval_size)
@@ -141,13 +164,16 @@ def eval_transform(config: EvalDataConfig) -> v2.Transform:
         resize = ResizeKeepRatio(side, longest=1.0, interpolation=config.interpolation)
         red, green, blue = (round(255 * value) for value in config.mean)
         crop = CenterCropOrPad(config.eval_size, fill=(red, green, blue))
-    return v2.Compose([resize, crop, v2.PILToTensor()])
+    return v2.Compose([functools.partial(check_resize, config=config), resize, crop, v2.PILToTensor()])
 
 
-def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """Images (B, 3, H, W) of any dtype on ``device``, copied without blocking, channels-last or contiguous."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(device, non_blocking=True).contiguous(memory_format=layout)
+def to_device(tensor: Tensor, device: torch.device, channels_last: bool = False) -> Tensor:
+    """Images (B, 3, H, W) of any dtype, or labels, on ``device``; images in ``memory.layout``.
+
+    To CUDA they are copied without blocking. MPS would read the source after it has been freed.
+    """
+    tensor = tensor.to(device, non_blocking=device.type == "cuda")
+    return tensor.contiguous(memory_format=memory.layout(channels_last, device))
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

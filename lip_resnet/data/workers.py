@@ -8,6 +8,7 @@ import atexit
 import os
 import re
 import signal
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing.process import BaseProcess
@@ -119,19 +120,22 @@ class DeferredBatchSampler:
 
 def start_loader(dataset: Dataset, sampler: DeferredBatchSampler, workers: int, pin: bool) -> DataLoader:
     """A DataLoader whose workers run already; ``dataset.__getitems__`` turns an item of ``sampler`` into a batch."""
-    loader: DataLoader = DataLoader(
-        dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]  # the stub demands lists; the loader passes on any item
-        num_workers=workers,
-        collate_fn=_identity,
-        prefetch_factor=PREFETCH_FACTOR if workers else None,
-        persistent_workers=workers > 0,
-        pin_memory=pin,
-        worker_init_fn=_init_worker,
-    )
-    if workers:
-        iterator = iter(loader)
-        atexit.register(_kill_workers, os.getpid(), weakref.ref(iterator), compat.loader_workers(iterator))
+    with warnings.catch_warnings():
+        # data.workers is the user's: more than the cores are right where reading waits for a disk or server.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader: DataLoader = DataLoader(
+            dataset,
+            batch_sampler=sampler,  # type: ignore[arg-type]  # the stub demands lists; the loader passes on any item
+            num_workers=workers,
+            collate_fn=_identity,
+            prefetch_factor=PREFETCH_FACTOR if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=pin,
+            worker_init_fn=_init_worker,
+        )
+        if workers:
+            iterator = iter(loader)
+            atexit.register(_kill_workers, os.getpid(), weakref.ref(iterator), compat.loader_workers(iterator))
     sampler.started = True
     return loader
 

@@ -1,6 +1,7 @@
 """Evaluation: exact counts, how weights are evaluated, and the rows and tables of the results.
 
-``evaluate`` is the loop and ``metrics`` its counts. ``protocol`` holds how weights are evaluated (``EvalConfig``),
-``location`` and ``testsets`` on which images; ``cost`` counts parameters and multiply-adds. ``rows`` writes and reads
-results, ``tables`` renders them, and ``paper`` compares them with the published figures.
+``evaluate`` is the loop, ``metrics`` its counts, and ``nonfinite`` names the module at fault. ``protocol`` holds how
+weights are evaluated (``EvalConfig``), ``location``, ``testsets`` and ``classes`` on which images and classes; ``cost``
+counts parameters and multiply-adds. ``rows`` writes and reads results, ``tables`` groups and compares them, ``render``
+makes any table a text, and ``paper`` compares results with the published figures.
 """

@@ -1,18 +1,22 @@
 """The evaluation loop: a network's exact counts on a set of images, over all processes; the reference's evaluation."""
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from timm.utils import distribute_bn
-from torch import nn
+from torch import Tensor, nn
 
-from lip_resnet import distributed
+from lip_resnet import distributed, memory
 from lip_resnet.config import InputError
 from lip_resnet.data import EvalLoader, normalize, to_device
 from lip_resnet.evaluation import metrics, testsets
+from lip_resnet.evaluation.compatibility import check_set, recorded_classes
 from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
+from lip_resnet.evaluation.nonfinite import FirstNonFinite
+from lip_resnet.evaluation.predictions import PredictionLog
 from lip_resnet.evaluation.protocol import EvalConfig, adapt
 
 _DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +36,8 @@ def evaluate(
     channels_last: bool,
     mean: Sequence[float],
     std: Sequence[float],
+    predictions: PredictionLog | None = None,
+    start: int = 0,
 ) -> dict[str, float]:
     """Top-1, top-5 (percent) and mean cross entropy over every image once; the same counts on any number of processes.
 
@@ -40,11 +46,17 @@ def evaluate(
     Args:
         model: images (B, 3, H, W) -> logits (B, classes); not wrapped in DDP.
         precision: of the autocast forward: float32, tf32, bfloat16 or float16.
-        channels_last: memory format of the images.
+        channels_last: memory format of the images, on MPS always contiguous.
         mean, std: (3,), of pixels in [0, 1].
+        predictions: collects the predictions of every image; its index in the set is the loader's less ``start``.
 
     Returns:
         The keys of ``AccuracyCounts.reduce``.
+
+    Raises:
+        FloatingPointError: on every process, if logits of an image are not finite; says of how many images, and names
+            the first module whose output is not.
+        OutOfMemory: a batch does not fit; says how many images do.
     """
     if distributed.world_size() > 1:
         distribute_bn(model, distributed.world_size(), reduce=False)
@@ -52,30 +64,79 @@ def evaluate(
     pixel_mean, pixel_std = (torch.tensor(values, device=device) for values in (mean, std))
     was_training = model.training
     model.eval()
-    counts = AccuracyCounts(device)
-    for images, labels in loader:
+    counts, nonfinite = AccuracyCounts(device), torch.zeros(len(loader), dtype=torch.int64, device=device)
+
+    def forward(images: Tensor) -> Tensor:
         images = normalize(to_device(images, device, channels_last), pixel_mean, pixel_std)
-        labels = labels.to(device, non_blocking=True)
         with autocast(device, precision):
-            logits = model(images).float()
-        counts.add(logits, labels, cross_entropy(logits, labels))
-    model.train(was_training)
+            return model(images).float()
+
+    for batch, (indices, (images, labels)) in enumerate(zip(loader.batches, loader, strict=True)):
+        with memory.explained(functools.partial(_smaller_batch, forward, images, device)):
+            logits = forward(images)
+        labels = to_device(labels, device)
+        nonfinite[batch] = (~logits.isfinite().all(dim=1)).sum()
+        # In float64 where there is one, as logits that differ by more than float32's range have a finite loss too.
+        counts.add(logits, labels, cross_entropy(logits.to(counts.sums.dtype), labels))
+        if predictions is not None:
+            predictions.add(range(indices.start - start, indices.stop - start), logits, labels)
     result = counts.reduce()
+    bad = int(distributed.all_reduce_sum(nonfinite.sum()))
+    if bad:
+        own = nonfinite.nonzero()[:1].flatten().tolist()
+        causes = distributed.gather_objects(_first_nonfinite(model, loader, own[0], forward) if own else None)
+        cause = next((cause for cause in causes if cause is not None), "nothing, when the batch was run again")
+    model.train(was_training)
+    if bad:
+        raise FloatingPointError(
+            f"the logits of {bad} of {int(result['images'])} images are not finite, in {precision}; "
+            f"the first that is not finite: {cause}"
+        )
     if result["images"] != loader.samples:
         raise RuntimeError(f"evaluated {result['images']} images of {loader.samples}")
     return result
 
 
+def _first_nonfinite(
+    model: nn.Module, loader: EvalLoader, number: int, forward: Callable[[Tensor], Tensor]
+) -> str | None:
+    """Run a process's batch ``number`` again: the first output that is not finite, or None."""
+    batches = list(loader.batches)
+    loader.batches[:] = [batches[number]]
+    with FirstNonFinite(model) as first:
+        for images, _ in loader:
+            forward(images)
+    loader.batches[:] = batches
+    return first.name
+
+
+def _smaller_batch(forward: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> str:
+    """The line for a batch (B, 3, H, W) whose forward did not fit: the largest part of it that does."""
+    used, half = memory.describe_peak(device), len(images) // 2
+    count = memory.largest_that_fits(half, lambda count: forward(images[:count]))
+    advice = f"{count} fit: data.eval_batch_size={count} (eval.py --batch-size {count})" if count else "not even 1 fits"
+    return f"out of memory on {device.type} in evaluation with {len(images)} images a batch, {used}; {advice}"
+
+
 def evaluate_set(
-    model: nn.Module, data: testsets.EvalSet, loader: EvalLoader, config: EvalConfig, start: int = 0
+    model: nn.Module,
+    data: testsets.EvalSet,
+    loader: EvalLoader,
+    config: EvalConfig,
+    start: int = 0,
+    predictions: PredictionLog | None = None,
 ) -> dict[str, Any]:
     """Evaluate a test set without TF32; each part separately, with a line printed by rank 0 where there are several.
 
     Args:
         loader: reads a source that holds the set's images from index ``start`` on.
+        predictions: collects the predictions of every image.
 
     Returns:
         The keys of ``AccuracyCounts.reduce``, and for ImageNet-C those of ``corruption_errors``.
+
+    Raises:
+        FloatingPointError: see ``evaluate``.
     """
     # TF32 rounds to 10 bits: counts would not be the float32 counts.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -91,6 +152,8 @@ def evaluate_set(
             channels_last=config.channels_last,
             mean=config.data.mean,
             std=config.data.std,
+            predictions=predictions,
+            start=start,
         )
         if len(data.parts) > 1 and distributed.is_main():
             print(f"{data.name} {part}: Acc@1 {result['top1']:.3f} Acc@5 {result['top5']:.3f}", flush=True)
@@ -98,7 +161,13 @@ def evaluate_set(
 
 
 def evaluate_reference(
-    model: nn.Module, config: EvalConfig, data: str, workers: int, images: int | None = None, kind: str | None = None
+    model: nn.Module,
+    config: EvalConfig,
+    data: str,
+    workers: int,
+    images: int | None = None,
+    kind: str | None = None,
+    payload: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Exact counts by the reference's protocol, on any number of processes.
 
@@ -107,12 +176,15 @@ def evaluate_reference(
         data, kind: as for ``protocol.adapt``.
         workers: loader processes of each process.
         images: the number of images that the set must have; None for any.
+        payload: the checkpoint of the weights, whose classes the set must have where it names them.
 
     Raises:
         InputError: the classes do not fit the network, or the number of images differs.
     """
     config, split = adapt(config, None, data, kind=kind, workers=workers)
-    val = testsets.open_set(None, config.data, split, config.model.num_classes)
+    classes = recorded_classes(payload or {})
+    val = testsets.open_set(None, config.data, split, config.model.num_classes, classes=classes)
+    check_set(payload or {}, val, "the checkpoint")
     if images is not None and len(val.source) != images:
         raise InputError(f"--data {data} has {len(val.source)} images; the published counts are of {images}")
     model.to(distributed.device())

@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 from typing import get_args
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from lip_resnet import distributed
 from lip_resnet.config import InputError, TorchvisionSet
+from lip_resnet.data.sources.folder import hint_for_loose_images
 from lip_resnet.data.sources.index import FILE
 from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
@@ -20,6 +19,10 @@ _FOLDERS = {
     "imagenet-real": ("imagenet-real", "imagenet", "val"),
 }
 """Test set -> names that its folder may have, where there are others than its own."""
+
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+"""Names of folders that are splits of a set, not its classes."""
 
 
 def locate(data: str, test_set: str | None = None, several: bool = False, kind: str | None = None) -> tuple[dict, str]:
@@ -68,6 +71,11 @@ def locate(data: str, test_set: str | None = None, several: bool = False, kind: 
         return {"name": "huggingface", "root": str(root)}, "val"
     split = "val"
     if not (root / "val").is_dir():
+        present = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if present and set(present) <= _SPLITS:
+            choice = next((name for name in present if not name.startswith("train")), present[0])
+            held = ", ".join(f"{name}/" for name in present)
+            raise InputError(f"--data {root} has no val/ but {held}: give one of these, such as --data {root / choice}")
         root, split = root.resolve().parent, root.resolve().name
     return {"name": layout(root / split), "root": str(root)}, split
 
@@ -95,6 +103,4 @@ def layout(folder: Path) -> str:
     suffixes = {entry.suffix.lower() for entry in entries}
     if ".tar" in suffixes:
         return "shards"
-    loose = "; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
-    hint = loose if suffixes & set(IMG_EXTENSIONS) else ""
-    raise InputError(f"{folder} holds neither class folders nor .tar shards{hint}")
+    raise InputError(f"{folder} holds neither class folders nor .tar shards{hint_for_loose_images(folder)}")

@@ -17,7 +17,8 @@ class AccuracyCounts:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        # MPS has no float64; float32 counts exactly up to 2^24 images.
+        self.sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     def reset(self) -> None:
         """Set all sums to zero."""
@@ -37,7 +38,7 @@ class AccuracyCounts:
         hits = (top[:, :, None] == labels.reshape(size, 1, -1)).any(dim=2)
         self.sums[0] += hits[:, 0].sum()
         self.sums[1] += hits.any(dim=1).sum()
-        self.sums[2] += loss.double() * size
+        self.sums[2] += loss.to(self.sums.dtype) * size
         self.sums[3] += size
 
     def reduce(self) -> dict[str, float]:
@@ -60,7 +61,7 @@ def _rates(correct1: int, correct5: int, loss: float, images: int) -> dict[str, 
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (B, classes) float32 and labels -> (): the mean of -log P(correct).
+    """Logits (B, classes), float32 or float64, and labels -> (): the mean of -log P(correct).
 
     Args:
         labels: (B,) int64; or (B, K) int64, any of which is correct, padded with -1: P is the sum over them.

@@ -11,6 +11,7 @@ from lip_resnet.config import InputError, Section
 from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, tables
 from lip_resnet.evaluation.protocol import EvalConfig, describe_protocol, describe_training, difference
+from lip_resnet.evaluation.render import render
 from lip_resnet.recipe import load_config
 
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
@@ -258,7 +259,7 @@ def render_table(paper: Paper, sizes: dict[str, dict[str, Check]], accuracies: l
             ]
         )
     header = ["network", "parameters", "MACs (G)", '"FLOPs" (G)', "published top-1 / top-5", "with this code"]
-    return tables.render(header, lines)
+    return render(header, lines)
 
 
 def render_report(

@@ -45,7 +45,7 @@ def timm_protocol(name: str, pretrained_cfg: dict[str, Any]) -> EvalConfig:
         pretrained_cfg: timm's ``pretrained_cfg`` of the model, as a dict.
 
     Raises:
-        InputError: the images are not square RGB, or ``EvalDataConfig`` refuses a value.
+        InputError: the images are not square RGB or are padded, or ``EvalDataConfig`` refuses a value.
     """
     resolved = timm.data.resolve_data_config({}, pretrained_cfg=pretrained_cfg, use_test_size=True)
     channels, height, width = resolved["input_size"]
@@ -54,12 +54,18 @@ def timm_protocol(name: str, pretrained_cfg: dict[str, Any]) -> EvalConfig:
             f"--model {name}: timm evaluates it on {height}x{width} images of {channels} channels; this code evaluates "
             "on square images of 3 channels: give a recipe with --config, with an eval_size of its own"
         )
+    resize = math.floor(height / resolved["crop_pct"])
+    if height > resize:
+        raise InputError(
+            f"--model {name}: timm resizes to {resize} pixels and pads to {height}; this code crops from the resized "
+            "image: give a recipe with --config, with an eval_resize of its own"
+        )
     tree = {
         "model": {"name": name, "num_classes": pretrained_cfg.get("num_classes") or 1},
         "data": {
             "root": ".",
             "eval_size": height,
-            "eval_resize": math.floor(height / resolved["crop_pct"]),
+            "eval_resize": resize,
             **{key: resolved[key] for key in ("crop_mode", "interpolation", "mean", "std")},
         },
     }
@@ -70,9 +76,9 @@ def reference_protocol(model: str, num_classes: int, trained: Config | None = No
     """The reference's evaluation: PIL bilinear resize to 256, centre crop of 224, float32, contiguous tensors.
 
     Args:
-        trained: the recipe of a run, whose ``data.name`` is kept; None: class folders or shards.
+        trained: the recipe of a run, whose ``data.name`` and normalisation are kept; None: class folders or shards.
     """
-    keys = ("name", "root", "label_column", "classes")
+    keys = ("name", "root", "label_column", "classes", "mean", "std")
     source = {key: getattr(trained.data, key) for key in keys} if trained else {"root": "."}
     network = ModelConfig(name=model, num_classes=num_classes)
     return EvalConfig(model=network, data=EvalDataConfig(**source), channels_last=False)
@@ -95,7 +101,8 @@ def adapt(
         data: --data; None: the recipe's ``data.root``.
         several: whether ``data`` must be the directory of several test sets, not one of them.
         kind: --data-name, the ``data.name`` of the images at ``data``; None: the recipe's.
-        precision, keys: overrides of ``precision`` and of keys of ``data``; None: unchanged.
+        precision, keys: overrides of ``precision`` and of keys of ``data``; None: unchanged. An ``eval_size`` without
+            ``eval_resize`` scales that too.
 
     Raises:
         InputError: as ``locate``; a test set without ``data``; or keys that contradict each other.
@@ -111,6 +118,8 @@ def adapt(
     if test_set == "imagenet-c":  # its images are crops
         side = keys.get("eval_size") or SIDE_OF_C
         tree["data"] |= {"eval_size": side, "eval_resize": side, "crop_mode": "center"}
+    elif keys.get("eval_size") and not keys.get("eval_resize"):  # the crop keeps its share of the image, as timm's does
+        tree["data"]["eval_resize"] = config.data.eval_resize * keys["eval_size"] // config.data.eval_size
     tree["data"] |= {key: value for key, value in keys.items() if value is not None}
     tree["precision"] = precision or config.precision
     return parse_section(tree, "evaluation", EvalConfig), split
@@ -127,8 +136,9 @@ def describe_training(
     Args:
         config: the recipe that they were trained with, as in the checkpoint.
         processes: the number of processes of each part of the training, in order; usually one part.
-        initial_weights: the checkpoint's ``initial_weights``. Weights that a run started from are compared by their
-            own training where it is known, else by the file's sha256; None (older checkpoints): by the recipe's path.
+        initial_weights: the checkpoint's ``initial_weights``. Weights that a run started from are compared by the
+            digest of their tensors, by their own training where it is known, else by the file's sha256; None (older
+            checkpoints): by the recipe's path.
         datasets: the checkpoint's ``datasets``. A selection by ``data.classes`` is compared by the digest of the
             training images' names; None (older checkpoints): by the recipe's path.
     """
@@ -137,6 +147,7 @@ def describe_training(
     start: Any = config.model.weights
     if start is not None and isinstance(initial_weights, dict):
         start = initial_weights.get("training") or {"sha256": initial_weights.get("sha256")}
+        start = {**start, "content": initial_weights.get("content")}
     training |= {"model.weights": start, "model.new_head": config.model.new_head}
     selection: Any = config.data.classes
     train_set = datasets.get("train") if isinstance(datasets, dict) else None
@@ -178,9 +189,21 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     ours, theirs = {**ADDED_KEYS, **ours}, {**ADDED_KEYS, **theirs}
     for part, other in ((ours, theirs), (ours.get("training") or {}, theirs.get("training") or {})):
         for key in sorted(part.keys() | other.keys()):
-            if key != "training" and (one := part.get(key)) != (two := other.get(key)):
-                return _compare_initial(one, two) if key == "model.weights" else f"{key}: {one} against {two}"
+            one, two = part.get(key), other.get(key)
+            if key in ("training", "content") or one == two or (key == "model.weights" and _same_initial(one, two)):
+                continue
+            return _compare_initial(one, two) if key == "model.weights" else f"{key}: {one} against {two}"
     return None
+
+
+def _same_initial(ours: Any, theirs: Any) -> bool:
+    """Whether two values of ``model.weights`` in ``describe_training`` are of the same weights or the same training."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return False
+    if any(ours.get(key) is not None and ours.get(key) == theirs.get(key) for key in ("content", "sha256")):
+        return True
+    unknown = "sha256" in ours or "sha256" in theirs
+    return not unknown and difference({"training": ours}, {"training": theirs}) is None
 
 
 def _compare_initial(ours: Any, theirs: Any) -> str:

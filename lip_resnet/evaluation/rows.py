@@ -1,6 +1,7 @@
 """Rows: the results of eval.py, one JSON file for each set, written and read."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, protocol
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.testsets import EvalSet
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 
 _REQUIRED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
@@ -27,7 +28,9 @@ def row_path(checkpoint: str | None, output: str | None, test_set: str | None, s
     Raises:
         InputError: the file exists, or its directory does not.
     """
-    run, path = Path(checkpoint or ""), Path(output) if output else None
+    run, path = Path(checkpoint or "").expanduser(), Path(output) if output else None
+    if (run / "last.pt").is_file() and run.absolute().name == "checkpoints":
+        run = run.absolute().parent
     file = "eval.json" if test_set in (None, "imagenet") else f"eval-{test_set}.json"
     if path is not None and several:
         if not path.is_dir():
@@ -77,7 +80,7 @@ def build_row(
         "params": cost.count_parameters(model),
         "macs": cost.count_macs(model, config.data.eval_size),
         "seed": trained.train.seed if trained else None,
-        "step": payload.get("step"),
+        "step": step if isinstance(step := payload.get("step"), int) else None,
         "protocol": protocol.describe_protocol(config, training, data.protocol),
         "dataset": {"name": data.name, "whole": data.whole, **describe_source(data.source)},
         "environment": describe_environment(),
@@ -90,14 +93,14 @@ def write_row(path: Path, row: dict[str, Any]) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    write_text(path, json.dumps(row, indent=2) + "\n")
+    write_text(path, to_json(row, indent=2) + "\n")
 
 
 def read_rows(paths: list[str]) -> list[dict[str, Any]]:
     """Rows from JSON files, or from run folders: eval.json, and eval-NAME.json of other test sets.
 
     Raises:
-        InputError: no such file, or it is not a row of eval.py.
+        InputError: no such file, it is not a row of eval.py, or a figure is not finite.
     """
     rows = []
     files: list[Path] = []
@@ -117,6 +120,12 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
         missing = [key for key in _REQUIRED if key not in row] if isinstance(row, dict) else list(_REQUIRED)
         if missing:
             raise InputError(f"{path}: not a row of eval.py; missing keys: {', '.join(missing)}")
+        for key in ("top1", "top5", "loss", "images", "params", "macs"):
+            if type(row[key]) not in (int, float) or not math.isfinite(row[key]):
+                raise InputError(
+                    f"{path}: {key} is {row[key]!r}, not a finite number: the logits may not have been finite; "
+                    "evaluate the network again"
+                )
         if row["protocol"].get("training"):
             row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"])
         rows.append(row)

@@ -1,18 +1,17 @@
-"""Tables: rows of eval.py grouped over seeds, with deltas to baselines; any table as Markdown, CSV or LaTeX."""
+"""Tables: rows of eval.py grouped over seeds, with deltas to baselines."""
 
-import csv
-import io
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.protocol import ADDED_KEYS, difference
+from lip_resnet.evaluation.render import Measured
 from lip_resnet.evaluation.testsets import IMAGES
 
-STYLES = ("md", "csv", "latex")
+_KEYS_OF_SET = {"images", "data", "classes", "test_set", "scoring", "lacks", "eval_size", "eval_resize", "crop_mode"}
+"""Facts of a row (``_facts``) that are of the test set, not of the network."""
 
 PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
 """Keywords of the published networks: a recipe with these values is the network without keywords."""
@@ -22,7 +21,10 @@ PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
 class Entry:
     """One line of a table: a model under one protocol, over its seeds."""
 
+    name: str
+    """The network and kind of weights."""
     label: str
+    """The name, with the facts in which it differs from other entries of that name on the same test set."""
     model: str
     rows: list[dict[str, Any]]
 
@@ -107,8 +109,39 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
         text = label(first["model"], keywords_of(first))
         text += ", EMA" if first.get("weights") == "ema" else ""
         text += ", best epoch (selected on val)" if first.get("selected_on_val") else ""
-        entries.append(Entry(text, first["model"], members))
-    return entries
+        entries.append(Entry(text, text, first["model"], members))
+    return _distinguish(entries)
+
+
+def _facts(entry: Entry) -> dict[str, str]:
+    """What may differ between entries of one name: protocol, training and images."""
+    training = entry.protocol.get("training") or {"training": None}
+    facts = {"images": entry.rows[0]["images"], **ADDED_KEYS, **entry.protocol, **training}
+    facts |= {f"dataset.{key}": _digest(entry.rows[0], key) for key in ("names", "content")}
+    return {key: str(value) for key, value in facts.items() if key != "training" or value is None}
+
+
+def _distinguish(entries: list[Entry], per_set: bool = True) -> list[Entry]:
+    """Entries with labels of their own: those of one name (``per_set``: and test set) get what differs in brackets."""
+    groups: dict[Any, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.name, per_set and entry.test_set), []).append(entry)
+    labelled = {}
+    for twins in groups.values():
+        facts = [_facts(twin) for twin in twins]
+        keys = [
+            key for key in dict.fromkeys(key for fact in facts for key in fact) if per_set or key not in _KEYS_OF_SET
+        ]
+        keys = [key for key in keys if len({fact.get(key) for fact in facts}) > 1][:3]
+        labels = [", ".join(f"{key}={str(fact.get(key))[:40]}" for key in keys) for fact in facts]
+        if len(set(labels)) < len(twins):
+            labels = [
+                ", ".join(filter(None, (text, str(twin.rows[0].get("checkpoint")))))
+                for text, twin in zip(labels, twins, strict=True)
+            ]
+        for twin, text in zip(twins, labels, strict=True):
+            labelled[id(twin)] = replace(twin, label=f"{twin.name} [{text}]" if len(twins) > 1 else twin.name)
+    return [labelled[id(entry)] for entry in entries]
 
 
 def _digest(row: dict[str, Any], key: str) -> str | None:
@@ -129,37 +162,59 @@ def _incomparable(ours: Entry, theirs: Entry) -> str | None:
     return difference(ours.protocol, theirs.protocol)
 
 
-def _delta(entry: Entry, entries: list[Entry], key: str) -> tuple[str | None, str | None]:
-    """An entry's delta to its baseline on the same test set, or a note why there is none.
+def _delta(entry: Entry, entries: list[Entry], key: str, baseline: str | None) -> tuple[str | None, list[str]]:
+    """An entry's delta to its baseline on the same test set, or None; and notes: why there is none, unequal seeds.
 
-    (None, None) where the network or the test set has no baseline row.
+    Args:
+        baseline: label or name of the entry to compare with; None: ``Entry.baseline``.
     """
-    if entry.baseline is None:
-        return None, None
-    partners = [
-        other
-        for other in entries
-        if other.model == entry.baseline and not other.rows[0].get("downsampling") and other.test_set == entry.test_set
-    ]
-    differences = [_incomparable(entry, other) for other in partners]
-    if None in differences:
-        return f"{entry.mean(key) - partners[differences.index(None)].mean(key):+.2f}", None
-    if not partners:
-        return None, None
+    on_set = [other for other in entries if other.protocol.get("test_set") == entry.protocol.get("test_set")]
+    wanted = baseline or entry.baseline
+    if baseline is not None:
+        partners = [other for other in on_set if baseline in (other.label, other.name)]
+    else:
+        partners = [other for other in on_set if other.model == wanted and not other.rows[0].get("downsampling")]
+    if wanted is None or entry in partners:
+        return None, []
     where = f" on {entry.test_set}" if "test_set" in entry.protocol else ""
-    return None, f"no delta for {entry.label}{where}, its protocol is not {partners[0].label}'s: {differences[0]}"
+    if not partners:
+        hint = "" if baseline else "; --baseline LABEL compares with another row"
+        return None, [f"no delta for {entry.label}{where}: no row of {wanted}{hint}"]
+    differences = [_incomparable(entry, other) for other in partners]
+    if None not in differences:
+        other = partners[0].label
+        return None, [f"no delta for {entry.label}{where}, its protocol is not {other}'s: {differences[0]}"]
+    partner = partners[differences.index(None)]
+    seeds = [len(each.rows) for each in (entry, partner)]
+    notes = [
+        f"delta of {entry.label}{where} to {partner.label}: unequal numbers of seeds, {seeds[0]} against {seeds[1]}"
+    ]
+    return f"{entry.mean(key) - partner.mean(key):+.2f}", notes if seeds[0] != seeds[1] else []
 
 
-def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+def _check_baseline(baseline: str | None, entries: list[Entry]) -> None:
+    names = list(dict.fromkeys(name for entry in entries for name in (entry.name, entry.label)))
+    if baseline is not None and baseline not in names:
+        raise InputError(f"--baseline {baseline}: no row has this label; the labels are {'; '.join(names)}")
+
+
+def build_table(
+    rows: list[dict[str, Any]], paper: dict[str, Any], baseline: str | None = None
+) -> tuple[list[str], list[list[str]], list[str]]:
     """Rows and the paper's figures -> (header, lines, notes).
 
-    A network's delta is to its baseline (``Entry.baseline``) on the same test set under the same protocol. Where the
-    baseline has rows of other protocols only, there is no delta and a note says what differs.
+    A network's delta is to its baseline on the same test set under the same protocol. Where the baseline has no rows,
+    or rows of other protocols only, there is no delta and a note says so.
 
     Args:
         paper: ``label`` of a network -> published ``top1`` and ``top5``, shown beside runs on ImageNet's 50,000.
+        baseline: the ``Entry`` that all others are compared with, by its label or name; None: ``Entry.baseline``.
+
+    Raises:
+        InputError: no entry has the label ``baseline``, or as ``group``.
     """
-    entries, notes = group(rows), []
+    entries, notes = group(rows), list[str]()
+    _check_baseline(baseline, entries)
     with_paper = any(_is_imagenet(entry) and entry.network in paper for entry in entries)
     with_sets = len({entry.test_set for entry in entries}) > 1
     with_mce = any("mce" in entry.rows[0] for entry in entries)
@@ -167,13 +222,13 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
     header += ["mCE (%)"] * with_mce + ["seeds", "images"] + ["paper top-1", "paper top-5"] * with_paper
     lines = []
     for entry in entries:
-        delta, note = _delta(entry, entries, "top1")
-        notes += [note] if note else []
+        delta, why = _delta(entry, entries, "top1", baseline)
+        notes += why
         line = [entry.label] + [entry.test_set] * with_sets
         line += [f"{entry.mean('params') / 1e6:.2f}", f"{entry.mean('macs') / 1e9:.3f}"]
-        line += [_format_mean(entry, "top1"), _format_mean(entry, "top5"), delta or "-"]
+        line += [*(Measured(entry.mean(key), entry.deviation(key)) for key in ("top1", "top5")), delta or "-"]
         if with_mce:
-            line.append(_format_mean(entry, "mce") if "mce" in entry.rows[0] else "-")
+            line.append(Measured(entry.mean("mce"), entry.deviation("mce")) if "mce" in entry.rows[0] else "-")
         line += [str(len(entry.rows)), str(entry.rows[0]["images"])]
         if with_paper:
             published = paper.get(entry.network, {}) if _is_imagenet(entry) else {}
@@ -182,40 +237,43 @@ def build_table(rows: list[dict[str, Any]], paper: dict[str, Any]) -> tuple[list
     return header, lines, notes
 
 
-def build_wide(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], list[str]]:
+def build_wide(rows: list[dict[str, Any]], baseline: str | None = None) -> tuple[list[str], list[list[str]], list[str]]:
     """Rows -> (header, lines, notes): one line for each network, one column for each test set.
 
     Cells are top-1 (the mCE for ImageNet-C), with the delta to the baseline on the same set in brackets.
 
+    Args:
+        baseline: as for ``build_table``.
+
     Raises:
-        InputError: a network has two figures for one set.
+        InputError: a network has two figures for one set; no entry has the label ``baseline``; or as ``group``.
     """
-    entries, notes = group(rows), []
+    entries, notes = group(rows), list[str]()
+    _check_baseline(baseline, entries)
     order = [*IMAGES, *(entry.test_set for entry in entries)]
     sets = sorted({entry.test_set for entry in entries}, key=order.index)
     networks: dict[str, dict[str, Entry]] = {}
-    keys_of_set = {"data", "classes", "test_set", "scoring", "lacks", "eval_size", "eval_resize", "crop_mode"}
     for entry in entries:
-        protocol = {key: value for key, value in entry.protocol.items() if key not in keys_of_set}
-        by_set = networks.setdefault(json.dumps([entry.label, protocol], sort_keys=True), {})
+        protocol = {key: value for key, value in entry.protocol.items() if key not in _KEYS_OF_SET}
+        by_set = networks.setdefault(json.dumps([entry.name, protocol], sort_keys=True), {})
         if entry.test_set in by_set:
             other = by_set[entry.test_set].protocol
             why = difference(entry.protocol, other) or "they are of other checkpoints or images"
-            raise InputError(f"{entry.label} has two figures on {entry.test_set}, give one of them: {why}")
+            raise InputError(f"{entry.name} has two figures on {entry.test_set}, give one of them: {why}")
         by_set[entry.test_set] = entry
     lines = []
-    for by_set in networks.values():
-        first = next(iter(by_set.values()))
-        cells = []
+    firsts = _distinguish([next(iter(by_set.values())) for by_set in networks.values()], per_set=False)
+    for first, by_set in zip(firsts, networks.values(), strict=True):
+        cells: list[str] = []
         for name in sets:
             key = "mce" if name == "imagenet-c" else "top1"
             if name not in by_set or key not in by_set[name].rows[0]:
                 cells.append("-")
                 continue
             entry = by_set[name]
-            delta, note = _delta(entry, [other for other in entries if key in other.rows[0]], key)
-            cells.append(_format_mean(entry, key) + (f" ({delta})" if delta else ""))
-            notes += [note] if note else []
+            delta, reasons = _delta(entry, [other for other in entries if key in other.rows[0]], key, baseline)
+            cells.append(Measured(entry.mean(key), entry.deviation(key), delta, len(entry.rows)))
+            notes += reasons
             if (entry.rows[0].get("dataset") or {}).get("whole") is False:
                 notes.append(f"{name}: {entry.rows[0]['images']:,} images, which is not all of it")
         seeds = sorted({len(entry.rows) for entry in by_set.values()})
@@ -226,37 +284,5 @@ def build_wide(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], 
 
 def _is_imagenet(entry: Entry) -> bool:
     protocol = entry.protocol
-    return protocol["classes"] == 1000 and entry.rows[0]["images"] == 50000 and "test_set" not in protocol
-
-
-def _format_mean(entry: Entry, key: str) -> str:
-    deviation = entry.deviation(key)
-    return f"{entry.mean(key):.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
-
-
-def render(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = (), style: str = "md") -> str:
-    """A table as text that ends in a newline.
-
-    Args:
-        header: names of the columns; the first column is aligned left, all others right.
-        rows: each with one cell for each column.
-        notes: lines below the table: plain in ``md``, comments in ``latex``, omitted in ``csv``.
-        style: one of ``STYLES``.
-    """
-    lines = [header, *rows]
-    if style == "csv":
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows(lines)
-        return buffer.getvalue()
-    if style == "latex":
-        escape = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$"})
-        body = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in lines]
-        body = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\hline", body[0], r"\hline", *body[1:]]
-        return "\n".join([*body, r"\hline", r"\end{tabular}", *(f"% {note}" for note in notes)]) + "\n"
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    rule = ["-" * (widths[0])] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    table = []
-    for line in [header, rule, *rows]:
-        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        table.append("| " + " | ".join([line[0].ljust(widths[0]), *numbers]) + " |")
-    return "\n".join([*table, "", *notes]).rstrip() + "\n"
+    imagenet = (entry.rows[0].get("dataset") or {"name": "imagenet"})["name"] == "imagenet"
+    return imagenet and protocol["classes"] == 1000 and entry.rows[0]["images"] == 50000 and "test_set" not in protocol

@@ -22,9 +22,10 @@ from torch.utils.data import Dataset
 from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import read_file
 from lip_resnet.data.sources import build_sources
-from lip_resnet.data.sources.base import Encoded
+from lip_resnet.data.sources.base import Encoded, LeftOut, say_left_out
 from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.transforms import eval_transform
+from lip_resnet.evaluation.classes import indices_of, name_of_set
 
 IMAGES = {
     "imagenet": 50_000,
@@ -52,7 +53,7 @@ class EvalSet:
     """Images, their labels, and how a network is scored on them."""
 
     name: str
-    """One of ``IMAGES``, or the recipe's ``data.name``."""
+    """One of ``IMAGES``, or for other sets ``classes.name_of_set``."""
     source: Any
     config: EvalDataConfig
     """Resizing and crop."""
@@ -60,7 +61,7 @@ class EvalSet:
     """Name -> indices of its images in the source; each part is evaluated separately. One part named "", except in
     ImageNet-C: corruption/severity."""
     classes: list[int] | None = None
-    """Indices of the set's classes among ImageNet's 1,000: only these logits are used. None: all."""
+    """Indices of the set's classes among the network's: only these logits are used. None: all."""
     protocol: dict[str, Any] = field(default_factory=dict)
     """Keys of a row's protocol that a validation set does not have."""
 
@@ -136,6 +137,7 @@ class RealLabels(Encoded):
                 correct.append(labels[f"{match[1]}.JPEG"])
                 self.kept.append(index)
         super().__init__(source.root, source.classes, samples)
+        self.left_out = source.left_out
         self.source, width = source, max(map(len, correct), default=1)
         self._correct = torch.tensor([[*each, *[-1] * (width - len(each))] for each in correct]).share_memory_()
 
@@ -187,7 +189,14 @@ def choose(names: list[str] | None, partial: bool) -> Sequence[str | None]:
     return names
 
 
-def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: int, partial: bool = False) -> EvalSet:
+def open_set(
+    name: str | None,
+    config: EvalDataConfig,
+    split: str,
+    num_classes: int,
+    partial: bool = False,
+    classes: list[str] | None = None,
+) -> EvalSet:
     """The set to evaluate on.
 
     Args:
@@ -196,20 +205,31 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
         split: folder below ``config.root``, as ``protocol.adapt`` returns it.
         num_classes: the network's number of classes.
         partial: accept an ImageNet-C without some of its folders.
+        classes: those that the network was trained on, where known; they stand for the file ``config.classes``.
 
     Raises:
         InputError: the set does not exist or misses classes, or the network does not have ImageNet's 1,000.
     """
-    known = wnids()
+    known, protocol = wnids(), dict[str, Any]()
     if name is None:
-        source = build_sources(config, num_classes, (split,))[0]
-        imagenet = list(source.classes) == known
-        return EvalSet("imagenet" if imagenet else config.name, source, config, _whole(source))
+        selection = "\n".join(classes) if config.classes and classes else None
+        # Class folders may be some of ImageNet's.
+        part = config.name == "folder" and config.classes is None and num_classes == len(known)
+        source = build_sources(config, None if part else num_classes, (split,), selection, names=classes)[0]
+        names = list(source.classes)
+        if names == known:
+            return EvalSet("imagenet", source, config, _whole(source))
+        indices = indices_of(names, num_classes, known)
+        if indices is not None:
+            protocol = {"classes": len(names), "scoring": f"among the set's {len(names)} classes"}
+        own_name = name_of_set(config, split, IMAGES)
+        return EvalSet(own_name, source, config, _whole(source), indices, protocol)
     if num_classes != len(known):
         raise InputError(f"--dataset {name} needs a network of ImageNet's 1,000 classes; this one has {num_classes}")
     assert config.root is not None  # adapt's
     root = Path(config.root).expanduser() / split
-    protocol: dict[str, Any] = {} if name == "imagenet" else {"test_set": name}
+    if name != "imagenet":
+        protocol["test_set"] = name
     if name in _SCORING:
         protocol["scoring"] = _SCORING[name]
     if name == "imagenet-c":
@@ -230,8 +250,9 @@ def open_set(name: str | None, config: EvalDataConfig, split: str, num_classes: 
     subset = _subset(name)
     _check_classes(name, root, subset)
     source = Folder(root, subset)
-    classes = None if len(subset) == len(known) else [known.index(wnid) for wnid in subset]
-    return EvalSet(name, source, config, _whole(source), classes, protocol)
+    say_left_out(source)
+    indices = None if len(subset) == len(known) else [known.index(wnid) for wnid in subset]
+    return EvalSet(name, source, config, _whole(source), indices, protocol)
 
 
 def _whole(source: Any) -> dict[str, range]:
@@ -294,12 +315,14 @@ def _open_corruptions(root: Path, config: EvalDataConfig, partial: bool) -> tupl
         )
     known = wnids()
     samples: list[tuple[str, int]] = []
+    left_out: list[LeftOut] = []
     parts: dict[str, range] = {}
     for part, folder in part_folders.items():
         _check_classes("imagenet-c", folder, known)
-        images = Folder(folder, known).samples
+        images = Folder(folder, known)
+        left_out.append(images.left_out)
         parts[part] = range(len(samples), len(samples) + len(images))
-        samples += images
+        samples += images.samples
     sizes = {part: len(images) for part, images in parts.items()}
     fewest, most = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     if sizes[fewest] != sizes[most]:
@@ -308,6 +331,8 @@ def _open_corruptions(root: Path, config: EvalDataConfig, partial: bool) -> tupl
             "the same number"
         )
     source = _Files(root, known, samples)
+    source.left_out = LeftOut.sum(left_out)
+    say_left_out(source)
     width, height = source[0][0].size
     if config.eval_resize == SIDE_OF_C and (width, height) != (SIDE_OF_C, SIDE_OF_C):
         raise InputError(

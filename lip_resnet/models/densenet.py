@@ -107,6 +107,13 @@ class LIPDenseNet(DenseNet):
                 if init == "zero":
                     lip.zero_logits()
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the first half of every dense layer (timm's), and every LIP's logits, in the backward pass."""
+        super().set_grad_checkpointing(enable)
+        for module in self.modules():
+            if isinstance(module, LIP2d):
+                module.recompute = enable
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: none, as in the reference code."""
         return set()

@@ -10,6 +10,7 @@ from torch import nn
 
 from lip_resnet.config import Config, InputError
 from lip_resnet.models import registry
+from lip_resnet.models.description import recorded_network
 from lip_resnet.models.weights import extract_weights, put_weights
 
 NETWORKS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -37,10 +38,10 @@ class Network(NamedTuple):
         """The network, with its ``pretrained_cfg`` set to the evaluation protocol.
 
         Args:
-            trained: the recipe of the run that trained it; None: the reference's protocol.
+            trained: the recipe of the run that trained it, whose network this is; None: the reference's protocol.
 
         Raises:
-            InputError: see ``registry.create_model``.
+            InputError: see ``registry.build_model``.
         """
         overlay: dict[str, Any] = {}
         if not self.model.startswith("lip_"):  # timm's entry describes timm's weights, not these
@@ -53,6 +54,8 @@ class Network(NamedTuple):
             overlay |= {"input_size": (3, data.eval_size, data.eval_size), "pool_size": (-(-data.eval_size // 32),) * 2}
             overlay |= {"crop_pct": crop_pct(data.eval_size, data.eval_resize), "crop_mode": data.crop_mode}
             overlay |= {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
+            recipe = trained.model.model_copy(update={"num_classes": self.num_classes})
+            return registry.build_model(recipe, pretrained_cfg_overlay=overlay)
         return registry.create_model(
             self.model, num_classes=self.num_classes, pretrained_cfg_overlay=overlay, **self.args
         )
@@ -65,7 +68,7 @@ def crop_pct(size: int, resize: int) -> float:
 
 
 def identify(payload: dict[str, Any], source: str, ema: bool = False) -> Network:
-    """The network of a checkpoint, by its keys and shapes; they fit exactly one of ``NETWORKS``.
+    """The network of a checkpoint: its recipe's, or without a recipe the one of ``NETWORKS`` that its keys fit.
 
     Args:
         payload: the checkpoint, see ``extract_weights``.
@@ -75,6 +78,9 @@ def identify(payload: dict[str, Any], source: str, ema: bool = False) -> Network
     Raises:
         InputError: no network fits; the message says how the nearest one differs.
     """
+    recorded = recorded_network(payload, source)
+    if recorded is not None:
+        return Network(recorded.name, recorded.args, recorded.num_classes)
     state = extract_weights(payload, source, ema)
     heads = [state[key] for key in ("fc.weight", "classifier.weight") if key in state and state[key].dim() == 2]
     num_classes = len(heads[0]) if heads else 1000

@@ -4,8 +4,10 @@ import copy
 import difflib
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lip_resnet.config import InputError, ModelConfig
@@ -17,7 +19,7 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
 
     Raises:
         InputError: unknown name (with near names); a keyword or value that the model does not accept; a package that
-            the model needs is not installed.
+            the model needs is not installed; pretrained weights that cannot be downloaded.
         Exception: the model's own error, if it also fails without keywords: a defect, not the user's mistake.
     """
     _check_name(name)
@@ -25,11 +27,45 @@ def create_model(name: str, **keywords: Any) -> nn.Module:
         return timm.create_model(name, **keywords)
     except ImportError as error:
         raise InputError(f"model {name} needs a package that is not installed here: {error}") from error
+    except OSError as error:  # of a download; one of huggingface_hub's is a ValueError too
+        line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise InputError(
+            f"model {name}: its pretrained weights are neither in the local cache nor to be downloaded: {line}"
+        ) from error
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
         with torch.device("meta"):
             timm.create_model(name)
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {name} does not take {keywords}: {line}") from error
+
+
+def create_pretrained(name: str) -> nn.Module:
+    """A network with timm's own weights, downloaded or from the local cache.
+
+    Raises:
+        InputError: unknown name, or there are no weights, or they are not in the cache and cannot be downloaded.
+    """
+    source = pretrained_cfg(name)
+    if not any(source.get(key) for key in ("hf_hub_id", "url", "file")):
+        raise InputError(f"timm has no weights of {name}; give --checkpoint FILE instead of --pretrained")
+    if source.get("hf_hub_id"):
+        _use_cache_if_offline(source["hf_hub_id"].partition("@")[0])
+    return create_model(name, pretrained=True)
+
+
+def _use_cache_if_offline(repository: str) -> None:
+    """Set huggingface_hub's offline mode if one request to the hub gets no answer: its own retries take a minute."""
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, "config.json"), timeout=10)
+    except HfHubHTTPError:
+        return  # it answers
+    except Exception as error:  # of the HTTP library, which differs between versions: the network's own is its cause
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def pretrained_cfg(name: str) -> dict[str, Any]:

@@ -143,7 +143,10 @@ class LIPResNet(nn.Module):
         return set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block's activations in the backward pass instead of saving them."""
+        """Recompute the activations of the stem's pooling and of every block in the backward pass: less memory.
+
+        As with timm's networks, every forward of a block updates its batch norms' statistics.
+        """
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -170,6 +173,11 @@ class LIPResNet(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(stage, x)
         return stage(x)
+
+    def _stem_pool(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq([self.pool], x)
+        return self.pool(x)
 
     def forward_intermediates(
         self,
@@ -201,7 +209,7 @@ class LIPResNet(nn.Module):
         take, last = feature_indices(5, indices)
         x = self.act1(self.bn1(self.conv1(x)))
         features = [x] if 0 in take else []
-        x = self.pool(x)
+        x = self._stem_pool(x)
         for index, stage in enumerate(self.stages()[:last] if stop_early else self.stages(), start=1):
             x = self._stage(stage, x)
             if index in take:
@@ -225,7 +233,7 @@ class LIPResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up."""
-        x = self.pool(self.act1(self.bn1(self.conv1(x))))
+        x = self._stem_pool(self.act1(self.bn1(self.conv1(x))))
         for stage in self.stages():
             x = self._stage(stage, x)
         return x

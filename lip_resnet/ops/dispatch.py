@@ -60,6 +60,8 @@ def _available(device_type: str) -> bool:
     if device_type == "cuda" and (reason := _triton_problem()):
         _warn(reason)
         return False
+    if device_type == "mps":
+        _warn("there is none for MPS")
     return device_type == "cuda"
 
 

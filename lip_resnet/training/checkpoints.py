@@ -54,12 +54,16 @@ class Checkpoints:
         Raises:
             InputError: the write failed; raised once for each failure.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.join()
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def join(self) -> None:
+        """Wait until nothing is being written, without an error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _write(self, payload: dict[str, Any], best: bool) -> None:
         try:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from lip_resnet import distributed
+from lip_resnet import distributed, memory
+from lip_resnet.compat import copy_tensors_
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, TrainLoader, prefetch, to_device
 from lip_resnet.evaluation.evaluate import autocast
@@ -61,7 +62,7 @@ class TrainState:
             Rollback: as ``NonFiniteGuard.check_pending``.
         """
         self.guard.check_pending()
-        window = distributed.gather_rows(self.window.sums)
+        window = distributed.gather_rows(self.window.sums.cpu().double())
         weights = nn.utils.get_total_norm(self.model.parameters())
         if not window.isfinite().all() or not weights.isfinite():
             raise FloatingPointError(f"loss or weights are not finite at step {self.step}; they are not saved")
@@ -121,15 +122,17 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
     """Move a network to its device and build what trains it: optimizer, average, DDP, loss scaler, guard.
 
     Raises:
-        InputError: sync_bn without GPUs.
+        InputError: sync_bn without GPUs, or grad_checkpointing of a model without it.
     """
     train = config.train
     if train.sync_bn:
         if device.type != "cuda":
-            raise InputError("train.sync_bn needs GPUs; this process trains on the CPU")
+            raise InputError(f"train.sync_bn needs GPUs (CUDA); this process trains on {device.type}")
         model = convert_sync_batchnorm(model)
-    model.to(device).to(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
+    model.to(device).to(memory_format=memory.layout(train.channels_last, device))
     ema = None if train.ema_decay is None else ModelEmaV3(model, train.ema_decay)
+    if train.grad_checkpointing:
+        memory.enable_grad_checkpointing(model)
     optimizer = build_optimizer(model, config.optim)
     if train.compile:
         model.compile(mode=train.compile_mode)
@@ -280,6 +283,8 @@ class TrainStep:
         self.norm_parameters = (
             [parameter for parameter in self.parameters if id(parameter) not in without] if without else []
         )
+        buffers = state.guard.buffers if config.train.grad_checkpointing else []
+        self.buffers = [(group, [torch.empty_like(buffer) for buffer in group]) for group in buffers]
 
     def __call__(self, batch: Batch, lr: float) -> dict[str, Tensor]:
         """Train on a batch; ``lr``, which is already set in the optimizer, is for error messages.
@@ -297,10 +302,14 @@ class TrainStep:
             self.on_phase("forward")
             last = part == len(batch.parts) - 1
             with contextlib.nullcontext() if last else self.no_sync():
-                logits, labels, loss = self._forward(state.wrapped, images, labels, state.step, part)
+                logits, labels, loss = self.forward(state.wrapped, images, labels, state.step, part)
                 self.on_phase("backward")
+                for group, saved in self.buffers:
+                    copy_tensors_(saved, group)
                 # DDP averages over processes; this weight makes that the mean over all images of the batch.
                 scaler.scale(guard.scale_loss(loss, len(labels) * world / batch.size)).backward()
+            for group, saved in self.buffers:  # batch norm's statistics count the forward once, not its recomputation
+                copy_tensors_(group, saved)
             state.window.add(logits.detach(), labels, loss.detach())
 
         self.on_phase("update")
@@ -322,9 +331,10 @@ class TrainStep:
         guard.enqueue(state.step + 1, lr, bad, batch.parts, self._rerun(batch, state.step))
         return extra
 
-    def _forward(
+    def forward(
         self, network: nn.Module, images: Tensor, labels: Tensor, step: int, part: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Part ``part`` of step ``step`` (both from 0) -> logits (B, classes) float32, labels, mean loss ()."""
         images, labels, targets = self.objective.prepare(images, labels, step, part)
         with autocast(images.device, self.config.train.precision):
             logits = network(images)
@@ -334,7 +344,7 @@ class TrainStep:
     def _rerun(self, batch: Batch, step: int) -> Callable[[], Iterator[Tensor]]:
         """Computes the batch's losses again, by the plain module and with the randomness of step ``step`` (from 0)."""
         return lambda: (
-            self._forward(self.state.model, images, labels, step, part)[2]
+            self.forward(self.state.model, images, labels, step, part)[2]
             for part, (images, labels) in enumerate(batch.parts)
         )
 

@@ -1,20 +1,20 @@
 """Steps whose loss or gradients are not finite: undone on the device, reported by the host, diagnosed by a rerun."""
 
-import contextlib
 import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from lip_resnet import checkpoint, distributed
-from lip_resnet.compat import copy_tensors_, is_compiled, move_towards_, tree_leaves
+from lip_resnet.compat import copy_tensors_, move_towards_
 from lip_resnet.config import InputError, TrainConfig
+from lip_resnet.evaluation.nonfinite import FirstNonFinite
 
 CHECK_DELAY_STEPS = 2
 """On a GPU, the host reads a step's flags this many steps later, when the copy has arrived without waiting."""
@@ -72,15 +72,16 @@ class NonFiniteGuard:
         self._pending: deque[_PendingStep] = deque()
         self._stopped = torch.zeros((), dtype=torch.bool, device=self.device)
         self._nan = torch.tensor(math.nan, device=self.device)
-        self._groups = [
+        self.buffers = [
             [buffer for buffer in model.buffers() if buffer.dtype == dtype]
             for dtype in {buffer.dtype for buffer in model.buffers()}
         ]
+        """The model's buffers, those of one dtype together."""
 
     def start_step(self, sums: Tensor) -> None:
         """Remember buffers and ``sums``, the counts (n,) that the step will add to."""
         self._sums = sums
-        self._before = sums.clone(), [_flat(group) for group in self._groups]
+        self._before = sums.clone(), [_flat(group) for group in self.buffers]
         self._loss = self._stopped.clone()
 
     def scale_loss(self, loss: Tensor, weight: float) -> Tensor:
@@ -111,7 +112,7 @@ class NonFiniteGuard:
         undone = bad.bool()
         sums, buffers = self._before
         self._sums.copy_(torch.where(undone, sums, self._sums))
-        for group, before in zip(self._groups, buffers, strict=True):
+        for group, before in zip(self.buffers, buffers, strict=True):
             flats = torch.where(undone, before, _flat(group)).split([buffer.numel() for buffer in group])
             copy_tensors_(group, [flat.view_as(buffer) for flat, buffer in zip(flats, group, strict=True)])
         self.counters += undone
@@ -211,14 +212,11 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def update_average(ema: ModelEmaV3, model: nn.Module, bad: Tensor) -> None:
     """average += (1 - decay) (weights - average), timm's rule; unchanged where ``bad`` () is 1. On the device."""
-    averages, values = [], []
-    for average, value in zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True):
-        if average.is_floating_point():
-            averages.append(average)
-            values.append(value)
-        else:
-            average.copy_(value)
-    move_towards_(averages, values, (1 - bad) * (1 - ema.decay))
+    pairs = list(zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True))
+    weights = [pair for pair in pairs if pair[0].is_floating_point()]
+    counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+    move_towards_([mean for mean, _ in weights], [value for _, value in weights], (1 - bad) * (1 - ema.decay))
+    copy_tensors_([mean for mean, _ in counters], [value for _, value in counters])
 
 
 SMALLEST_SCALE = 2.0**-14
@@ -263,35 +261,17 @@ def diagnose(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> str | 
     In this order: the images, a module's output, the loss, a parameter's gradient (in the order of the backward, the
     last parameter first). The network is left unchanged.
     """
-    first: list[str] = []
-
-    def check(tensors: Any, name: str) -> None:
-        if not first and not all(
-            tensor.isfinite().all() for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)
-        ):
-            first.append(name)
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: check(output, f"the output of {name or 'the network'}")
-
-    eager: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if is_compiled(model):
-        eager = torch.compiler.set_stance("force_eager")
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    hooks = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
-    hooks.append(model.register_forward_pre_hook(lambda module, inputs: check(inputs, "the images")))
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
-        with eager:
+        with FirstNonFinite(model) as first:
             for loss in losses():
-                check(loss, "the loss")
+                first.check(loss, "the loss")
                 gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
                 for (name, _), gradient in reversed(list(zip(named, gradients, strict=True))):
-                    check([gradient], f"the gradient of {name}")
+                    first.check([gradient], f"the gradient of {name}")
     finally:
-        for handle in hooks:
-            handle.remove()
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-    return first[0] if first else None
+    return first.name

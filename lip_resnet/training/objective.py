@@ -28,7 +28,7 @@ class Objective:
         """
         train = self.train
         images = normalize(to_device(images, self.device, train.channels_last), self.mean, self.std)
-        labels = labels.to(self.device, non_blocking=True)
+        labels = to_device(labels, self.device)
         targets = _dense(labels, self.classes, train.label_smoothing) if self.dense else labels
         if self.mixing is not None:
             seeding.reseed(seeding.derive("mix", train.seed, step))  # one draw for the whole global batch

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lip_resnet import checkpoint, distributed
+from lip_resnet import checkpoint, distributed, memory
 from lip_resnet.config import Config, Effect, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, describe_source
 from lip_resnet.errors import InputError, Stopped
+from lip_resnet.evaluation.compatibility import check_class_names, recorded_classes
 from lip_resnet.evaluation.evaluate import evaluate
-from lip_resnet.recipe import parse_config
 from lip_resnet.training import run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import TrainState, train_one_epoch, warm_up_ddp
 from lip_resnet.training.interrupts import REPORT, SAVE, STOP, Interrupts
 from lip_resnet.training.nonfinite import Rollback
+from lip_resnet.training.out_of_memory import suggest
 from lip_resnet.training.watchdog import Watchdog
 
 Datasets = dict[str, dict[str, Any]]
@@ -36,7 +37,11 @@ class Provenance:
     initial_weights: dict[str, Any] | None = None
     """The weights that the run started from (``model.weights``), None if it started from random ones: ``sha256`` of the
     file; ``weights``, which were loaded (model or ema); ``training``, their own ``describe_training`` and ``step``, or
-    None if unknown."""
+    None if unknown; ``content``, the digest of the tensors."""
+    class_names: list[str] | None = None
+    """Names of the classes, in the order of the logits; None where the data only number them."""
+    selection: str | None = None
+    """Content of the file ``data.classes``, which need not exist any more when the run is resumed."""
 
 
 def describe_datasets(train: Any, val: Any) -> Datasets:
@@ -66,12 +71,14 @@ def restore(state: TrainState, config: Config, source: Path, provenance: Provena
         InputError: not a training checkpoint, or one of another recipe, or of other data.
     """
     payload = distributed.on_main(lambda: checkpoint.load(source))
-    earlier = parse_config(payload["config"], str(source)) if "config" in payload else config
-    run_folder.check_same_recipe(config, earlier, str(source))
+    earlier = checkpoint.read_recipe(payload, str(source)) or config
+    weights = f"start from its weights with model.weights={source}"
+    run_folder.check_same_recipe(config, earlier, str(source), weights)
     state.load_state_dict(payload, str(source))
     if config.values(Effect.EVALUATION) != earlier.values(Effect.EVALUATION):
         state.best = -math.inf
     check_same_data(payload.get("datasets", {}), provenance.datasets, str(source))
+    check_class_names(recorded_classes(payload), provenance.class_names, str(source), weights)
     before, now = payload["processes"], distributed.world_size()
     provenance.processes = before if before[-1] == now else [*before, now]
     provenance.initial_weights = payload.get("initial_weights")
@@ -129,16 +136,20 @@ class Run:
             Stopped: after a signal; everything is saved.
             InputError: a file of the run cannot be written, and ``train.on_write_error`` is stop.
             FloatingPointError: a step was not finite, and the recipe does not let the run continue.
+            OutOfMemory: a batch does not fit; says what does.
         """
         interrupts.begin()
         train, state = self.config.train, self.state
         self.folder = self.checkpoints.folder.parent
         state.guard.folder, state.guard.warn = self.folder / "nonfinite", self.log.say
         with (
+            contextlib.ExitStack() as at_end,
             profiler(train, self.folder) as self.trace,
             Watchdog(self.folder, train.hang_minutes) as self.watchdog,
         ):
-            warm_up_ddp(state, self.config)
+            at_end.callback(self.checkpoints.join)  # after an error too, such as a bad validation image
+            with self._explained():
+                warm_up_ddp(state, self.config)
             without_checkpoint = distributed.on_main(lambda: not (self.checkpoints.folder / "last.pt").exists())
             if without_checkpoint and (state.step or train.on_nonfinite == "rollback"):
                 self.save()  # continued from another folder's file, or a rollback needs a checkpoint from the start
@@ -154,6 +165,8 @@ class Run:
                     raise Stopped(f"{reason} at step {state.step}; continue with --resume auto")
             # Still inside `interrupts`: a signal now must not cost the last checkpoint.
             distributed.on_main(self.checkpoints.wait)
+        if used := memory.describe_peak(state.guard.device):
+            self.log.say(used)
 
     def _train_epoch(self, interrupts: Interrupts) -> bool:
         """Train to the end of the epoch; True if a signal asks to stop."""
@@ -179,22 +192,27 @@ class Run:
 
         if not train.compile:  # the first step of an epoch may compile, for a new image size: it is not timed
             self.watchdog.step(state.step + 1)
-        train_one_epoch(
-            state,
-            self.loader,
-            self.config,
-            norm_excludes=self.norm_excludes,
-            on_step=on_step,
-            on_log=lambda values: self.log.log(state.step, epoch, values),
-            on_phase=self.watchdog.set_phase,
-        )
+        with self._explained():
+            train_one_epoch(
+                state,
+                self.loader,
+                self.config,
+                norm_excludes=self.norm_excludes,
+                on_step=on_step,
+                on_log=lambda values: self.log.log(state.step, epoch, values | memory.peak(state.guard.device)),
+                on_phase=self.watchdog.set_phase,
+            )
         self.watchdog.pause()
         if epoch_ended():
             action = max(action, interrupts.synchronize())  # before the evaluation, which can take minutes
-        # An epoch's end is saved after its evaluation, if it has one.
-        if action in (SAVE, STOP) or (epoch_ended() and not self._evaluation_is_due()):
+        # Also before an evaluation, which can fail and saves again when it has not.
+        if action in (SAVE, STOP) or epoch_ended():
             self.save()
         return action == STOP
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        """Turns a failed allocation into a line that says what fits."""
+        return memory.explained(lambda: suggest(self.state, self.config, len(self.loader.source)))
 
     def _evaluate(self, interrupts: Interrupts) -> bool:
         """Evaluate, log and save; True if a signal asks to stop."""
@@ -257,21 +275,28 @@ class Run:
         distributed.on_main(write)
 
     def validate(self) -> dict[str, float]:
-        """Loss, top-1 and top-5 (percent) under val/, and those of the average, if there is one, under val_ema/."""
+        """Loss, top-1 and top-5 (percent) under val/, and those of the average, if there is one, under val_ema/.
+
+        NaN, with a warning, where logits are not finite.
+        """
         networks = {"val": self.state.model}
         if self.state.ema is not None:
             networks["val_ema"] = self.state.ema.module
         data, train = self.config.data, self.config.train
         values: dict[str, float] = {}
         for prefix, network in networks.items():
-            result = evaluate(
-                network,
-                self.val_loader,
-                precision=train.precision,
-                channels_last=train.channels_last,
-                mean=data.mean,
-                std=data.std,
-            )
+            try:
+                result = evaluate(
+                    network,
+                    self.val_loader,
+                    precision=train.precision,
+                    channels_last=train.channels_last,
+                    mean=data.mean,
+                    std=data.std,
+                )
+            except FloatingPointError as error:  # the training itself is finite: its checkpoint must not be lost
+                self.log.say(f"warning: {prefix} at step {self.state.step}: {error}; it is not a candidate for best")
+                result = dict.fromkeys(("loss", "top1", "top5"), math.nan)
             values |= {f"{prefix}/{name}": result[name] for name in ("loss", "top1", "top5")}
         return values
 

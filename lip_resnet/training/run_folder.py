@@ -1,6 +1,7 @@
 """The run folder: which process may write it, and from which of its checkpoints a run continues."""
 
 import fcntl
+import json
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import TextIO
 
 from lip_resnet import checkpoint
 from lip_resnet.config import Config, Effect
+from lip_resnet.data.sources import folder as folder_set
 from lip_resnet.errors import InputError
 from lip_resnet.recipe import load_config
 from lip_resnet.training.checkpoints import Checkpoints
@@ -19,7 +21,7 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """Names of the temporary files of ``files.write_atomically``; no other file is ever removed."""
 
 
-def check_same_recipe(config: Config, other: Config, where: str) -> None:
+def check_same_recipe(config: Config, other: Config, where: str, advice: str = "choose another --output") -> None:
     """Refuse to continue a run with a recipe that would train other weights.
 
     ``train.max_steps``, which only says where a run stops, is the one key with an effect on weights that may differ.
@@ -28,6 +30,7 @@ def check_same_recipe(config: Config, other: Config, where: str) -> None:
         config: this start's recipe.
         other: the recipe of the run.
         where: names the run in errors.
+        advice: what to do, other than to continue with the run's value.
 
     Raises:
         InputError: a key differs; names the first.
@@ -36,7 +39,8 @@ def check_same_recipe(config: Config, other: Config, where: str) -> None:
     for key, value in ours.items():
         if key != "train.max_steps" and value != theirs[key]:
             raise InputError(
-                f"{where} was trained with {key}={theirs[key]}, this recipe says {value}; choose another --output"
+                f"{where} was trained with {key}={theirs[key]}, this recipe says {value}; {advice}, or continue "
+                f"it with {key}={json.dumps(theirs[key])}"
             )
 
 
@@ -55,6 +59,22 @@ def will_continue(folder: Path, resume: str) -> bool:
     checkpoints = folder / "checkpoints"
     present = (checkpoints / "last.pt").exists() or any(checkpoints.glob("step-*.pt"))
     return present if resume == "auto" else resume != "none"
+
+
+def read_selection(path: str, folder: Path, resume: str) -> str:
+    """The content of the file ``data.classes``; where it is gone, the content in the checkpoint to continue from.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if not Path(path).is_file() and will_continue(folder, resume):
+        source = checkpoint.resolve(resume)
+        if resume == "auto":
+            source = Checkpoints(folder / "checkpoints", keep=1).newest_whole()[0] or source
+        recorded = checkpoint.load(source).get("selection")
+        if isinstance(recorded, str):
+            return recorded
+    return folder_set.read_selection(path)
 
 
 def open_run(folder: Path, config: Config, resume: str) -> Opened:

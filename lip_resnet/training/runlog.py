@@ -19,7 +19,7 @@ from lip_resnet import distributed
 from lip_resnet.compat import is_tensorboard_thread
 from lip_resnet.config import Config
 from lip_resnet.errors import InputError
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 
 MAX_EARLIER_ENVIRONMENTS = 50
 """env.json keeps the environments of this many earlier starts of the run."""
@@ -61,9 +61,9 @@ class RunLog:
                 last = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
                 self.earlier = [*last.pop("earlier", []), *([last] if last else [])][-MAX_EARLIER_ENVIRONMENTS:]
             entry = {"earlier": self.earlier} if self.earlier else {}
-            write_text(self.folder / "env.json", json.dumps({**environment, **entry}, indent=2) + "\n")
+            write_text(self.folder / "env.json", to_json({**environment, **entry}, indent=2) + "\n")
             kept = [line for line in _read_lines(self.folder / "metrics.jsonl") if self._is_before_start(line)]
-            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self.folder / "metrics.jsonl", "".join(to_json(line) + "\n" for line in kept))
             self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
             threading.excepthook = _excepthook_without_tensorboard
             # purge_step drops the events that an earlier start wrote after its last checkpoint.
@@ -98,9 +98,8 @@ class RunLog:
         """
 
         def write() -> None:
-            # JSON has no infinity and no NaN.
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self.unwritten += json.dumps({"step": step, "epoch": epoch, **finite}).encode() + b"\n"
+            self.unwritten += to_json({"step": step, "epoch": epoch, **finite}).encode() + b"\n"
             self._append()
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
@@ -109,9 +108,11 @@ class RunLog:
         if not self.active:
             return
         if "train/loss" in values:
+            peak = values.get("train/peak_memory_gib")
             self.bar.set_postfix_str(
                 f"loss {values['train/loss']:.3f}, top-1 {values['train/top1']:.1f}%, "
                 f"{values['train/images_per_second']:.0f} images/s, wait {values['train/data_wait']:.0%}"
+                + (f", {peak:.1f} GiB" if peak else "")
             )
         if self.quiet:
             self.say(f"epoch {epoch} step {step}/{self.total_steps}: {_brief(values)}{self._time_left(step)}")
@@ -201,13 +202,13 @@ def _brief(values: dict[str, float]) -> str:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl, whose last one may be truncated by a kill."""
+    """The complete lines of a metrics.jsonl, whose last one may be truncated by a kill; NaN and infinity are None."""
     if not path.is_file():
         return []
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(text))
+            lines.append(json.loads(text, parse_constant=lambda name: None))
         except json.JSONDecodeError:
             break
     return lines

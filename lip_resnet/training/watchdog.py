@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from lip_resnet import distributed
 from lip_resnet.compat import stack_frames
 from lip_resnet.errors import InputError
-from lip_resnet.files import write_atomically
+from lip_resnet.files import to_json, write_atomically
 
 EXIT_CODE = 124
 """As of ``timeout``."""
@@ -103,7 +103,7 @@ class Watchdog:
         }
 
         def write(file: BinaryIO) -> None:
-            file.write(json.dumps(mine).encode() + b"\n")
+            file.write(to_json(mine).encode() + b"\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 

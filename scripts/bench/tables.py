@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from bench.quantities import GPUS, QUANTITIES, gpu_of, predictions
 from bench.timing import Row
-from lip_resnet.evaluation.tables import render
+from lip_resnet.evaluation.render import render
 
 FOLDER = Path(__file__).parents[2] / "results"
 
@@ -21,12 +21,14 @@ def read(path: Path) -> tuple[Row, list[Row]]:
 
 
 def shorten(value: Any) -> Any:
-    """Round the floats of a row, or of a value of a row, to four significant digits."""
+    """Round the floats of a row, or of a value of a row, to four significant digits; NaN and infinity are None."""
     if isinstance(value, dict):
         return {key: shorten(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [shorten(inner) for inner in value]
-    return float(f"{value:.4g}") if isinstance(value, float) and math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
 
 
 def markdown(rows: list[Row], environment: Row) -> str:

@@ -1,6 +1,8 @@
 """Files to batches: which images, in which order, with which pixels, and which input is refused."""
 
+import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -164,9 +166,12 @@ def test_bad_folders(image_folder, tmp_path):
     (tmp_path / "train" / "ant").mkdir(parents=True)
     assert "has no val/" in refusal(folder_config(tmp_path))
     (tmp_path / "val").mkdir()
-    assert "differ in 1, the first is 'ant'" in refusal(folder_config(tmp_path))
-    (tmp_path / "val" / "ant").mkdir()
-    assert "ant" in refusal(folder_config(tmp_path), 1)  # no image in it
+    assert "val holds no class folders" in refusal(folder_config(tmp_path))
+    (tmp_path / "val" / "bee").mkdir()
+    line = "train/ and val/ differ: 1 only in train/, the first is 'ant'; 1 only in val/, the first is 'bee'"
+    assert line in refusal(folder_config(tmp_path))
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "ant")
+    assert "1 of 1 class folders of" in refusal(folder_config(tmp_path), 1)  # no image in it
     shutil.rmtree(tmp_path / "train" / "ant")
     assert "holds no class folders" in refusal(folder_config(tmp_path))
     assert "model.num_classes is 5, but the data has 3" in refusal(folder_config(image_folder), 5)
@@ -222,3 +227,12 @@ def test_selection_goes_by_class_and_name(tmp_path):
     assert len(build_sources(config, 2)[0]) == 2
     names.write_text("ant/1.png\nbee/7.png\n")
     assert "lists 2 images, 1 are in" in refusal(config, 2)
+
+
+def test_more_workers_than_cores_are_the_users_choice(image_folder, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    config = folder_config(image_folder, workers=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = EvalLoader(build_sources(config, 3)[1], config)
+        assert sum(len(labels) for _, labels in loader) == 11

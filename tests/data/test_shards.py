@@ -63,7 +63,7 @@ def test_a_truncated_shard_names_the_image(shard_folder, tmp_path):
     ("members", "words"),
     [
         ([("a.jpg", b"x")], "'a' has no label a.cls"),
-        ([("a.jpg", b"x"), ("a.cls", b"cat")], "'a' has no label a.cls"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], r"0\.tar: the label a\.cls holds 'cat'; it must be the class's number"),
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"0")], "two images have the key 'a'"),
         ([("a.txt", b"x")], "holds no image"),
         ([("a.jpg", b"x"), ("a.cls", b"3")], "2 names, but the shards hold label 3"),

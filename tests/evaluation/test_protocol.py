@@ -2,10 +2,14 @@
 
 import json
 import math
+import socket
+import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from helpers import ROOT, small_config
@@ -19,6 +23,7 @@ from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.sources import named
 from lip_resnet.data.transforms import eval_transform
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
+from lip_resnet.models import registry
 from lip_resnet.models.identify import Network, crop_pct
 from lip_resnet.recipe import load_config
 
@@ -64,8 +69,11 @@ def test_every_recipe_can_be_evaluated_in_every_way(path):
         config, split = adapt(recipe, precision=precision, eval_size=96, eval_resize=100, workers=0)
         assert (config.precision, config.data.eval_size, config.data.workers, split) == (precision, 96, 0, "val")
         assert (config.model, config.data.mean) == (recipe.model, recipe.data.mean)
-    with pytest.raises(InputError, match="eval_size 512 is larger than eval_resize"):
-        adapt(recipe, eval_size=512)
+    for size in (512, 64):  # alone: the crop keeps its share
+        data = adapt(recipe, eval_size=size)[0].data
+        assert data.eval_resize == math.floor(size * recipe.data.eval_resize / recipe.data.eval_size)
+    with pytest.raises(InputError, match="eval_size 512 is larger than eval_resize 511"):
+        adapt(recipe, eval_size=512, eval_resize=511)
 
 
 def test_timm_protocol_is_timms():
@@ -87,7 +95,7 @@ def test_timm_protocol_is_timms():
         assert message.startswith(f"--model {name}: ")
         assert "\n" not in message
         height, width = resolved["input_size"][1:]
-        assert height != width or resolved["crop_pct"] > 1, name
+        assert ("give a recipe with --config" in message) == (height != width or resolved["crop_pct"] > 1) is True, name
     # Known values of timm 1.0: a test size of its own, the longer side padded, both sides squashed.
     known = {"resnet50.a1_in1k": (288, 288, "center"), "vit_base_patch16_clip_224.openai": (224, 248, "center")}
     known |= {"eva_large_patch14_336.in22k_ft_in1k": (336, 336, "squash")}
@@ -169,6 +177,45 @@ def test_shards_behind_a_url_are_evaluated(score, image_folder, served, tmp_path
         assert row["protocol"]["data"] == "shards"
 
 
+def test_a_size_alone_keeps_the_crops_share(capsys, monkeypatch, tmp_path):
+    run = tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    save_run(run / "last.pt", data__name="synthetic", data__images=40, data__eval_resize=36)
+    code, _, printed = call(capsys, monkeypatch, eval_command, "--checkpoint", run, "--size", 288, "--workers", 0)
+    assert (code, printed) == (0, "note: --size 288 keeps the crop's share of the image: --resize 324\n")
+    row = json.loads((tmp_path / "run" / "eval.json").read_text())  # RUN/checkpoints is RUN
+    assert [row["protocol"][key] for key in ("eval_size", "eval_resize")] == [288, 324]
+
+
+def test_pretrained_weights_without_a_network(capsys, monkeypatch, image_folder, tmp_path):
+    """One line without retries; weights in the cache need no network."""
+
+    def no_network(*arguments, **keywords):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a retry"))
+    repository = timm.models.get_pretrained_cfg("test_resnet").hf_hub_id
+    options = ("--pretrained", "--model", "test_resnet", "--data", image_folder, "--workers", 0)
+    monkeypatch.setattr(registry, "pretrained_cfg", lambda name: {"hf_hub_id": repository, "num_classes": 3})
+    line = refuse(capsys, monkeypatch, eval_command, *options)
+    assert "model test_resnet: its pretrained weights are neither in the local cache nor to be downloaded" in line
+    folder = tmp_path / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    state = timm.create_model("test_resnet").state_dict()
+    safetensors.torch.save_file(state, folder / "snapshots" / ("0" * 40) / "model.safetensors")
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    model = registry.create_pretrained("test_resnet")
+    assert torch.equal(model.fc.weight, state["fc.weight"])
+    monkeypatch.setattr(registry, "pretrained_cfg", lambda name: {"url": ""})
+    with pytest.raises(InputError, match=r"^timm has no weights of lip_resnet50; give --checkpoint FILE"):
+        registry.create_pretrained("lip_resnet50")
+
+
 def test_refusals(capsys, monkeypatch, image_folder, tmp_path):
     digits = save_run(tmp_path / "digits.pt")
 
@@ -182,6 +229,13 @@ def test_refusals(capsys, monkeypatch, image_folder, tmp_path):
             adapt(EvalConfig.from_recipe(rootless), name)
     assert "--data-name folder belongs to --data DIR" in line("--data-name", "folder")
     assert "imagenet-a must be a local folder" in line("--dataset", "imagenet-a", "--data", "http://127.0.0.1:9/x")
-    assert "eval_size 64 is larger than eval_resize 32" in line("--size", 64)
+    assert "eval_size 64 is larger than eval_resize 32" in line("--size", 64, "--resize", 32)
+    for split in ("train", "validation"):
+        (tmp_path / "named" / split / "ant").mkdir(parents=True)
+    folder, given = tmp_path / "named", ("--data-name", "folder", "--data")
+    assert (
+        f"{folder} has no val/ but train/, validation/: give one of these, such as --data {folder}/validation"
+        in line(*given, folder)
+    )
     square = line("--model", "vit_base_patch16_sapiens2.fb", "--data", image_folder)
     assert "vit_base_patch16_sapiens2.fb: timm evaluates it on 1024x768 images of 3 channels" in square

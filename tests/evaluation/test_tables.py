@@ -1,6 +1,8 @@
 """Tables of rows: deltas computed by hand, seeds grouped, and no delta between different protocols."""
 
 import copy
+import csv
+import io
 import json
 import math
 
@@ -10,8 +12,8 @@ from helpers import small_config
 from lip_resnet.config import Config, InputError
 from lip_resnet.evaluation import protocol, tables
 from lip_resnet.evaluation.protocol import EvalConfig
+from lip_resnet.evaluation.render import render
 from lip_resnet.evaluation.rows import read_rows
-from lip_resnet.evaluation.tables import render
 
 PAPER = {"lip_resnet50": {"top1": 78.186, "top5": 93.964}}
 
@@ -43,8 +45,8 @@ def source(model: str, sha256: str, before: dict | None = None, **changes) -> di
     return {"training": {**training, "step": 46}, "sha256": sha256, "weights": "model"}
 
 
-def table(rows: list[dict]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    header, lines, notes = tables.build_table(rows, PAPER)
+def table(rows: list[dict], baseline: str | None = None) -> tuple[dict[str, dict[str, str]], list[str]]:
+    header, lines, notes = tables.build_table(rows, PAPER, baseline)
     return {line[0]: dict(zip(header, line, strict=True)) for line in lines}, notes
 
 
@@ -178,13 +180,82 @@ def test_best_and_ema_are_labelled():
 def test_formats():
     rows = [row("lip_resnet50", 98.0), row("resnet50", 97.0)]
     header, lines, notes = tables.build_table(rows, PAPER)
-    csv = render(header, lines, notes, "csv").splitlines()
-    assert csv[1] == "lip_resnet50,23.86,5.300,98.00,99.00,+1.00,1,355"
+    text = render(header, lines, notes, "csv").splitlines()
+    assert text[1:] == [
+        "lip_resnet50,23.86,5.300,98.00,,99.00,,+1.00,1,355",
+        "resnet50,23.86,5.300,97.00,,99.00,,,1,355",
+    ]
     latex = render(header, lines, notes, "latex")
     assert r"lip\_resnet50 & 23.86 & 5.300 & 98.00 & 99.00 & +1.00 & 1 & 355 \\" in latex
     markdown = render(header, lines, notes, "md").splitlines()
     assert len({len(line) for line in markdown}) == 1
     assert markdown[0].split("|")[1].strip() == "model"
+
+
+def test_numbers_are_columns_of_csv():
+    """Mean, standard deviation, delta and seeds as numbers, in both tables."""
+    rows = [row("lip_resnet50", 98.0, 0), row("lip_resnet50", 99.0, 1), row("resnet50", 97.0)]
+    one, other = (
+        list(csv.DictReader(io.StringIO(render(*build(), style="csv"))))
+        for build in (lambda: tables.build_table(rows, PAPER), lambda: tables.build_wide(rows))
+    )
+    assert [one[0][key] for key in ("top-1 (%)", "top-1 std", "delta top-1", "seeds")] == [
+        "98.50",
+        "0.71",
+        "+1.50",
+        "2",
+    ]
+    keys = ("digits top-1 (%)", "digits top-1 std", "digits top-1 delta", "digits top-1 seeds")
+    assert [other[0][key] for key in keys] == ["98.50", "0.71", "+1.50", "2"]
+    assert [other[1][key] for key in keys] == ["97.00", "", "", "1"]
+    for line in (*one, *other):
+        assert all(not value or math.isfinite(float(value)) for key, value in line.items() if key != "model")
+
+
+def replaced(layer: str, top1: float, seed: int = 0) -> dict:
+    """A row of a ResNet with other downsampling."""
+    changes = {"model__downsampling": {"main": layer}}
+    return {**row("resnet50", top1, seed, **changes), "downsampling": {"main": layer}}
+
+
+def test_any_row_can_be_the_baseline():
+    rows = [replaced("lip", 98.0, 0), replaced("lip", 99.0, 1), replaced("max", 97.0), row("resnet50", 96.0)]
+    lines, notes = table(rows)
+    assert [line["delta top-1"] for line in lines.values()] == ["+2.50", "+1.00", "-"]
+    assert notes == ["delta of resnet50 (main=lip) to resnet50: unequal numbers of seeds, 2 against 1"]
+    lines, notes = table(rows, "resnet50 (main=max)")
+    assert [line["delta top-1"] for line in lines.values()] == ["+1.50", "-", "-1.00"]
+    assert notes == ["delta of resnet50 (main=lip) to resnet50 (main=max): unequal numbers of seeds, 2 against 1"]
+    _, wide, _ = tables.build_wide(rows, "resnet50 (main=max)")
+    assert [line[2] for line in wide] == ["98.50 ± 0.71 (+1.50)", "97.00", "96.00 (-1.00)"]
+    lines, notes = table(rows[:3])
+    assert [line["delta top-1"] for line in lines.values()] == ["-", "-"]
+    words = "no delta for resnet50 (main={}): no row of resnet50; --baseline LABEL compares with another row"
+    assert notes == [words.format("lip"), words.format("max")]
+    lines, notes = table([*rows[:2], {**rows[2], "images": 100}], "resnet50 (main=max)")
+    assert notes == [
+        "no delta for resnet50 (main=lip), its protocol is not resnet50 (main=max)'s: images: 355 against 100"
+    ]
+    with pytest.raises(
+        InputError, match=r"--baseline max: no row has .*; the labels are resnet50 \(main=lip\); resnet50"
+    ):
+        table(rows, "max")
+
+
+def test_rows_of_other_training_have_labels_of_their_own():
+    rows = [
+        row("resnet50", 97.0),
+        row("resnet50", 98.0, train__epochs=3),
+        row("resnet50", 99.0, train__epochs=3, optim__lr=1.0),
+    ]
+    values = ((0.05, 2), (0.05, 3), (1.0, 3))
+    labels = [f"resnet50 [optim.lr={lr}, train.epochs={epochs}]" for lr, epochs in values]
+    for build in (lambda rows: tables.build_table(rows, PAPER), tables.build_wide):
+        assert sorted(line[0] for line in build(rows)[1]) == sorted(labels)
+    lines, _ = table(rows, labels[0])
+    assert set(lines) == set(labels)
+    bare = [row("resnet50", 97.0, None), {**row("resnet50", 98.0, None), "checkpoint": "other.pth"}]
+    assert set(table(bare)[0]) == {"resnet50 [resnet50-None]", "resnet50 [other.pth]"}
 
 
 def test_bad_rows(tmp_path):
@@ -198,10 +269,15 @@ def test_bad_rows(tmp_path):
         ("a.json", "no json", "not JSON"),
         ("b.json", "[1]", "not a row"),
         ("c.json", json.dumps({"model": "x"}), "missing keys: top1"),
+        *(
+            (f"{key}-{value}.json", json.dumps({**good, key: value}), f"{key} is {value!r}, not a finite number")
+            for key, value in (("top1", math.nan), ("loss", math.inf), ("loss", None), ("top5", "x"))
+        ),
     ):
         (tmp_path / name).write_text(text)
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=words) as refused:
             read_rows([str(tmp_path / name)])
+        assert len(str(refused.value).splitlines()) == 1
     with pytest.raises(InputError, match="No such file"):
         read_rows([str(tmp_path / "none.json")])
     with pytest.raises(InputError, match=r"holds no eval\.json"):
@@ -214,13 +290,17 @@ def test_old_rows_were_centre_crops():
     assert old["protocol"].pop("crop_mode") == "center"
     assert not {key for key in old["protocol"]["training"] if "crop_mode" in key}
     lines, notes = table([row("lip_resnet50", 98.0), old, seed])
-    assert (lines["lip_resnet50"]["delta top-1"], lines["resnet50"]["seeds"], notes) == ("+1.50", "2", [])
+    assert (lines["lip_resnet50"]["delta top-1"], lines["resnet50"]["seeds"]) == ("+1.50", "2")
+    assert notes == ["delta of lip_resnet50 to resnet50: unequal numbers of seeds, 1 against 2"]
     no_delta(row("lip_resnet50", 98.0, data__crop_mode="squash"), old, "crop_mode: squash against center")
 
 
 def test_rows_of_other_images_are_not_seeds_of_each_other():
     lines, _ = table([row("resnet50", 98.0, 0), {**row("resnet50", 97.0, 1), "images": 100}])
-    assert lines["resnet50"]["seeds"] == "1"
+    assert {name: line["seeds"] for name, line in lines.items()} == {
+        "resnet50 [images=355]": "1",
+        "resnet50 [images=100]": "1",
+    }
 
 
 def test_images_per_batch_norm():
@@ -244,6 +324,7 @@ ROWS = [
     on("imagenet-a", "lip_resnet50", 9.0),
     *(on("imagenet-c", "lip_resnet50", 40.0, mce=75.0), on("imagenet-c", "resnet50", 39.0, mce=76.7)),
 ]
+NO_ROW = "no delta for lip_resnet50 on imagenet-a: no row of resnet50; --baseline LABEL compares with another row"
 
 
 def test_test_sets_are_compared_separately():
@@ -255,7 +336,7 @@ def test_test_sets_are_compared_separately():
     assert cells["lip_resnet50", "imagenet-a"]["delta top-1"] == "-"
     assert cells["lip_resnet50", "imagenet-c"]["mCE (%)"] == "75.00"
     assert cells["lip_resnet50", "digits"]["mCE (%)"] == "-"
-    assert notes == []
+    assert notes == [NO_ROW]
 
 
 def test_one_column_per_test_set():
@@ -268,7 +349,7 @@ def test_one_column_per_test_set():
         ["lip_resnet50", "23.86", "66.00 (+3.00)", "9.00", "75.00 (-1.70)", "98.00 (+1.00)", "1"],
         ["resnet50", "23.86", "63.00", "-", "76.70", "97.00", "1"],
     ]
-    assert notes == []
+    assert notes == [NO_ROW]
     part = on("imagenet-a", "resnet50", 1.0, dataset={"name": "imagenet-a", "whole": False, "names": "imagenet-a"})
     _, _, notes = tables.build_wide([*ROWS, part])
     assert notes == ["imagenet-a: 355 images, which is not all of it"]

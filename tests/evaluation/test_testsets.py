@@ -22,6 +22,7 @@ from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import EvalLoader, describe_source
 from lip_resnet.data.sources.base import Encoded
 from lip_resnet.evaluation import metrics, testsets
+from lip_resnet.evaluation.classes import note_on_names
 from lip_resnet.evaluation.rows import row_path
 
 # The network's top classes for every image, in this order.
@@ -85,7 +86,9 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-def opened(name: str, root: Path, classes: int = 1000, partial: bool = False, **changes: object) -> testsets.EvalSet:
+def opened(
+    name: str | None, root: Path, classes: int = 1000, partial: bool = False, **changes: object
+) -> testsets.EvalSet:
     """A test set below a folder, read as images of 32x32."""
     settings = {"root": str(root), "batch_size": 1, "eval_size": 32, "eval_resize": 32, "workers": 0}
     return testsets.open_set(name, DataConfig(**{**settings, **changes}), "", classes, partial)
@@ -158,6 +161,55 @@ def test_restricted_logits_are_the_authors(sets, images):
     assert result["loss"] == pytest.approx(loss / len(plain), rel=1e-5)
     assert result["correct5"] == hits
     assert result["images"] == len(plain) == 203
+
+
+def test_a_part_of_imagenet_is_evaluated_among_its_classes(capsys, monkeypatch, weights, images, tmp_path):
+    """Labels by wnid: of the ranking 10, 2, 795, 6, 1, 11 only 2, 6 and 11 are classes of the set, beside 5."""
+    fill(tmp_path / "nette" / "val", [WNIDS[label] for label in (2, 5, 6, 11)], images, {WNIDS[2]: 3, WNIDS[11]: 2})
+    for kind, data in (("root", tmp_path / "nette"), ("val", tmp_path / "nette" / "val")):
+        output = tmp_path / f"{kind}.json"
+        arguments = ("--checkpoint", weights, *SMALL, "--data", data, "--output", output)
+        code, _, printed = call(capsys, monkeypatch, eval_command, *arguments)
+        assert (code, printed) == (0, "note: 4 of ImageNet's 1,000 classes: accuracy is among these\n")
+        row = json.loads(output.read_text())
+        assert [row[key] for key in ("images", "correct1", "correct5")] == [7, 3, 7]
+        assert (row["dataset"]["name"], row["dataset"]["whole"]) == ("nette", None)
+        assert (row["protocol"]["classes"], row["protocol"]["scoring"]) == (4, "among the set's 4 classes")
+
+
+def test_only_folders_of_wnids_are_imagenet(capsys, monkeypatch, sets, weights, images, tmp_path):
+    """A thousand classes of other names have their folder's name, and a line that says that labels are in its order."""
+    sources = {
+        name: opened(None, sets / folder) for name, folder in (("imagenet", "imagenet/val"), ("v2", "imagenet-v2"))
+    }
+    assert [data.name for data in sources.values()] == ["imagenet", "folder"]  # not the name of a test set
+    names = [str(label) for label in range(1000)]
+    known = {"wnids": WNIDS, "numbers as of shards": names}
+    assert not any(note_on_names(classes, WNIDS) for classes in known.values())
+    line = note_on_names([f"class {label}" for label in names], WNIDS)
+    assert "the first is 'class 0': label i is the i-th in order of names" in line
+    assert "--dataset" not in line
+    line = note_on_names(sorted(names), WNIDS)
+    assert line.endswith("--dataset imagenet-v2 reads folders 0 to 999 in order of value")
+    monkeypatch.setattr(testsets, "wnids", lambda: ["n1", "n2", "n3"])
+    state = torch.load(weights)
+    state |= {key: state[key][:3] for key in ("fc.weight", "fc.bias")}
+    torch.save(state, tmp_path / "three.pth")
+    common = ("--checkpoint", tmp_path / "three.pth", *SMALL, "--data")
+    for classes, words in (
+        (["n1", "n2", "n3"], None),
+        (["1", "2", "3"], "the first is '1'"),
+        (["n2"], "1 of ImageNet's"),
+    ):
+        folder = tmp_path / "-".join(classes) / "val"
+        fill(folder, classes, images)
+        code, _, printed = call(capsys, monkeypatch, eval_command, *common, folder.parent)
+        assert (code, len(printed.splitlines())) == (0, bool(words))
+        assert (words or "") in printed
+    fill(tmp_path / "others" / "val", ["n1", "x"], images)
+    line = refuse(capsys, monkeypatch, eval_command, *common, tmp_path / "others")
+    assert "model.num_classes is 3, but the data has 2 classes; some of ImageNet's" in line
+    assert "such as n1, which 'x' is not" in line
 
 
 def test_one_loader_reads_several_sets_in_turn(sets):

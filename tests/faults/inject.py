@@ -23,7 +23,7 @@ from run_contents import TOTAL, hash_run
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.environment import describe_environment
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 
 RECORD = ROOT / "results" / "faults.json"
 PLAN = {
@@ -103,7 +103,7 @@ def main() -> None:
         raise InputError(f"faults that were not survived: {', '.join(broken)}")
     if not (options.times or options.only):
         record = {"environment": environment, "reference": asdict(reference), "faults": rows}
-        write_text(RECORD, json.dumps(record, indent=1) + "\n")
+        write_text(RECORD, to_json(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

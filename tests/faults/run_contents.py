@@ -65,7 +65,7 @@ def take_inventory(folder: Path) -> Inventory:
             damaged.append(path.name)
         else:
             steps[path.name] = by_inode[inode]["step"]
-    for name, parse in (("config.yaml", yaml.safe_load), ("env.json", json.loads)):
+    for name, parse in (("config.yaml", yaml.safe_load), ("env.json", parse_json)):
         path = folder / name
         try:
             if path.exists() and not isinstance(parse(path.read_text(encoding="utf-8")), dict):
@@ -88,6 +88,15 @@ def lost_between(before: Inventory, now: Inventory) -> list[str]:
     return lost
 
 
+def parse_json(text: str) -> Any:
+    """Strict JSON: NaN and infinity are a ValueError."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], bool]:
     """The lines of metrics.jsonl, and whether one before the last is damaged; the last can be half written."""
     path = folder / "metrics.jsonl"
@@ -95,8 +104,8 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], bool]:
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            lines.append(parse_json(text))
+        except ValueError:
             return lines, number < len(texts)
     return lines, False
 

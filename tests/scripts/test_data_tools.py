@@ -318,12 +318,12 @@ def test_bad_files_are_listed(monkeypatch, image_folder, tmp_path, capsys):
     root = tmp_path / "set"
     shutil.copytree(image_folder, root)
     (root / "val" / "cat" / "cat_2.JPEG").write_bytes(b"text")
-    (root / "val" / "cat" / "moving.gif").write_bytes(b"GIF89a")
+    (root / "val" / "cat" / "notes.txt").write_bytes(b"notes")
     assert run(monkeypatch, check_dataset, root, "--workers", 2) == 2
     printed = capsys.readouterr()
     assert "1 bad files" in printed.err
     assert f"bad: {root}/val/cat/cat_2.JPEG: cannot decode" in printed.out
-    assert f"ignored, not an image's suffix: {root}/val/cat/moving.gif" in printed.out
+    assert "val: 1 file left out (not an image that PIL decodes): cat/notes.txt" in printed.out
     assert not (root / "fingerprint.json").exists()
     assert run(monkeypatch, check_dataset, tmp_path / "none") == 2
 

@@ -183,6 +183,7 @@ def test_rows_of_eval(run, small, tmp_path):
     for name, changes, words in (
         ("processes", {"processes": 4}, "images_per_batch_norm: 64 against 32"),
         ("images", {"images": 11}, "images: 11 against 50000"),
+        ("others", {"dataset": {"name": "faces"}}, "dataset: faces against imagenet"),
     ):
         code, out, _ = run("--rows", trained_row(tmp_path / f"{name}.json", 60.0, **changes))
         assert code == 0

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 
 import pytest
 import timm
@@ -9,15 +10,17 @@ import torch
 import torchvision
 import verify_checkpoint
 import yaml
-from helpers import ROOT
+from helpers import ROOT, small_config
 from helpers.commands import call
 from helpers.golden import GOLDEN, images, released_state_dict
 from PIL import Image
 from torchvision.transforms import v2
 
+import eval as eval_command
 from lip_resnet import checkpoint
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.paper import PAPER_FILE
+from lip_resnet.models import registry
 from lip_resnet.models.identify import Network, identify
 from lip_resnet.models.weights import load_weights
 
@@ -126,6 +129,7 @@ def test_export_of_a_run(run, tmp_path):
         shapes = timm.create_model("resnet50", num_classes=3).state_dict()
     weights = {key: torch.full(value.shape, 0.25, dtype=value.dtype) for key, value in shapes.items()}
     tree = yaml.safe_load((ROOT / "configs" / "imagenet" / "resnet50_modern300.yaml").read_text())
+    tree["model"]["num_classes"] = 3
     average = {key: value + 1 for key, value in weights.items()}
     folder, export = tmp_path / "run", tmp_path / "export"
     (folder / "checkpoints").mkdir(parents=True)
@@ -142,9 +146,49 @@ def test_export_of_a_run(run, tmp_path):
     assert run(folder, "--weights", "model")[0] == 0
 
 
+def test_export_of_our_own_smaller_networks(run, capsys, monkeypatch, tmp_path, image_folder):
+    """The recipe names the network; the exported file is evaluated as the run, and by no other network."""
+    changes = {
+        "data__name": "folder",
+        "data__root": str(image_folder),
+        "model__num_classes": 3,
+        "data__mean": [0.5] * 3,
+    }
+    batch, rows = images(2, 64, 64), {}
+    for number, (model, args, downsampling) in enumerate(
+        (
+            ("lip_densenet121", {"block_config": [1, 1], "gate_coefficient": 6.0}, {}),
+            ("test_resnet", {}, {"stem": "blur", "main": "max"}),
+        )
+    ):
+        config = small_config(**changes, model__name=model, model__args=args, model__downsampling=downsampling)
+        network, folder, export = registry.build_model(config.model), tmp_path / model, tmp_path / f"export{number}"
+        (folder / "checkpoints").mkdir(parents=True)
+        payload = {"model": network.state_dict(), "ema": None, "step": 1, "processes": [1]}
+        payload |= {"config": config.model_dump(mode="json"), "class_names": ["ant", "bee", "cat"]}
+        checkpoint.save(folder / "checkpoints" / "last.pt", payload)
+        code, out, err = run(folder, "--export", export)
+        assert (code, f"network   {model}" in out) == (0, True), err
+        weights = export / "model.safetensors"
+        blocks = {key: value for key, value in args.items() if key == "block_config"}
+        with pytest.raises(InputError, match="trained as another network"):
+            load_weights(timm.create_model(model, num_classes=3, **blocks), weights)
+        for source in (folder, weights):
+            row = tmp_path / f"{number}{source.name}.json"
+            assert call(capsys, monkeypatch, eval_command, "--checkpoint", source, "--output", row)[0] == 0
+            rows[source] = json.loads(row.read_text())
+        same = ("model", "args", "downsampling", "correct1", "loss", "protocol", "step", "weights")
+        assert [rows[weights][key] for key in same] == [rows[folder][key] for key in same]
+        assert (export / "config.json").exists() is not bool(downsampling)  # timm could not build it
+        if not downsampling:
+            loaded = timm.create_model(f"local-dir:{export}", pretrained=True).eval()
+            torch.testing.assert_close(loaded(batch), network.eval()(batch), rtol=0, atol=0)
+            assert loaded.pretrained_cfg["mean"] == [0.5] * 3
+
+
 def test_export_of_a_plain_network_describes_the_reference_protocol(tmp_path):
     network = Network("resnet50", {}, 5)
-    verify_checkpoint.write(tmp_path / "export", network.build(), network)
+    verify_checkpoint.write(tmp_path / "export", network.build(), network, {"weights": "model"})
     loaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True)
     assert loaded.num_classes == 5
     config = loaded.pretrained_cfg

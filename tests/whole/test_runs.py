@@ -61,9 +61,11 @@ def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
     rows = []
     for processes in (1, 3):  # 355 images in batches of 50: neither divides. Two counted while they trained.
         output = tmp_path / f"{processes}.json"
-        result = done("eval.py", "--checkpoint", run, "--weights", "model", "--output", output, processes=processes)
+        files = ("--output", output, "--predictions", tmp_path / f"{processes}.csv")
+        result = done("eval.py", "--checkpoint", run, "--weights", "model", *files, processes=processes)
         rows.append(json.loads(output.read_text()))
         assert f"* Acc@1 {rows[0]['top1']:.3f} Acc@5 {rows[0]['top5']:.3f}" in result.stdout
+    assert (tmp_path / "1.csv").read_text() == (tmp_path / "3.csv").read_text()
     assert {row["images"] for row in rows} == {355}
     assert len({(row["correct1"], row["correct5"]) for row in rows}) == 1
     last = [line for line in lines_of(run) if "val/top1" in line][-1]

@@ -1,9 +1,11 @@
 """Where images come from: each module opens one kind of source, and ``build_sources`` the one that a recipe names."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from lip_resnet.config import DataConfig, EvalDataConfig, InputError
-from lip_resnet.data.sources.base import Source
+from lip_resnet.config import DataConfig, EvalDataConfig
+from lip_resnet.data.sources.base import Source, say_left_out
+from lip_resnet.data.sources.classes import settle_classes
 from lip_resnet.data.sources.embedded import Digits, Synthetic
 from lip_resnet.data.sources.folder import folder_sources
 from lip_resnet.data.sources.huggingface import table_sources
@@ -11,22 +13,35 @@ from lip_resnet.data.sources.named import NAMED, named_sources
 from lip_resnet.data.sources.shards import shard_sources
 
 
-def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, ...] = ("train", "val")) -> list[Source]:
+def build_sources(
+    config: EvalDataConfig,
+    num_classes: int | None,
+    splits: tuple[str, ...] = ("train", "val"),
+    selection: str | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Source]:
     """The sources of the splits asked for, ("train", "val") or ("val",); every process must call it.
+
+    All have the same ``classes``. What is left out, and classes without images, is printed.
 
     Args:
         config: for "train" a ``DataConfig``.
+        num_classes: of the network; None for any number.
+        selection: the content of the file ``data.classes``, where it has been read; None: it is read here.
+        names: in an evaluation, of the classes that the network was trained on: class folders that are among them get
+            their labels by these names, and sets that name no classes have them. None: the classes of the data.
 
     Raises:
-        InputError: the data is missing, damaged or incomplete, has another number of classes, or needs a package that
-            is not installed.
+        InputError: the data is missing, damaged or incomplete, its classes are not those asked for or differ between
+            the splits, or it needs a package that is not installed.
     """
-    sources: Sequence[Source]
+    sources: Sequence[Any]
     root = config.root or ""  # the config requires one for every kind that reads it
     if config.name == "digits":
         sources = [Digits(train=split == "train") for split in splits]
     elif config.name == "synthetic":
-        sources = [_synthetic(config, num_classes, split) for split in splits]
+        assert num_classes is not None
+        return [_synthetic(config, num_classes, split) for split in splits]
     elif config.name == "shards":
         sources = shard_sources(root, splits)
     elif config.name == "huggingface":
@@ -34,10 +49,10 @@ def build_sources(config: EvalDataConfig, num_classes: int, splits: tuple[str, .
     elif config.name in NAMED:
         sources = named_sources(config.name, root, config.download, splits)
     else:
-        sources = folder_sources(root, config.classes, splits)
-    classes = len(sources[0].classes)
-    if classes != num_classes:
-        raise InputError(f"model.num_classes is {num_classes}, but the data has {classes} classes")
+        sources = folder_sources(root, config.classes, splits, selection, names)
+    for source in sources:
+        say_left_out(source)
+    settle_classes(sources, splits, num_classes, names)
     return list(sources)
 
 

@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lip_resnet.data.decode import check_scan, decode_exact, read_file
+from lip_resnet import distributed
+from lip_resnet.data.decode import check_scan, decode_exact, one_line, read_file
 
 Label = int | list[int]
 """A class; or, for a test set with several right classes an image, all of them, padded with -1."""
@@ -53,6 +56,41 @@ def prefetch_samples(samples: Samples, indices: Sequence[int]) -> None:
         prefetch(indices)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Files of a split that no image is read from: of formats that PIL does not decode, labels without an image, ..."""
+
+    files: int = 0
+    first: tuple[str, ...] = ()
+    """Names of the first few, relative to the split, readable in any encoding."""
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "LeftOut":
+        """From the names of all."""
+        names = list(names)
+        first = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in names[:3])
+        return cls(len(names), tuple(map(one_line, first)))
+
+    @classmethod
+    def sum(cls, parts: Iterable["LeftOut"]) -> "LeftOut":
+        """Of several folders or shards."""
+        parts = list(parts)
+        return cls(sum(part.files for part in parts), tuple(name for part in parts for name in part.first)[:3])
+
+    def __str__(self) -> str:
+        names = ", ".join(self.first) + (", ..." if self.files > len(self.first) else "")
+        return (
+            f"{self.files:,} {'file' if self.files == 1 else 'files'} left out (not an image that PIL decodes): {names}"
+        )
+
+
+def say_left_out(source: Any) -> None:
+    """Print what a source leaves out, if anything, on rank 0."""
+    left_out = getattr(source, "left_out", LeftOut())
+    if left_out.files and distributed.is_main():
+        print(f"note: {source.root}: {left_out}", file=sys.stderr, flush=True)
+
+
 class Encoded(Dataset, ABC):
     """Encoded images with labels, in files, shards or a table.
 
@@ -61,9 +99,11 @@ class Encoded(Dataset, ABC):
 
     Args:
         root: the split's directory, or what stands for it in the name of an image (a URL, a table).
-        classes: the names of the labels.
+        classes: the names of the labels; empty where the data has none, until ``settle_classes`` numbers them.
         samples: every (name, label); the name is used in errors and lists.
     """
+
+    left_out = LeftOut()
 
     def __init__(self, root: Path | str, classes: list[str], samples: list[tuple[str, int]]) -> None:
         self.root, self.classes = root, classes

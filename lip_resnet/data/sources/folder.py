@@ -1,40 +1,103 @@
-"""Class folders: one folder a class, as torchvision's ImageFolder reads them."""
+"""Class folders: one folder a class, ordered as by torchvision's ImageFolder; hidden files and folders are ignored."""
 
+import errno
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
 from lip_resnet.config import InputError
-from lip_resnet.data.sources.base import Files
+from lip_resnet.data.decode import readable_suffixes
+from lip_resnet.data.sources.base import Files, LeftOut
+from lip_resnet.data.sources.classes import explain_difference
+
+_KAGGLE = "LOC_val_solution.csv"
+_SIMILAR = {"train": ("training",), "val": ("validation", "valid", "dev", "test")}
+
+
+def hint_for_loose_images(folder: Path) -> str:
+    """What to do with a directory that has images and no class folders; "" for one without images."""
+    suffixes = readable_suffixes()
+    if not any(path.suffix.lower() in suffixes for path in folder.iterdir()):
+        return ""
+    hint = "; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
+    table = next((path for above in folder.resolve().parents[:4] if (path := above / _KAGGLE).is_file()), None)
+    return hint + (f", and docs/data.md has the command for Kaggle's {table}" if table else "")
 
 
 def _class_folders(root: Path) -> list[str]:
     try:
-        return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        hint = "" if folders else hint_for_loose_images(root)
     except OSError as error:
         raise InputError(f"data.root: cannot read {root}: {error.strerror}") from error
+    if not folders:
+        raise InputError(f"data.root: {root} holds no class folders{hint}")
+    return folders
 
 
-def _read_selection(path: str, folders: list[str]) -> tuple[list[str], set[str] | None]:
-    """A data.classes file -> the classes to keep, and the names of the training images to keep (None: all)."""
+def read_selection(path: str) -> str:
+    """The content of a data.classes file; bytes that are not UTF-8, as file names may have them, are surrogates.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
-        raise InputError(f"data.classes: cannot read {path}: {reason}") from error
-    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    images = {line for line in lines if line.lower().endswith(IMG_EXTENSIONS)}
-    # An image's class is its folder, or in ImageNet's own naming the part before the underscore.
-    images = {line if "/" in line else f"{line.rsplit('_', 1)[0]}/{line}" for line in images}
-    classes = {image.split("/")[0] for image in images}
-    classes |= {line for line in lines if not line.lower().endswith(IMG_EXTENSIONS)}
-    if not classes:
+        return Path(path).read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise InputError(f"data.classes: cannot read {path}: {error.strerror}") from error
+
+
+def _parse_selection(content: str, path: str, folders: list[str]) -> tuple[list[str], set[str] | None]:
+    """A data.classes file -> the classes to keep, and the names of the training images to keep (None: all)."""
+    lines = [line.strip("\ufeff \t\r") for line in content.split("\n")]  # joined files have byte order marks inside
+    names = {os.path.normpath(line) for line in lines if line and not line.startswith("#")}
+    if not names:
         raise InputError(f"data.classes: {path} names no class")
-    unknown = sorted(classes - set(folders))
+    suffixes, known = readable_suffixes(), set(folders)
+    images = {name for name in names - known if "/" in name or os.path.splitext(name)[1].lower() in suffixes}
+    classes = names - images
+    # An image's class is its folder, or in ImageNet's own naming the part before the underscore.
+    images = {name if "/" in name else f"{name.rsplit('_', 1)[0]}/{name}" for name in images}
+    classes |= {name.split("/")[0] for name in images}
+    unknown = sorted(classes - known)
     if unknown:
+        try:
+            content.encode("utf-8", "surrogateescape").decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"data.classes: cannot read {path}: byte {error.start} is not UTF-8") from error
         raise InputError(f"data.classes: {path}: {len(unknown)} names have no folder, the first is {unknown[0]!r}")
     return sorted(classes), images or None
+
+
+def _scan(folder: str, around: frozenset[tuple[int, int]]) -> Iterator[tuple[str, list[os.DirEntry]]]:
+    """(directory, its files), of a directory and of those below it; symbolic links are followed.
+
+    Args:
+        around: device and inode of the directories that hold it.
+
+    Raises:
+        InputError: a directory cannot be read, or a symbolic link leads back to a directory that holds it.
+    """
+    try:
+        state = os.stat(folder)
+        here = (state.st_dev, state.st_ino)
+        if here in around:
+            raise InputError(f"data.root: {folder} is a symbolic link to a directory that holds it, a loop; remove it")
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        folders = [entry.path for entry in entries if entry.is_dir()]
+        files = [entry for entry in entries if not entry.is_dir()]
+    except OSError as error:
+        reason = "a symbolic link to itself, a loop; remove it" if error.errno == errno.ELOOP else error.strerror
+        raise InputError(f"data.root: cannot read {error.filename or folder}: {reason}") from error
+    yield folder, files
+    for below in folders:
+        yield from _scan(below, around | {here})
+
+
+def _is_image(entry: os.DirEntry, suffixes: set[str]) -> bool:
+    """Whether a file is read as an image; a link to nothing is, and is reported with the images that do not decode."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    return suffix in suffixes and (entry.is_file() or not os.path.exists(entry.path))  # no pipe or device
 
 
 class Folder(Files):
@@ -42,55 +105,94 @@ class Folder(Files):
 
     Args:
         root: holds one folder a class.
-        classes: the folders to read; an image's label is its folder's index among them.
+        classes: names of the labels: a folder's label is its index among them. Other folders are not read.
         names: images to keep, each as class/file; None keeps all.
+        incomplete: whether classes may have no folder and no image.
 
     Raises:
-        InputError: a folder cannot be read, or holds no image.
+        InputError: a folder cannot be read or holds no image, or a symbolic link makes a loop.
     """
 
-    def __init__(self, root: Path, classes: list[str], names: set[str] | None = None) -> None:
-        labels = {name: label for label, name in enumerate(classes)}
-        try:
-            samples = make_dataset(str(root), labels, IMG_EXTENSIONS)
-        except (FileNotFoundError, PermissionError) as error:
-            raise InputError(f"data.root: {error}") from error
+    def __init__(
+        self, root: Path, classes: Sequence[str], names: set[str] | None = None, incomplete: bool = False
+    ) -> None:
+        _, files = next(_scan(str(root), frozenset()))
+        above, suffixes = root.resolve(), readable_suffixes()
+        states = [path.stat() for path in (above, *above.parents)]
+        around = frozenset((state.st_dev, state.st_ino) for state in states)
+        samples: list[tuple[str, int]] = []
+        unread, empty = [entry.path for entry in files], []
+        for label, name in sorted(enumerate(classes), key=lambda pair: pair[1]):
+            folder, before = os.path.join(root, name), len(samples)
+            folders = list(_scan(folder, around)) if os.path.isdir(folder) else []
+            for path, entries in sorted(folders, key=lambda pair: pair[0]):
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if _is_image(entry, suffixes):
+                        samples.append((f"{path}/{entry.name}", label))
+                    else:
+                        unread.append(entry.path)
+            if len(samples) == before:
+                empty.append(name)
+        if empty and not (incomplete and samples):
+            raise InputError(
+                f"data.root: {len(empty):,} of {len(classes):,} class folders of {root} hold no image, the first is "
+                f"{empty[0]!r}"
+            )
         if names is not None:
             samples = [(path, label) for path, label in samples if os.path.relpath(path, root) in names]
-        super().__init__(root, classes, samples)
+        super().__init__(root, list(classes), samples)
+        self.left_out = LeftOut.of(os.path.relpath(path, root) for path in sorted(unread))
 
 
-def folder_sources(data_root: str, selection: str | None, splits: tuple[str, ...]) -> list[Folder]:
-    """The splits below ``data.root``.
+def folder_sources(
+    data_root: str,
+    selection: str | None,
+    splits: tuple[str, ...],
+    content: str | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Folder]:
+    """The splits below ``data.root``; the classes are the folders of the first.
 
     Args:
         selection: the file of ``data.classes``; None for all classes.
+        content: of that file, where it has been read.
+        names: the classes instead, where all folders are among them.
 
     Raises:
-        InputError: folders are missing, unreadable or empty, the splits differ in their classes, or the selection does
-            not fit them.
+        InputError: folders are missing, unreadable or empty, a later split has other classes, or the selection does not
+            fit them.
     """
     root = Path(data_root).expanduser()
     if not root.is_dir():
         raise InputError(f"data.root: {root} is not a directory; it must hold train/ and val/")
     for split in splits:
         if not (root / split).is_dir():
-            raise InputError(f"data.root: {root} has no {split}/; it must hold {' and '.join(s + '/' for s in splits)}")
+            other = next((name for name in _SIMILAR.get(split, ()) if (root / name).is_dir()), None)
+            hint = f"; rename or link {other}/" if other else ""
+            raise InputError(
+                f"data.root: {root} has no {split}/; it must hold {' and '.join(s + '/' for s in splits)}{hint}"
+            )
     folders = {split: _class_folders(root / split) for split in splits}
-    classes = folders[splits[0]]
-    if not classes:
-        raise InputError(f"data.root: {root / splits[0]} holds no class folders")
     images = None
     if selection:
-        classes, images = _read_selection(selection, classes)
-    for split in splits[1:]:
-        differing = sorted(set(classes) ^ (set(folders[split]) & set(classes) if selection else set(folders[split])))
-        if differing:
-            raise InputError(
-                f"data.root: class folders of {splits[0]}/ and {split}/ differ in {len(differing)}, "
-                f"the first is {differing[0]!r}"
-            )
-    sources = [Folder(root / split, classes, images if split == "train" else None) for split in splits]
+        content = read_selection(selection) if content is None else content
+        classes, images = _parse_selection(content, selection, folders[splits[0]])
+        folders = {split: sorted(set(classes) & set(present)) for split, present in folders.items()}
+    classes = folders[splits[0]]
+    if names is not None and set(classes) <= set(names):
+        classes = list(names)
+    for split, present in folders.items():
+        if set(present) - set(classes):
+            raise InputError(f"data.root: {explain_difference(f'{splits[0]}/', classes, f'{split}/', present)}")
+    sources = [
+        Folder(root / split, classes, images if split == "train" else None, incomplete=split != "train")
+        for split in splits
+    ]
     if images is not None and splits[0] == "train" and len(sources[0]) != len(images):
-        raise InputError(f"data.classes: {selection} lists {len(images)} images, {len(sources[0])} are in {root}/train")
+        prefix = f"{root / 'train'}/"
+        missing = sorted(images - {path.removeprefix(prefix) for path, _ in sources[0].samples})
+        raise InputError(
+            f"data.classes: {selection} lists {len(images)} images, {len(sources[0])} are in {root}/train; the first "
+            f"that is not is {missing[0]!r}"
+        )
     return sources

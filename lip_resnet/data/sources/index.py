@@ -5,18 +5,25 @@ import io
 import os
 import tarfile
 import zipfile
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lip_resnet.config import InputError
+from lip_resnet.data.decode import readable_suffixes
+from lip_resnet.data.sources.base import LeftOut
 from lip_resnet.files import write_atomically
 
 FILE = "index.npz"
 """The index's name beside the shards; numpy arrays, nothing pickled."""
 _SEPARATOR = b"\0"  # which a name in a tar file cannot contain
+_NOT_AN_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)  # as zipfile has it
+_HIGHEST_LABEL = (1 << 31) - 1
+_LONGEST_LABEL = 64  # bytes of a label that are read
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,16 @@ class Index:
     """(images,) int64."""
     places: np.ndarray
     """(images, 3) int64: index of the shard, offset of the image's first byte, size in bytes."""
+    left_out: LeftOut | None
+    """Members that no image is read from; None: an older version made the index, which does not tell."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
         file = io.BytesIO()
-        shards, keys = _pack(self.shards), _pack(self.keys)
-        np.savez_compressed(file, shards=shards, keys=keys, stamps=self.stamps, labels=self.labels, places=self.places)
+        arrays: dict[str, Any] = {"stamps": self.stamps, "labels": self.labels, "places": self.places}
+        if self.left_out is not None:
+            arrays |= {"left_out": np.array(self.left_out.files), "left_out_first": _pack(self.left_out.first)}
+        np.savez_compressed(file, shards=_pack(self.shards), keys=_pack(self.keys), **arrays)
         return file.getvalue()
 
     @classmethod
@@ -50,16 +61,27 @@ class Index:
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                shards, keys = _unpack(arrays["shards"]), _unpack(arrays["keys"])
-                index = cls(shards, arrays["stamps"], keys, arrays["labels"], arrays["places"])
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+                shards, keys, left_out = _unpack(arrays["shards"]), _unpack(arrays["keys"]), None
+                stamps, labels, places = (arrays[name] for name in ("stamps", "labels", "places"))
+                if "left_out" in arrays:
+                    files = int(arrays["left_out"])
+                    left_out = LeftOut(files, tuple(_unpack(arrays["left_out_first"])) if files else ())
+        except (*_NOT_AN_ARCHIVE, OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
             raise InputError(f"{path}: not an index of shards: {error}") from error
-        if not len(index.keys) == len(index.labels) == len(index.places) or len(index.stamps) != len(index.shards):
+        if not len(keys) == len(labels) == len(places) or len(stamps) != len(shards):
             raise InputError(f"{path}: not an index of shards: its arrays differ in length")
-        return index
+        integers = all(array.dtype == np.int64 for array in (stamps, labels, places))
+        if not integers or (labels.ndim, places.shape[1:]) != (1, (3,)) or not len(keys):
+            raise InputError(f"{path}: not an index of shards: its arrays have other types or shapes")
+        number, offset, size = places.T
+        if labels.min() < 0 or number.min() < 0 or number.max() >= len(shards) or size.min() < 0:
+            raise InputError(f"{path}: not an index of shards: a label, shard or size is out of range")
+        if offset.min() < tarfile.BLOCKSIZE:
+            raise InputError(f"{path}: not an index of shards: an image begins before its header")
+        return cls(shards, stamps, keys, labels, places, left_out)
 
 
-def _pack(names: list[str]) -> np.ndarray:
+def _pack(names: Iterable[str]) -> np.ndarray:
     return np.frombuffer(_SEPARATOR.join(map(os.fsencode, names)), np.uint8)
 
 
@@ -81,7 +103,7 @@ def read_index(root: Path) -> Index:
             stored = Index.from_bytes(file.read_bytes(), str(file))
         except (OSError, InputError):  # missing or damaged: it is made again from the shards
             continue
-        if stored.shards == names and np.array_equal(stored.stamps, stamps):
+        if stored.shards == names and np.array_equal(stored.stamps, stamps) and stored.left_out is not None:
             return stored
     index = _make_index(paths, stamps)
     for file in _files(root):
@@ -107,7 +129,7 @@ def write_index(root: Path) -> Index:
 
 
 def _shards(root: Path) -> list[Path]:
-    paths = sorted(root.glob("*.tar"))
+    paths = sorted(path for path in root.glob("*") if path.suffix.lower() == ".tar" and not path.name.startswith("."))
     if not paths:
         raise InputError(f"data.root: {root} holds no .tar shards")
     return paths
@@ -118,14 +140,19 @@ def _write(path: Path, index: Index) -> None:
 
 
 def _make_index(paths: list[Path], stamps: np.ndarray) -> Index:
-    images = [(number, *image) for number, path in enumerate(paths) for image in _scan(str(path))]
+    scans = [_scan(str(path)) for path in paths]
+    images = [(number, *image) for number, (members, _) in enumerate(scans) for image in members]
     places = np.array([(number, offset, size) for number, _, _, offset, size in images], np.int64)
     labels = np.array([label for _, _, label, _, _ in images], np.int64)
-    return Index([path.name for path in paths], stamps, [key for _, key, *_ in images], labels, places)
+    left_out = LeftOut.sum(left_out for _, left_out in scans)
+    return Index([path.name for path in paths], stamps, [key for _, key, *_ in images], labels, places, left_out)
 
 
 def _stamps(paths: list[Path]) -> np.ndarray:
-    states = [path.stat() for path in paths]
+    try:
+        states = [path.stat() for path in paths]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot read: {error.strerror}") from error
     return np.array([(state.st_size, state.st_mtime_ns) for state in states], np.int64)
 
 
@@ -136,30 +163,66 @@ def _files(root: Path) -> list[Path]:
     return [root / FILE, cache / "lip_resnet" / f"{digest}.npz"]
 
 
-def _scan(path: str) -> list[tuple[str, int, int, int]]:
-    """(key, label, offset, size) of a shard's images in its order."""
+def _scan(path: str) -> tuple[list[tuple[str, int, int, int]], LeftOut]:
+    """((key, label, offset, size) of a shard's images in its order, the members that are not read); hidden members,
+    with a name or folder that begins with a dot, are ignored."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, bytes] = {}
+    unread: list[str] = []
+    suffixes = readable_suffixes()
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                if any(part.startswith(".") for part in member.name.split("/") if part not in (".", "..")):
+                    continue
                 folder, file = os.path.split(member.name)
                 key, _, suffix = file.partition(".")
-                key = os.path.join(folder, key)
-                if f".{suffix.lower()}" in IMG_EXTENSIONS:
-                    if key in images:
-                        raise InputError(f"{path}: two images have the key {key!r}")
+                key, suffix = os.path.join(folder, key), suffix.lower()
+                if suffix != "cls" and f".{suffix}" not in suffixes:
+                    if not member.isdir():
+                        unread.append(member.name)
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise InputError(
+                        f"{path}: {member.name!r} is {_kind(member)}; images and labels must be plain files: pack with "
+                        "tar --dereference --hard-dereference"
+                    )
+                content = images if suffix != "cls" else labels
+                if key in content:
+                    raise InputError(f"{path}: two {'labels' if suffix == 'cls' else 'images'} have the key {key!r}")
+                if suffix == "cls":
+                    file_object = archive.extractfile(member)
+                    assert file_object is not None  # a plain file
+                    labels[key] = file_object.read(_LONGEST_LABEL).strip()
+                else:
                     images[key] = (member.offset_data, member.size)
-                elif suffix == "cls":
-                    content = archive.extractfile(member)  # None if the member is no file
-                    labels[key] = content.read().strip() if content else b""
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: not a whole tar archive: {error}") from error
-    wrong = next((key for key in images if not labels.get(key, b"").isdigit()), None)
-    if wrong is not None or not images:
+    if not images:
+        raise InputError(f"{path}: it holds no image")
+    samples = [(key, _label(path, key, labels), *place) for key, place in images.items()]
+    unread += [f"{key}.cls" for key in labels if key not in images]
+    return samples, LeftOut.of(f"{os.path.basename(path)}:{name}" for name in unread)
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    if member.islnk() or member.issym():
+        return f"a {'hard' if member.islnk() else 'symbolic'} link to {member.linkname!r}"
+    return "a directory" if member.isdir() else "a sparse file" if member.issparse() else "no file"
+
+
+def _label(path: str, key: str, labels: dict[str, bytes]) -> int:
+    if key not in labels:
+        raise InputError(f"{path}: {key!r} has no label {key}.cls")
+    content = labels[key]
+    if not content.isdigit() or int(content) > _HIGHEST_LABEL:
+        text = content.decode("utf-8", "backslashreplace")
         raise InputError(
-            f"{path}: " + ("it holds no image" if wrong is None else f"{wrong!r} has no label {wrong}.cls")
+            f"{path}: the label {key}.cls holds {text!r}; it must be the class's number, counted from 0 (classes.txt "
+            "beside the shards names the classes)"
         )
-    return [(key, int(labels[key]), *place) for key, place in images.items()]
+    return int(content)

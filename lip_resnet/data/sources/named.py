@@ -92,7 +92,7 @@ def _open(name: str, root: Path, split: str, download: bool) -> list[Any]:
             root.mkdir(parents=True, exist_ok=True)
         return [named.build(**options, **{named.split: theirs}) for theirs in named.splits[split]]
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         if download:
             raise InputError(f"data.download: cannot download {name} to {root}: {reason}") from error
         raise InputError(

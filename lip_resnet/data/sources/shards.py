@@ -1,5 +1,6 @@
 """Tar shards in WebDataset layout, on a disk or behind a URL, read in any order."""
 
+import os
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ import torch
 from lip_resnet import distributed
 from lip_resnet.config import InputError
 from lip_resnet.data.decode import BadImage
-from lip_resnet.data.sources.base import Encoded
+from lip_resnet.data.sources.base import Encoded, LeftOut
 from lip_resnet.data.sources.index import FILE, Index, read_index
 from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
@@ -42,7 +43,8 @@ class _Indexed(Encoded):
     Args:
         root: with which the images' names begin.
         index: shard, offset and size of each image.
-        class_names: the content of classes.txt, a name for each label; None if there is no such file.
+        class_names: the content of classes.txt, a name for each label; None if there is no such file, which leaves
+            ``classes`` empty.
 
     Raises:
         InputError: the names are not UTF-8, or there are fewer than labels.
@@ -51,14 +53,16 @@ class _Indexed(Encoded):
     def __init__(self, root: Path | str, index: Index, class_names: bytes | None) -> None:
         self.shards = index.shards
         self._places = torch.from_numpy(index.places).share_memory_()
-        count = 1 + int(index.labels.max())
         path = f"{root}/{_NAMES}"
-        classes = [str(label) for label in range(count)] if class_names is None else parse_names(class_names, path)
-        if len(classes) < count:
-            raise InputError(f"{path}: {len(classes)} names, but the shards hold label {count - 1}")
+        classes = [] if class_names is None else parse_names(class_names, path)
         places, labels = index.places[:, 0].tolist(), index.labels.tolist()
         named = zip(places, index.keys, labels, strict=True)
-        super().__init__(root, classes, [(f"{root}/{self.shards[shard]}:{key}", label) for shard, key, label in named])
+        samples = [(f"{root}/{self.shards[shard]}:{key}", label) for shard, key, label in named]
+        name, highest = samples[int(index.labels.argmax())]
+        if classes and len(classes) <= highest:
+            raise InputError(f"{path}: {len(classes)} names, but the shards hold label {highest}, the first in {name}")
+        super().__init__(root, classes, samples)
+        self.left_out = index.left_out or LeftOut()
 
 
 class Shards(_Indexed):
@@ -71,10 +75,14 @@ class Shards(_Indexed):
     def __init__(self, root: Path) -> None:
         self._folder, names = root, root / _NAMES
         try:
-            class_names = names.read_bytes() if names.is_file() else None
+            class_names = names.read_bytes() if os.path.lexists(names) else None
         except OSError as error:
             raise InputError(f"{names}: cannot read: {error.strerror}") from error
         super().__init__(root, read_index(root), class_names)
+        beside = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+        used = {FILE, _NAMES, *self.shards}
+        loose = [f"{path.name}/" if path.is_dir() else path.name for path in beside if path.name not in used]
+        self.left_out = LeftOut.sum([LeftOut.of(loose), self.left_out])
 
     def read(self, index: int) -> bytes:
         """An image's bytes.
@@ -161,20 +169,15 @@ def shard_sources(data_root: str, splits: tuple[str, ...]) -> list[Shards] | lis
     """The shards of some splits below ``data.root``, a directory or URL.
 
     Raises:
-        InputError: they are missing or damaged, or differ in their classes.
+        InputError: they are missing or damaged.
     """
-    sources: list[Shards] | list[RemoteShards]
     if is_url(data_root):
-        sources = [RemoteShards(f"{data_root.rstrip('/')}/{split}") for split in splits]
-    else:
-        roots = [Path(data_root).expanduser() / split for split in splits]
+        return [RemoteShards(f"{data_root.rstrip('/')}/{split}") for split in splits]
+    roots = [Path(data_root).expanduser() / split for split in splits]
 
-        def index_all() -> None:
-            for root in roots:
-                read_index(root)
+    def index_all() -> None:
+        for root in roots:
+            read_index(root)
 
-        distributed.on_main(index_all)  # the other ranks then read the stored index
-        sources = [Shards(root) for root in roots]
-    if any(source.classes != sources[0].classes for source in sources):
-        raise InputError(f"data.root: the shards of {' and '.join(splits)} in {data_root} differ in their classes")
-    return sources
+    distributed.on_main(index_all)  # the other ranks then read the stored index
+    return [Shards(root) for root in roots]

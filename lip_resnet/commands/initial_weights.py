@@ -1,0 +1,49 @@
+"""The weights that a run starts from (``model.weights``), and the record of where they come from."""
+
+import contextlib
+from typing import Any
+
+from torch import nn
+
+from lip_resnet import checkpoint, distributed
+from lip_resnet.config import DataConfig, InputError, ModelConfig
+from lip_resnet.evaluation.compatibility import check_class_names, check_normalization, recorded_classes
+from lip_resnet.evaluation.protocol import describe_training
+from lip_resnet.files import sha256
+from lip_resnet.models.weights import choose_weights, extract_weights, hash_weights, put_weights
+
+
+def load_initial_weights(
+    model: nn.Module, config: ModelConfig, data: DataConfig | None = None, classes: list[str] | None = None
+) -> dict[str, Any]:
+    """Load ``config.weights``, a checkpoint file or run folder, into a model.
+
+    Args:
+        data, classes: the data to train on and the names of their classes, to compare with those of the file's
+            training; None: not compared.
+
+    Returns:
+        ``Provenance.initial_weights``.
+
+    Raises:
+        InputError: no such file, not weights of this model, or those of other classes or another normalisation.
+    """
+    assert config.weights is not None
+    path = checkpoint.resolve(config.weights)
+    source = str(path)
+    payload, digest = distributed.on_main(lambda: (checkpoint.load(path), sha256(path)))
+    put_weights(model, payload, source, new_head=config.new_head, convert=config.convert)
+    recipe, training = None, None
+    with contextlib.suppress(InputError):  # not a recipe of this version: the weights' digest identifies them
+        recipe = checkpoint.read_recipe(payload, source)
+    if not config.new_head:
+        check_class_names(recorded_classes(payload), classes, source, "for other classes set model.new_head: true")
+        if data is not None and not config.convert:
+            check_normalization(recipe, data, source, "to train on with another set model.convert: true")
+    processes = payload.get("processes") or []
+    counted = isinstance(processes, list) and all(type(n) is int and n > 0 for n in processes)
+    if recipe is not None and processes and counted:
+        training = describe_training(recipe, processes, payload.get("initial_weights"), payload.get("datasets"))
+        training["step"] = payload.get("step")
+    content, kind = hash_weights(extract_weights(payload, source)), choose_weights(payload, source, None)
+    return {"training": training, "sha256": digest, "content": content, "weights": kind}

@@ -1,0 +1,127 @@
+"""Predictions of every image of a set, as a CSV file: written by eval.py --predictions, read by studies."""
+
+import csv
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lip_resnet import distributed
+from lip_resnet.config import InputError
+from lip_resnet.data.fingerprint import names_of
+from lip_resnet.data.sources.base import Arrays, Encoded
+from lip_resnet.files import write_text
+
+COLUMNS = ("image", "label", "top1", "top5", "margin", "loss")
+
+
+def check_new_file(path: Path, several: bool) -> None:
+    """Refuse a file of predictions that exists or cannot be written, and one for several sets. A collective.
+
+    Raises:
+        InputError: one of these.
+    """
+    if several:
+        raise InputError(f"--predictions {path} is for one set; give one --dataset")
+    if distributed.on_main(path.exists):
+        raise InputError(f"{path} exists; choose another --predictions or remove it")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"--predictions {path}: {path.parent} is not a directory")
+
+
+class PredictionLog:
+    """Collects the predictions of an evaluation on this process; ``write`` gathers those of all processes."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Tensor, ...]] = []
+
+    @torch.no_grad()
+    def add(self, images: range, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch, without a synchronisation.
+
+        Args:
+            images: indices of the batch's images in the set.
+            logits: (B, classes), float32.
+            labels: (B,) int64; or (B, K) int64, any of which is correct, padded with -1.
+        """
+        labels = labels.reshape(len(labels), -1)
+        correct = torch.zeros_like(logits, dtype=torch.bool)
+        correct.scatter_(1, labels.where(labels >= 0, labels[:, :1]), True)
+        margin = logits.masked_fill(~correct, -torch.inf).amax(1) - logits.masked_fill(correct, -torch.inf).amax(1)
+        loss = logits.logsumexp(1) - logits.masked_fill(~correct, -torch.inf).logsumexp(1)
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        self._batches.append((torch.tensor(list(images)), labels, top, margin, loss))
+
+    def write(self, path: Path, source: Encoded | Arrays) -> None:
+        """Write the predictions of the whole set, in its order, on rank 0. A collective.
+
+        Args:
+            source: the set, which names its images.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        columns = [torch.cat([part.cpu() for part in parts]) for parts in zip(*self._batches, strict=True)]
+        gathered = [part for part in distributed.gather_objects(columns) if part]
+        if not distributed.is_main():
+            return
+        index, labels, top, margin, loss = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
+        names = [os.fsdecode(name) for name in names_of(source)] if isinstance(source, Encoded) else None
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(COLUMNS)
+        for row in np.argsort(index, kind="stable"):
+            image = names[index[row]] if names else source.path(int(index[row]))
+            right = " ".join(str(label) for label in labels[row] if label >= 0)
+            best = " ".join(map(str, top[row]))
+            lines.writerow([image, right, top[row, 0], best, f"{margin[row]:.6g}", f"{loss[row]:.6g}"])
+        write_text(path, text.getvalue())
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A predictions file of a set with one right label an image; n images in the order of the set."""
+
+    images: list[str]
+    label: NDArray[np.int64]
+    """(n,)"""
+    top1: NDArray[np.int64]
+    """(n,)"""
+    top5: NDArray[np.int64]
+    """(n, 5), or as many columns as there are classes if fewer; best first."""
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """(n,): whether top-1 is the label."""
+        return self.top1 == self.label
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read a file that ``PredictionLog`` has written.
+
+    Raises:
+        InputError: it cannot be read, or is not such a file.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+        if tuple(header) != COLUMNS or not rows:
+            raise InputError(f"{path}: not predictions of eval.py; its columns must be {','.join(COLUMNS)}")
+        images, labels, top1, top5 = (list(column) for column in zip(*(row[:4] for row in rows), strict=True))
+        return Predictions(
+            images,
+            np.array(labels, dtype=np.int64),
+            np.array(top1, dtype=np.int64),
+            np.array([row.split() for row in top5], dtype=np.int64),
+        )
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from error
+    except (ValueError, csv.Error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not predictions of eval.py: {error}") from error

@@ -1,0 +1,74 @@
+"""Pages of text, tables and figures, as Markdown or as one HTML file."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lip_resnet.evaluation.tables import render
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: a heading, then what it has."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    """Paragraphs; ``**bold**`` is the one mark."""
+    table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
+    """Header and rows."""
+    figure: tuple[str, str, str] | None = None
+    """File name without .svg, alternative text, SVG."""
+
+
+def to_markdown(sections: Sequence[Section]) -> str:
+    """Sections as Markdown; figures are links to ``figures/NAME.svg``."""
+    lines = []
+    for number, section in enumerate(sections):
+        lines += [f"{'#' if not number else '##'} {section.title}", ""]
+        for paragraph in section.text:
+            lines += [paragraph, ""]
+        if section.table:
+            lines += [render(*section.table).rstrip(), ""]
+        if section.figure:
+            name, alternative, _ = section.figure
+            lines += [f"![{alternative}](figures/{name}.svg)", ""]
+    return "\n".join(lines)
+
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
+th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #9aa0a688; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
+figcaption { font-size: 0.85rem; color: #7a7f87; }
+"""
+
+
+def to_html(sections: Sequence[Section]) -> str:
+    """Sections as one HTML page with its figures inside, without scripts or links to other files."""
+    parts = []
+    for number, section in enumerate(sections):
+        level = "h1" if not number else "h2"
+        parts.append(f"<{level}>{html.escape(section.title)}</{level}>")
+        parts += [f"<p>{_bold(paragraph)}</p>" for paragraph in section.text]
+        if section.table:
+            header, rows = section.table
+            cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+            body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+            parts.append(f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>")
+        if section.figure:
+            _, alternative, svg = section.figure
+            text = html.escape(alternative, quote=True)
+            labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
+            parts.append(f"<figure>{labelled}<figcaption>{text}</figcaption></figure>")
+    title = html.escape(sections[0].title)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    head += f"<style>{_STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _bold(paragraph: str) -> str:
+    pieces = html.escape(paragraph).split("**")
+    return "".join(f"<b>{piece}</b>" if number % 2 else piece for number, piece in enumerate(pieces))

@@ -1,0 +1,70 @@
+"""Compare variants of a recipe over seeds, in one command:
+
+    python scripts/study.py plan   STUDY.yaml [section.key=value ...]    cells, hours, and what differences it can show
+    python scripts/study.py run    STUDY.yaml [section.key=value ...]    train and evaluate every (variant, seed)
+    python scripts/study.py measure STUDY.yaml --candidates resnet34     time of every network on this machine
+    python scripts/study.py report STUDY.yaml                            tables, intervals, figures and a verdict
+
+``run`` can be stopped or killed at any time: the same command goes on, and never repeats a finished cell.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from bench import costs
+
+from lip_resnet import cli
+from lip_resnet.config import InputError
+from lip_resnet.files import write_text
+from lip_resnet.study import cells, design, plan, report
+
+
+def main() -> None:
+    parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("action", choices=("plan", "run", "measure", "report"))
+    parser.add_argument("study", help="the study file (configs/studies/), or a shipped study by name")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of every recipe; study.seeds=[0,1]")
+    parser.add_argument("--output", type=Path, help="the study's folder (default: runs/studies/<name of the file>)")
+    parser.add_argument("--jobs", type=int, default=1, help="cells that run at the same time (default 1)")
+    parser.add_argument(
+        "--shard", default="0/1", metavar="i/n", help="run every n-th cell from the i-th, counted from 0"
+    )
+    parser.add_argument("--no-measure", action="store_true", help="plan: do not measure a training step")
+    parser.add_argument("--candidates", nargs="+", default=[], metavar="MODEL", help="measure: networks to time beside")
+    parser.add_argument("--rounds", type=int, default=7, help="measure: rounds (default 7)")
+    parser.add_argument("--batch", type=int, default=32, help="measure: images of a step (default 32)")
+    options = parser.parse_intermixed_args()
+    for name in ("jobs", "rounds", "batch"):
+        if getattr(options, name) < 1 + (name == "rounds"):
+            raise InputError(f"--{name} is {getattr(options, name)}; it must be at least {1 + (name == 'rounds')}")
+    index, shards = cells.parse_shard(options.shard)
+    if options.action == "report":
+        if options.overrides:
+            raise InputError(f"report takes no overrides ({options.overrides[0]}): it shows the study that was run")
+        folder = options.output or design.default_folder(options.study)
+        for line in report.write_report(design.load_record(folder)):
+            print(line)
+        return
+    study = design.load_design(options.study, options.overrides, options.output)
+    if options.action == "plan":
+        print(plan.describe(study, options.jobs, measure=not options.no_measure))
+        return
+    if options.action == "measure":
+        row = costs.measure(study, options.candidates, options.rounds, options.batch)
+        if (study.folder / "study.yaml").is_file():
+            write_text(study.folder / "costs.json", json.dumps(row, indent=2) + "\n")
+        print("\n".join(costs.summarize(study, row)))
+        return
+    design.write_design(study)
+    chosen = study.cells()[index::shards]
+    failed = cells.run_cells(study, chosen, options.jobs)
+    done = sum(cell.finished for cell in study.cells())
+    print(f"{study.folder}: {done} of {len(study.cells())} cells are finished", file=sys.stderr)
+    if failed:
+        print(f"study.py: error: {len(failed)} cells failed: {', '.join(failed)}; the same command tries them again")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.launch(main)

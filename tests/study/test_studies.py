@@ -1,0 +1,292 @@
+"""Studies: refusals of unfair designs, cells that go on, reports; with stand-ins for train.py and eval.py."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from lip_resnet.config import InputError
+from lip_resnet.errors import Stopped
+from lip_resnet.study import cells, design, report, results
+
+STUDY = {
+    "base": "digits/resnet50",
+    "variants": {
+        "plain": {},
+        "lip": {"model": {"name": "lip_resnet50"}},
+        "average": {"model": {"downsampling": {"main": "average"}}},
+    },
+    "baseline": "plain",
+    "primary": "lip",
+    "seeds": [0, 1, 2],
+}
+TRAIN = """
+import json, pathlib, sys, time
+if "wait" in sys.argv[0]:
+    time.sleep(60)
+folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder / "starts", "a") as file:
+    file.write("x")
+if (folder.parent / "broken").exists() and folder.name == "seed1":
+    sys.exit("train.py: error: optim.lr: too high")
+lines = [{"step": 1, "epoch": e, "val/top1": 10.0 * e, "train/images_per_second": 50.0} for e in (0, 1)]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+"""
+EVAL = """
+import json, pathlib, random, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--checkpoint") + 1])
+seed = int(folder.name.removeprefix("seed"))
+draw = random.Random(f"{folder.parent.name}{seed}")
+right = {"plain": 0.5, "lip": 0.7, "average": 0.5}[folder.parent.name]
+lines, correct = ["image,label,top1,top5,margin,loss"], 0
+for index in range(400):
+    label = index % 4
+    top1 = label if draw.random() < right else (label + 1) % 4
+    correct += top1 == label
+    lines.append(f"c{label}/{index}.png,{label},{top1},{top1} 0 1 2,0.5,1.0")
+pathlib.Path(sys.argv[sys.argv.index("--predictions") + 1]).write_text("\\n".join(lines) + "\\n")
+row = {"model": folder.parent.name, "top1": correct / 4, "top5": 100.0, "loss": 1.0, "images": 400, "params": 10**6}
+row |= {"macs": 10**9, "correct1": correct, "seed": seed, "protocol": {"data": "digits", "training": None}}
+row["environment"] = {"hardware": "a CPU", "torch": "2", "timm": "1"}
+(folder / "eval.json").write_text(json.dumps(row))
+"""
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """train.py and eval.py that answer at once, started without PyTorch."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    (root / "train.py").write_text(TRAIN)
+    (root / "eval.py").write_text(EVAL)
+    monkeypatch.setattr(cells, "ROOT", root)
+    plain = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    monkeypatch.setattr(cells, "_CHILD", plain)
+    return root
+
+
+REFUSED = {
+    "unknown key": ({"seedz": [1]}, r"seedz: unknown key; did you mean seeds"),
+    "baseline": ({"baseline": "plane"}, r"baseline 'plane' is not a variant; did you mean plain\?"),
+    "itself": ({"primary": "plain"}, r"baseline and primary are both 'plain'"),
+    "seed twice": ({"seeds": [0, 1, 0]}, r"seeds \[0, 1, 0\]: 0 is there twice"),
+    "other data": (
+        {"variants": {**STUDY["variants"], "lip": {"data": {"name": "synthetic"}}}},
+        r"variant lip differs from plain in data.name: synthetic against digits; all variants have the same images",
+    ),
+    "other classes": (
+        {"variants": {**STUDY["variants"], "lip": {"model": {"num_classes": 20}}}},
+        r"model.num_classes: 20 against 10",
+    ),
+    "other recipe": (
+        {"variants": {**STUDY["variants"], "lip": {"optim": {"lr": 0.1}}}},
+        r"variant lip differs from plain in optim.lr: 0.1 against 0.05; only model may differ",
+    ),
+    "same recipe": ({"variants": {**STUDY["variants"], "lip": {}}}, r"variants plain and lip have the same recipe"),
+    "no folder": ({"variants": {**STUDY["variants"], "../lip": {}}}, r"'../lip' names a folder"),
+    "unknown model key": (
+        {"variants": {**STUDY["variants"], "lip": {"model": {"nmae": "x"}}}},
+        r"variant lip of .*resnet50.yaml: model.nmae: unknown key",
+    ),
+    "may_differ": ({"may_differ": ["train.epoch"]}, r"may_differ: 'train.epoch' is not a key.*train.epochs"),
+    "may_differ in data": ({"may_differ": ["data.root"]}, r"may_differ: 'data.root' is the same in every variant"),
+    "no seeds": ({"seeds": []}, r"seeds"),
+}
+
+
+@pytest.mark.parametrize(("changes", "line"), REFUSED.values(), ids=REFUSED)
+def test_unfair_designs_are_refused(tmp_path, changes, line):
+    with pytest.raises(InputError, match=line) as refused:
+        design.load_design(write(tmp_path, **changes))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_design_is_resolved(tmp_path):
+    longer = {**STUDY["variants"], "long": {"train": {"epochs": 11}}}
+    path = write(tmp_path, variants=longer, may_differ=["train.epochs"], recipe={"train": {"eval_every": 3}})
+    study = design.load_design(path, ["optim.lr=0.2", "study.seeds=[4, 5]"], tmp_path / "out")
+    assert {recipe.optim.lr for recipe in study.recipes.values()} == {0.2}
+    assert {recipe.train.eval_every for recipe in study.recipes.values()} == {3}
+    assert study.recipes["long"].train.epochs == 11
+    assert study.compared == ["lip", "average", "long"]
+    assert [str(cell) for cell in study.cells()][:5] == [
+        *("plain/seed4", "lip/seed4", "average/seed4", "long/seed4", "plain/seed5"),
+    ]
+
+
+def test_cells_go_on_and_are_never_repeated(tmp_path, stand_ins):
+    folder = tmp_path / "out"
+    study = design.load_design(write(tmp_path), output=folder)
+    design.write_design(study)
+    (folder / "lip" / "broken").touch()
+    failed = cells.run_cells(study, study.cells()[:4], jobs=2)  # one shard of it
+    failed |= cells.run_cells(study, study.cells(), jobs=2)
+    assert failed == {"lip/seed1": "train.py: error: optim.lr: too high"}
+    assert json.loads((folder / "lip" / "seed1.json").read_text())["status"] == "failed"
+    assert not cells.run_cells(study, [], jobs=1)
+    (folder / "lip" / "broken").unlink()
+    # An evaluation that was killed between its predictions and its row.
+    (folder / "plain" / "seed2" / "eval.json").unlink()
+    assert not cells.run_cells(study, study.cells(), jobs=1)
+    assert all(cell.finished for cell in study.cells())
+    starts = {str(cell): len((cell.folder / "starts").read_text()) for cell in study.cells()}
+    # The failed cell is tried again; train.py itself says that plain/seed2 is trained already.
+    assert starts.pop("lip/seed1") >= 2
+    assert starts.pop("plain/seed2") == 2
+    assert set(starts.values()) == {1}
+    assert cells.read_record(study.cells()[0])["seconds"] > 0
+
+
+def test_a_signal_stops_the_cells(tmp_path, stand_ins):
+    (stand_ins / "train.py").write_text("import time; time.sleep(60)")
+    study = design.load_design(write(tmp_path), output=tmp_path / "out")
+    design.write_design(study)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(Stopped):
+        cells.run_cells(study, study.cells(), jobs=2)
+    assert time.monotonic() - started < 30
+    assert json.loads((tmp_path / "out" / "plain" / "seed0.json").read_text())["status"] == "stopped"
+
+
+def test_another_study_is_not_continued(tmp_path):
+    folder = tmp_path / "out"
+    design.write_design(design.load_design(write(tmp_path), output=folder))
+    design.write_design(design.load_design(write(tmp_path, seeds=[0, 1, 2, 3, 4, 5]), output=folder))  # more seeds
+    before = (folder / "study.yaml").read_bytes()
+    with pytest.raises(InputError, match="its primary is lip, here average"):
+        design.write_design(design.load_design(write(tmp_path, primary="average"), output=folder))
+    with pytest.raises(InputError, match=r"optim\.lr=0\.05 there, 0\.2 here"):
+        design.write_design(design.load_design(write(tmp_path), ["optim.lr=0.2"], folder))
+    assert (folder / "study.yaml").read_bytes() == before
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "thesis.txt").touch()
+    with pytest.raises(InputError, match="exists and is not a study"):
+        design.write_design(design.load_design(write(tmp_path), output=tmp_path / "files"))
+
+
+@pytest.fixture
+def finished(tmp_path, stand_ins):
+    study = design.load_design(write(tmp_path), output=tmp_path / "out")
+    design.write_design(study)
+    assert not cells.run_cells(study, study.cells(), jobs=2)
+    return study
+
+
+def test_report(finished):
+    pytest.importorskip("matplotlib")
+    printed = report.write_report(design.load_record(finished.folder))
+    assert "lip is better than plain" in printed[0]
+    assert "Exploratory" in printed[1]  # three seeds
+    folder = finished.folder
+    rows = {row["variant"]: row for row in csv.DictReader((folder / "report.csv").open())}
+    top1 = {name: [json.loads(cell.row.read_text())["top1"] for cell in finished.cells() if cell.variant == name]
+            for name in finished.recipes}  # fmt: skip
+    assert float(rows["lip"]["difference"]) == pytest.approx(np.mean(top1["lip"]) - np.mean(top1["plain"]))
+    assert rows["average"]["verdict"] == "not distinguishable"
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert not re.findall(r'(?:src|href)="(?!#)', page.replace('xlink:href="#', '"#'))
+    first = page.encode(), (folder / "report.md").read_bytes()
+    report.write_report(finished)
+    assert ((folder / "report.html").read_bytes(), (folder / "report.md").read_bytes()) == first
+
+
+def test_family_is_adjusted_and_the_declared_comparison_is_not(finished):
+    compared = results.compare(finished, results.load_results(finished))
+    assert [each.variant for each in compared] == ["lip", "average"]
+    assert compared[0].p == compared[0].paired.p_t
+    only, theirs, _ = compared[0].mcnemar[0]
+    assert only - theirs == pytest.approx(4 * compared[0].paired.differences[0])
+
+
+def test_results_that_do_not_belong_together_are_refused(finished):
+    one, other = finished.cells()[:2]
+    good_row, good = one.row.read_text(), one.predictions.read_text()
+    lines = good.splitlines()
+    swapped = "\n".join([lines[0], *lines[:0:-1]]) + "\n"
+    renamed = good.replace("c0/0.png", "c0/zero.png")
+    bad_row = json.dumps(json.loads(good_row) | {"seed": 7})
+    mixed = json.loads(other.row.read_text())
+    mixed["protocol"]["eval_size"] = 64
+    for cell, predictions, row, line in (
+        (one, swapped, good_row, "the same images in another order"),
+        (one, renamed, good_row, "other images"),
+        (one, good.replace("0.png,0,0", "0.png,0,3"), good_row, "not the predictions of"),
+        (one, "image,label\n", good_row, "not predictions of eval.py"),
+        (one, good, bad_row, "a row of seed 7"),
+        (other, other.predictions.read_text(), json.dumps(mixed), "different protocols: eval_size"),
+    ):
+        before = cell.predictions.read_text(), cell.row.read_text()
+        cell.predictions.write_text(predictions)
+        cell.row.write_text(row)
+        with pytest.raises(InputError, match=line):
+            results.load_results(finished)
+        cell.predictions.write_text(before[0])
+        cell.row.write_text(before[1])
+
+
+def test_nothing_finished(tmp_path):
+    study = design.load_design(write(tmp_path), output=tmp_path / "out")
+    with pytest.raises(InputError, match="holds no study"):
+        design.load_record(tmp_path / "out")
+    design.write_design(study)
+    with pytest.raises(InputError, match="no cell is finished"):
+        report.write_report(design.load_record(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("text", ["4", "a/b", "4/4", "1/0", "-1/4"])
+def test_shards(text):
+    with pytest.raises(InputError, match="--shard"):
+        cells.parse_shard(text)
+    assert cells.parse_shard("1/4") == (1, 4)
+
+
+@pytest.mark.slow
+def test_a_killed_study_takes_its_cells_along(tmp_path):
+    """SIGKILL of the study ends train.py within seconds; the same command then finishes the study."""
+    folder = tmp_path / "out"
+    path = write(tmp_path, seeds=[0, 1], variants={name: STUDY["variants"][name] for name in ("plain", "lip")})
+    command = [sys.executable, "scripts/study.py", "run", str(path), "--output", str(folder), "train.max_steps=6"]
+    command += ["train.log_every=1", "train.checkpoint_steps=1"]
+    study = subprocess.Popen(command)
+    while not (folder / "plain" / "seed0" / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    study.kill()
+    study.wait()
+    deadline = time.monotonic() + 10
+    while _alive(str(folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _alive(str(folder))
+    assert subprocess.run(command, check=False).returncode == 0
+    assert all((folder / name / f"seed{k}" / "predictions.csv").is_file() for name in ("plain", "lip") for k in (0, 1))
+
+
+def _alive(text: str) -> bool:
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return any(text in line and "train.py" in line for line in listed.splitlines())
+
+
+def test_shipped_studies_are_valid():
+    paths = sorted((cells.ROOT / "configs" / "studies").glob("*.yaml"))
+    assert len(paths) >= 2
+    for path in paths:
+        study = design.load_design(path)
+        assert len(study.study.seeds) >= design.CONFIRMATORY_SEEDS
