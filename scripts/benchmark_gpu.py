@@ -33,7 +33,7 @@ from bench.timing import Row
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.environment import describe_environment
-from lip_resnet.evaluation.tables import render
+from lip_resnet.evaluation.render import render
 
 
 def parse() -> argparse.Namespace:
