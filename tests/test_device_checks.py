@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import device_operators, device_steps
+from torch.nn.parallel import DistributedDataParallel
 
 from lip_resnet import make_layer
 from lip_resnet.layers.pooling import LIP2d
@@ -67,11 +68,11 @@ def test_layout_copies(monkeypatch):
 def test_ddp_strides(monkeypatch, tmp_path):
     device_steps.check_ddp_strides("cpu", tmp_path)
 
-    def late(model, compression):  # the layout changes after DDP has made its buckets
-        wrapped = engine.wrap_ddp(model.to(memory_format=torch.contiguous_format), compression)
-        model.to(memory_format=torch.channels_last)
-        return wrapped
+    class Late(DistributedDataParallel):  # the layout changes after DDP has made its buckets
+        def __init__(self, module, **options):
+            super().__init__(module.to(memory_format=torch.contiguous_format), **options)
+            module.to(memory_format=torch.channels_last)
 
-    monkeypatch.setattr(device_steps, "wrap_ddp", late)
+    monkeypatch.setattr(engine, "DistributedDataParallel", Late)
     with pytest.raises((UserWarning, AssertionError)):
         device_steps.check_ddp_strides("cpu", tmp_path)

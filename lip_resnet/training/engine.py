@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from lip_resnet import distributed, memory
-from lip_resnet.compat import copy_tensors_
+from lip_resnet.compat import copy_tensors_, raise_recompile_limit
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import Batch, TrainLoader, prefetch, to_device
 from lip_resnet.evaluation.evaluate import autocast
@@ -135,27 +135,20 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
         memory.enable_grad_checkpointing(model)
     optimizer = build_optimizer(model, config.optim)
     if train.compile:
-        model.compile(mode=train.compile_mode)
+        # One graph for each shape: at every size of the schedule and of evaluation, a whole batch and the parts of a
+        # smaller last one, of two sizes at most.
+        raise_recompile_limit(3 * (len(config.data.sizes) + 1))
+        model.compile(mode=train.compile_mode, dynamic=False)
     wrapped = model
     if distributed.world_size() > 1:
-        wrapped = wrap_ddp(model, train.gradient_compression)
+        # DDP broadcasts rank 0's BN buffers before every forward: a checkpoint needs only those.
+        wrapped = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+        if train.gradient_compression != "none":
+            wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
     return TrainState(model, wrapped, optimizer, scaler, ema, AccuracyCounts(device), NonFiniteGuard(model, train))
-
-
-def wrap_ddp(model: nn.Module, compression: str) -> DistributedDataParallel:
-    """The network under DDP, on the device of its parameters; ``compression`` is ``train.gradient_compression``.
-
-    The gradients are views of DDP's buckets, which have the strides of the parameters: channels-last where those are.
-    """
-    device = next(model.parameters()).device
-    # DDP broadcasts rank 0's BN buffers before every forward: a checkpoint needs only those.
-    wrapped = DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
-    if compression != "none":
-        wrapped.register_comm_hook(None, _COMPRESSION[compression])
-    return wrapped
 
 
 def warm_up_ddp(state: TrainState, config: Config) -> None:

@@ -4,18 +4,21 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from bench.network import make_batch
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity
 
 from helpers import small_config
 from helpers.training import same, whole_state
+from lip_resnet import distributed
 from lip_resnet.config import Config
 from lip_resnet.data import Batch, prefetch
 from lip_resnet.models import registry
-from lip_resnet.training.engine import TrainState, TrainStep, build_state, train_one_epoch, wrap_ddp
+from lip_resnet.training.engine import TrainState, TrainStep, build_state, train_one_epoch
 from lip_resnet.training.objective import Objective
 
 LIP = {"main": "lip_bottleneck"}
@@ -171,13 +174,14 @@ def check_step_repeats(device: str, precision: str, batch: int = 2, side: int = 
 
 def check_ddp_strides(device: str, folder: Path, batch: int = 2, side: int = 32, **changes: object) -> None:
     """DDP in a group of one process: channels-last gradients have their bucket's strides, and DDP does not warn."""
-    config, state = prepare(device, batch, side, **changes)
     here = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     gpu = {"device_id": here} if device == "cuda" else {}
     store = dist.FileStore(str(folder / "store"), 1)
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1, **gpu)
     try:
-        wrapped = wrap_ddp(state.model, config.train.gradient_compression)
+        with mock.patch.object(distributed, "world_size", lambda: 2):  # one process is not wrapped
+            state = prepare(str(here), batch, side, **changes)[1]
+        assert isinstance(state.wrapped, DistributedDataParallel)
         images = torch.randn(batch, 3, side, side, device=here).to(memory_format=torch.channels_last)
         produced: dict[str, tuple[int, ...]] = {}
         for key, parameter in state.model.named_parameters():
@@ -186,7 +190,7 @@ def check_ddp_strides(device: str, folder: Path, batch: int = 2, side: int = 32,
             warnings.filterwarnings("error", message="Grad strides do not match bucket view strides")
             for _ in range(2):
                 with torch.autocast(device, torch.bfloat16):
-                    loss = wrapped(images).float().sum()
+                    loss = state.wrapped(images).float().sum()
                 loss.backward()
                 buckets = {key: parameter.grad.stride() for key, parameter in state.model.named_parameters()}
                 state.optimizer.zero_grad()
