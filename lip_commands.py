@@ -24,6 +24,7 @@ def train_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
     parser.add_argument("--config", required=True, help="the recipe: a YAML file, or a shipped one by name")
     parser.add_argument("--output", help="the run folder (default: runs/<folder of the recipe>/<its name>)")
     parser.add_argument("--resume", default="none", metavar="auto|none|PATH", help="continue a run (default: none)")
+    parser.add_argument("--check", action="store_true", help="check recipe, data and network; train and write nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser
 

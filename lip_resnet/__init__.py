@@ -3,7 +3,7 @@
 Importing the package registers ``lip_resnet18`` to ``152`` and ``lip_densenet121`` to ``201`` with timm.
 """
 
-from lip_resnet.layers import DOWNSAMPLING, make_layer, replace_downsampling
+from lip_resnet.layers import DOWNSAMPLING, aa_layer, make_layer, replace_downsampling, use_circular_padding
 from lip_resnet.models import load_weights
 from lip_resnet.ops import lip2d
 
@@ -12,4 +12,13 @@ __version__ = "0.1.0"
 LAYERS = DOWNSAMPLING
 """An earlier name of ``DOWNSAMPLING``."""
 
-__all__ = ["DOWNSAMPLING", "LAYERS", "lip2d", "load_weights", "make_layer", "replace_downsampling"]
+__all__ = [
+    "DOWNSAMPLING",
+    "LAYERS",
+    "aa_layer",
+    "lip2d",
+    "load_weights",
+    "make_layer",
+    "replace_downsampling",
+    "use_circular_padding",
+]

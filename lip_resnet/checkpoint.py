@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lip_resnet.config import Config
 from lip_resnet.errors import InputError
-from lip_resnet.files import write_atomically
+from lip_resnet.files import to_json, write_atomically
 from lip_resnet.recipe import parse_config
 
 FORMAT = 1
@@ -78,7 +78,7 @@ def to_safetensors(weights: dict[str, Tensor], description: Mapping[str, Any]) -
             "model" or "ema".
     """
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    return safetensors.torch.save(tensors, metadata={"format": "pt", _METADATA: json.dumps(dict(description))})
+    return safetensors.torch.save(tensors, metadata={"format": "pt", _METADATA: to_json(dict(description))})
 
 
 def load(path: str | Path) -> dict[str, Any]:

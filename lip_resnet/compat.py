@@ -18,9 +18,11 @@ __all__ = [
     "feature_indices",
     "functorch_is_active",
     "is_compiled",
+    "is_exporting",
     "is_tensorboard_thread",
     "loader_workers",
     "move_towards_",
+    "raise_recompile_limit",
     "stack_frames",
     "torchvision_files",
     "tree_leaves",
@@ -38,6 +40,19 @@ def is_compiled(model: nn.Module) -> bool:
     return model._compiled_call_impl is not None
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is tracing; under torch.compile ``torch.compiler.is_exporting`` is True in torch 2.11;
+    torch 2.11 to 2.14."""
+    return torch.compiler._is_exporting_flag
+
+
+def raise_recompile_limit(graphs: int) -> None:
+    """Let torch.compile make at least this many graphs of one module before it falls back to eager mode; torch 2.11 to
+    2.14."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, graphs)
+
+
 def copy_tensors_(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source into its target, in few kernels; torch 2.11 to 2.14."""
     if targets:
@@ -52,7 +67,7 @@ def move_towards_(targets: list[Tensor], ends: list[Tensor], weight: float | Ten
 
 
 def feature_indices(num_features: int, indices: int | list[int] | None) -> tuple[list[int], int]:
-    """The indices that ``indices`` selects (an int: the last n), and the largest of them; timm 1.0.20 to 1.0.31."""
+    """The indices that ``indices`` selects (an int: the last n), and the largest of them; timm 1.0.31."""
     from timm.models._features import feature_take_indices
 
     return feature_take_indices(num_features, indices)

@@ -1,6 +1,7 @@
 """YAML files and command-line overrides to a ``Config``. Every error is one line with the key and what is allowed."""
 
 import difflib
+import json
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lip_resnet.config import Config, Section
+from lip_resnet.config import EFFECTS, Config, Section
 from lip_resnet.errors import InputError
 
 T = TypeVar("T", bound=Section)
@@ -65,7 +66,8 @@ def _check_plain(tree: Any) -> None:
     """Limit the size of a tree before pydantic reads it: with anchors (``&a [*b, *b]``) few lines can mean billions.
 
     Raises:
-        ValueError: more than 10,000 values, nested more than 20 deep, or an integer of more than 64 bits.
+        ValueError: more than 10,000 values, nested more than 20 deep, an integer of more than 64 bits, or Python's None
+            for YAML's null.
     """
     todo: list[tuple[Any, tuple[Any, ...]]] = [(tree, ())]
     seen = 0
@@ -81,6 +83,8 @@ def _check_plain(tree: Any) -> None:
             todo += [(item, (*path, index)) for index, item in enumerate(value)]
         elif isinstance(value, int) and value.bit_length() > 64:
             raise ValueError(f"{where}: a whole number of {value.bit_length()} bits; 64 are allowed")
+        elif value == "None":
+            raise ValueError(f"{where}: given None, which YAML reads as a word; write null for no value")
 
 
 _CONFIGS = Path(__file__).with_name("configs")
@@ -118,7 +122,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tree, source = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree, source)
+    config = parse_config(tree, source)
+    # Not a rule of Config: checkpoints of earlier versions may hold such a schedule.
+    if never := [epoch for epoch, _ in config.data.size_schedule if epoch >= config.train.epochs]:
+        raise _refusal(
+            f"{source}: data.size_schedule changes at epoch {never[0]}, which is never reached; epochs count from 0 "
+            f"and must be below train.epochs {config.train.epochs}"
+        )
+    return config
 
 
 def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -158,7 +169,11 @@ def parse_section(tree: dict[str, Any], source: str, schema: type[T]) -> T:
         _check_plain(tree)
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise _refusal(f"{source}: {_explain(error.errors()[0], schema)}") from error
+        errors = error.errors()
+        # A wrong name shows as two errors, an unknown key and a missing one: both are shown, the unknown key first.
+        names = [each for kind in ("extra_forbidden", "missing") for each in errors if each["type"] == kind]
+        lines = [_explain(each, schema) for each in names[:4] or errors[:1]]
+        raise _refusal(f"{source}: {'; also '.join(lines)}") from error
     except ValueError as error:
         raise _refusal(f"{source}: {error}") from error
 
@@ -185,22 +200,50 @@ def _explain(error: ErrorDetails, section: type[Section]) -> str:
     location = [str(part)[:100] for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        parent: Any = section
-        for part in location[:-1]:
-            parent = parent.model_fields[part].annotation
-        allowed = list(parent.model_fields)
-        near = difflib.get_close_matches(location[-1], allowed, n=1)
-        prefix = ".".join([*location[:-1], ""])
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed: {', '.join(allowed)}"
-        return f"{key}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{key}: missing; this key is required"
+        return f"{key}: unknown key; {_allowed(location, section)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
     given = repr(error["input"])
-    given = given if len(given) < 80 else given[:77] + "..."
+    given = f"{given if len(given) < 80 else given[:77] + '...'} ({type(error['input']).__name__})"
+    indexed = any(isinstance(part, int) for part in error["loc"])
+    if error["type"] == "missing" and not indexed:
+        return f"{key}: missing; this key is required"
+    if error["type"] in _SHAPES:
+        key = ".".join(part for part in location if not part.isdigit())
+        return f"{key}: given {given}; write it as {_example(location, section)}"
     if error["type"] == "literal_error":
         near = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']*)'", message), n=1)
         message += f"; did you mean {near[0]}?" if near else ""
-    return f"{key}: given {given} ({type(error['input']).__name__}); {message[0].lower()}{message[1:]}"
+    if str(error["input"]).lower() == "none":
+        message += "; null is YAML's word for no value"
+    return f"{key}: given {given}; {message[0].lower()}{message[1:]}"
+
+
+_SHAPES = ("missing", "tuple_type", "too_long", "too_short", "dict_type", "model_type")
+"""pydantic's errors on a value that is not the list or mapping that it must be, or one of another length."""
+
+
+def _allowed(location: list[str], schema: type[Section]) -> str:
+    """The key that an unknown one probably means, else all keys of its section."""
+    parent: Any = schema
+    for part in location[:-1]:
+        parent = parent.model_fields[part].annotation
+    allowed = list(parent.model_fields)
+    if near := difflib.get_close_matches(location[-1], allowed, n=1):
+        return f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+    elsewhere = [name for name in EFFECTS if schema is Config and name.endswith(f".{location[-1]}")]
+    return f"did you mean {elsewhere[0]}?" if elsewhere else f"allowed: {', '.join(allowed)}"
+
+
+def _example(location: list[str], schema: type[Section]) -> str:
+    """The YAML of a list or mapping: the field's example, else its default; of a section, the keys it must have."""
+    parent: Any = schema
+    for part in location:
+        field = parent.model_fields[part]
+        parent = field.annotation
+        if not (isinstance(parent, type) and issubclass(parent, Section)):
+            value = field.examples[0] if field.examples else field.default
+            return f"{part}: {json.dumps(value).replace(chr(34), '')}"
+    required = (f"{name}: ..." for name, field in parent.model_fields.items() if field.is_required())
+    return f"{location[-1]}: {{{', '.join(required)}}}"

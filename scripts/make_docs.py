@@ -18,7 +18,7 @@ from lip_resnet.config import EFFECTS, Config, Effect, InputError
 from lip_resnet.evaluation.paper import load_paper, render_table
 from lip_resnet.evaluation.render import render
 from lip_resnet.files import write_text
-from lip_resnet.layers.pooling import DOWNSAMPLING
+from lip_resnet.layers.downsampling import DOWNSAMPLING
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "operator.svg"

@@ -8,7 +8,6 @@
 ``run`` can be stopped or killed at any time: the same command goes on, and never repeats a finished cell.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from bench import costs
 
 from lip_resnet import cli
 from lip_resnet.config import InputError
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 from lip_resnet.study import cells, design, plan, report
 
 
@@ -53,7 +52,7 @@ def main() -> None:
     if options.action == "measure":
         row = costs.measure(study, options.candidates, options.rounds, options.batch)
         if (study.folder / "study.yaml").is_file():
-            write_text(study.folder / "costs.json", json.dumps(row, indent=2) + "\n")
+            write_text(study.folder / "costs.json", to_json(row, indent=2) + "\n")
         print("\n".join(costs.summarize(study, row)))
         return
     design.write_design(study)

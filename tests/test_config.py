@@ -176,7 +176,13 @@ def test_overrides_reach_nested_keys(tmp_path):
         ("a: !!python/object/apply:os.system ['true']", ["could not determine a constructor"]),
         (MINIMAL + "train: {epochs: 3}\n", ["duplicate key 'train'"]),
         (MINIMAL.replace("lr: 0.1", "lr: 0.1, lr: 0.2"), ["duplicate key 'lr'"]),
-        (MINIMAL.replace("lr:", "lrr:"), ["optim.lr: missing"]),
+        (MINIMAL.replace("lr:", "lrr:"), ["optim.lrr: unknown key; did you mean optim.lr?; also optim.lr: missing"]),
+        (MINIMAL.replace("train:", "training:"), ["training: unknown key; did you mean train?; also train: missing"]),
+        (
+            MINIMAL.replace("batch_size: 8", "batchsize: 8, lr: 1"),
+            ["data.batch_size?", "optim.lr?", "miss"],
+        ),
+        (MINIMAL.replace("{lr: 0.1}", "null"), ["optim: given None (NoneType); write it as optim: {lr: ...}"]),
         (MINIMAL.replace("{lr: 0.1}", "{lr: 0.1, momentun: 0.9}"), ["optim.momentun: unknown key", "optim.momentum?"]),
         (MINIMAL + "modle: {}\n", ["modle: unknown key", "model?"]),
         (MINIMAL.replace("lr: 0.1", "lr: fast"), ["optim.lr", "'fast'", "number"]),
@@ -223,12 +229,35 @@ def test_bad_recipe(tmp_path, text, words):
         (["data.mean=[-0.1, 0, 0]"], ["mean is [-0.1, 0.0, 0.0]", "[0, 1]"]),
         (["optim.min_lr=1.0"], ["min_lr"]),
         (["data.flip=1.5"], ["data.flip", "1.5"]),
+        (["data.mean=0.5"], ["data.mean: given 0.5 (float); write it as mean: [0.485, 0.456, 0.406]"]),
+        (["data.mean=[0.5, 0.5]"], ["data.mean: given [0.5, 0.5] (list); write it as mean: [0.485"]),
+        (["data.std=[1, 1, 1, 1]"], ["data.std: given [1, 1, 1, 1] (list); write it as std: [0.229"]),
+        (["optim.betas=0.9"], ["write it as betas: [0.9, 0.999]"]),
+        (["optim.milestones=30"], ["write it as milestones: [30, 60, 80]"]),
+        (
+            ["data.size_schedule=[[5]]"],
+            ["data.size_schedule: given [5] (list); write it as size_schedule: [[0, 128]"],
+        ),
+        (["model.downsampling=max"], ["write it as downsampling: {stem: blur, main: blur}"]),
+        (["model.args=64"], ["write it as args: {bottleneck_width: 64}"]),
+        (["optim.clip_norm=None"], ["optim.clip_norm: given None", "write null"]),
+        (["model.weights=None"], ["model.weights: given None", "write null"]),
+        (["model.args.gate=None"], ["model.args.gate: given None", "write null"]),
+        (["train.max_steps=none"], ["train.max_steps: given 'none'", "null"]),
+        (["data.size_schedule=[[0, 64], [2, 96]]"], ["changes at epoch 2, which is never reached", "train.epochs 2"]),
     ],
 )
 def test_bad_override(tmp_path, overrides, words):
     message = refusal(tmp_path, MINIMAL, *overrides)
     for word in words:
         assert word in message
+
+
+def test_a_schedule_in_a_checkpoint_is_not_checked_for_its_reach():
+    """Runs of earlier versions may hold one that ends after the run."""
+    tree = small_config().model_dump() | {"train": {"epochs": 2}}
+    tree["data"]["size_schedule"] = [[5, 32]]
+    assert parse_config(tree, "last.pt").data.size_at(5) == 32
 
 
 def test_missing_recipe(tmp_path):

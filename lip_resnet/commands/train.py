@@ -29,7 +29,7 @@ def main(options: Namespace) -> None:
     interrupts = Interrupts(config.train.checkpoint_steps, config.train.checkpoint_minutes)
     try:
         with interrupts:
-            train(config, folder, options.resume, interrupts)
+            train(config, folder, options.resume, interrupts, check=options.check)
     except (InputError, FloatingPointError, OutOfMemory):
         raise
     except Exception as error:  # before training, a signal can also show as a lost connection to another process
@@ -38,8 +38,8 @@ def main(options: Namespace) -> None:
         raise
 
 
-def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> None:
-    """Build data, network and optimizer, open or continue the run in ``folder``, train to the end, close the log."""
+def train(config: Config, folder: Path, resume: str, interrupts: Interrupts, check: bool = False) -> None:
+    """Build data, network and optimizer; unless ``check``, open or continue the run in ``folder`` and train."""
     device = distributed.choose_device(config.train.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
@@ -52,6 +52,10 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts) -> 
     val_loader = EvalLoader(val_source, config.data)
     model = registry.build_model(config.model, **regularisers(config.train))
     registry.check_size(model, min(*config.data.sizes, config.data.eval_size))
+    parts = config.optim.accumulate * (1 if config.train.sync_bn else distributed.world_size())
+    registry.check_batch_norm(model, config.data.sizes[0], config.data.batch_size // parts)
+    if check:
+        return
     provenance = Provenance([distributed.world_size()], selection=selection)
     provenance.class_names = class_names(train_source, config.data.name)
     if config.model.weights and not distributed.on_main(lambda: run_folder.will_continue(folder, resume)):

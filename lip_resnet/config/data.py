@@ -98,7 +98,7 @@ class DataConfig(EvalDataConfig):
     augmentation. An epoch keeps its number of steps, so it visits one in `repeats` of the images, others each epoch."""
     size: Trains[Positive] = 224
     """Side of the training images, pixels."""
-    size_schedule: Trains[Annotated[tuple[SizeFrom, ...], Field(strict=False)]] = ()
+    size_schedule: Trains[Annotated[tuple[SizeFrom, ...], Field(strict=False, examples=[[[0, 128], [10, 160]]])]] = ()
     """Progressive resizing: [epoch, size] pairs; from that epoch on (counted from 0) images have that side."""
     decode: Trains[Literal["exact", "fast", "gpu"]] = "exact"
     """Decoder of training images. exact: PIL decodes and resizes; fast: the same crops, decoded by libjpeg-turbo no

@@ -26,7 +26,7 @@ class OptimConfig(Section):
     """Which parameters decay. all: every parameter (as in the paper); matrices: those of two or more dimensions."""
     schedule: Trains[Literal["cosine", "linear", "step"]] = "cosine"
     """The learning rate after the warm-up: a cosine or a straight line to min_lr, or steps at `milestones`."""
-    milestones: Trains[Annotated[tuple[Positive, ...], Field(strict=False)]] = ()
+    milestones: Trains[Annotated[tuple[Positive, ...], Field(strict=False, examples=[[30, 60, 80]])]] = ()
     """For `step`: the epochs at which the rate is multiplied by gamma."""
     gamma: Trains[Annotated[float, Field(gt=0, le=1)]] = 0.1
     """For `step`: the factor at each milestone."""

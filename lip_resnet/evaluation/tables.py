@@ -61,8 +61,15 @@ class Entry:
 
 
 def keywords_of(row: dict[str, Any]) -> dict[str, Any]:
-    """A row's keywords of the network: its ``model.args`` and ``model.downsampling``."""
-    return {**(row.get("args") or {}), **(row.get("downsampling") or {})}
+    """A row's keywords of the network: ``model.args``, and ``model.downsampling`` with layers and placements."""
+    downsampling = row.get("downsampling") or {}
+    if isinstance(downsampling, str):
+        downsampling = {"downsampling": downsampling}
+    layers = {
+        site: " ".join(map(str, choice.values())) if isinstance(choice, dict) else choice
+        for site, choice in downsampling.items()
+    }
+    return {**(row.get("args") or {}), **layers}
 
 
 def unpublished(keywords: dict[str, Any]) -> dict[str, Any]:

@@ -4,16 +4,22 @@
 Built on ``ops`` and timm's layers; independent of networks and training.
 """
 
-from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions, logit_parameters, make_layer
-from lip_resnet.layers.replace import SITES, Replacements, replace_downsampling
+from lip_resnet.layers.downsampling import DOWNSAMPLING, LogitOptions, make_layer
+from lip_resnet.layers.placement import PLACEMENTS, PRESETS, SITES, aa_layer, use_circular_padding
+from lip_resnet.layers.pooling import LIP2d, logit_parameters
+from lip_resnet.layers.replace import Replacements, replace_downsampling
 
 __all__ = [
     "DOWNSAMPLING",
+    "PLACEMENTS",
+    "PRESETS",
     "SITES",
     "LIP2d",
     "LogitOptions",
     "Replacements",
+    "aa_layer",
     "logit_parameters",
     "make_layer",
     "replace_downsampling",
+    "use_circular_padding",
 ]

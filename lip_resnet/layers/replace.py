@@ -1,42 +1,47 @@
 """Replace the downsampling layers of any convolutional network in place.
 
-A pooling layer is replaced by a layer with the same window. A strided convolution becomes the same convolution at
-stride 1, with its weights and keys, followed by a layer; with ``strided`` the network computes what it did before. Only
-modules are replaced, not functional pooling in a ``forward`` method.
+A pooling layer is replaced by a layer with the same window. A strided convolution runs at stride 1, with its weights
+and keys, and a layer stands beside it (``placement.py``); with ``strided`` after it the network computes what it did
+before.
+
+Only modules are seen, not functional pooling in a ``forward`` method (``F.max_pool2d``). A module that is called
+several times in a forward pass is kept, unless its replacement has no weights that the calls would share.
 """
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from timm.layers import BlurPool2d
-from torch import Tensor, nn
+from torch import nn
 
-from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
-
-SITES = ("image", "stem", "main", "shortcut", "transition")
-"""image: the convolution that reads the image; stem: pooling in the stem; shortcut: on a block's shortcut;
-transition: between stages; main: all other layers."""
-
-StridedLayer = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | BlurPool2d | LIP2d
-
-
-class DownsampledConv2d(nn.Conv2d):
-    """``conv`` at stride 1 with its own weights, then ``pool``: (B, C, H, W) -> (B, C', h, w), keys unchanged."""
-
-    def __init__(self, conv: nn.Conv2d, pool: nn.Module) -> None:
-        same = ("in_channels", "out_channels", "kernel_size", "padding", "dilation", "groups", "padding_mode")
-        keywords: dict[str, Any] = {name: getattr(conv, name) for name in same}
-        super().__init__(**keywords, bias=conv.bias is not None, device="meta")
-        self.weight = conv.weight
-        self.bias = conv.bias
-        self.pool = pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(super().forward(x))
+from lip_resnet.layers.antialiasing import AdaptivePolyphase
+from lip_resnet.layers.downsampling import LogitOptions, make_layer
+from lip_resnet.layers.logits import BottleneckHead, BottleneckTrunk
+from lip_resnet.layers.optimizer import move_parameters
+from lip_resnet.layers.placement import (
+    BlockInput,
+    Choice,
+    DownsampledConv2d,
+    PooledConv2d,
+    Unstrided,
+    WithBlockInput,
+    parse_choices,
+)
+from lip_resnet.layers.pooling import LIP2d
+from lip_resnet.layers.strided import (
+    BRANCH,
+    Calls,
+    StridedLayer,
+    describe,
+    is_strided,
+    reason_to_keep,
+    site_of,
+    trace,
+    window_of,
+)
 
 
 @dataclass
@@ -44,9 +49,11 @@ class Replacements:
     """What ``replace_downsampling`` did, by module name."""
 
     swapped: dict[str, str] = field(default_factory=dict)
-    """Name -> its site, the old layer -> the new layer."""
+    """Name -> its site, the old layer -> the new layer and its placement."""
     kept: dict[str, str] = field(default_factory=dict)
     """Name -> the reason why it was not replaced."""
+    unused: list[str] = field(default_factory=list)
+    """Keys of ``layers`` for which the network has nothing to replace."""
 
     @property
     def left(self) -> dict[str, str]:
@@ -57,163 +64,215 @@ class Replacements:
         lines = [f"{len(self.swapped)} replaced, {len(self.kept)} kept"]
         lines += [f"  {name}: {change}" for name, change in self.swapped.items()]
         lines += [f"  {name}: kept, {reason}" for name, reason in self.kept.items()]
+        lines.append("  not seen: pooling that a forward method calls as a function, such as F.max_pool2d")
         return "\n".join(lines)
+
+
+@dataclass
+class _Plan:
+    """Replacements that are built and not yet made."""
+
+    modules: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    """(old, new)"""
+    inputs: dict[str, tuple[nn.Module, BlockInput]] = field(default_factory=dict)
+    """Name of a block -> the block, and what sees its input."""
+
+    def apply(self, model: nn.Module) -> None:
+        for old, new in self.modules:
+            _set(model, old, new)
+        for block, block_input in self.inputs.values():
+            block_input.attach(block, "block_input")
 
 
 def replace_downsampling(
     model: nn.Module,
-    layers: str | Mapping[str, str] = "lip",
+    layers: str | Mapping[str, Any] = "lip",
     *,
     input_size: tuple[int, int, int] | None = None,
     options: LogitOptions | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Replacements:
-    """Replace the downsampling layers of ``model`` in place.
+    """Replace the downsampling layers of ``model`` in place: all of those chosen or, where it raises, none.
 
     Args:
         model: any timm or torchvision CNN.
-        layers: a key of ``DOWNSAMPLING`` for every site but ``image``, or a mapping of ``SITES`` to keys; sites that
-            are not in it keep their layers. New LIP layers start as average pooling; ``lip`` has simplified logits in
-            the stem and ``options.module`` elsewhere.
+        layers: a key of ``DOWNSAMPLING`` for every site but ``image``; a preset of ``PRESETS``; or a mapping of sites
+            (``main``), sites of a stage (``stage3.main``) or module names and patterns (``layer3.*.conv2``) to a key or
+            to {layer, placement, kernel_size}. What is not in it keeps its layers. New LIP layers start as average
+            pooling; ``lip`` has simplified logits in the stem and ``options.module`` elsewhere.
         input_size: (channels, height, width) of an image that the model accepts, for a forward pass on the meta device
             that determines every layer's channels. Default: timm's configuration of the model, or (3, 224, 224).
         options: of the logit modules.
+        optimizer: an optimizer of ``model``: new parameters join the groups of those whose place they take.
 
     Returns:
         What was replaced, and what was kept and why; ``print`` shows it.
 
     Raises:
-        ValueError: unknown layer or site; the model is unchanged.
+        ValueError: unknown layer, site, placement or preset, or the model does not accept an image of ``input_size``,
+            before or after the replacement; the model is unchanged.
     """
-    chosen = dict.fromkeys(SITES[1:], layers) if isinstance(layers, str) else dict(layers)
-    for site, name in chosen.items():
-        if site not in SITES:
-            raise ValueError(f"unknown site {site!r}; known: {', '.join(SITES)}")
-        check_layer(name, site)
-    options = options or LogitOptions()
-    if input_size is None:
-        input_size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
-
+    choices = parse_choices(layers)
+    size = input_size or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
     like = next(model.parameters(), torch.empty(0))
-    channels = _traced_channels(model, input_size, like.dtype)
-    strided = {name: module for name, module in model.named_modules() if _is_strided(module)}
-    report = Replacements()
-    new: dict[str, nn.Module] = {}
-    for name, old in strided.items():
-        reads_image = name == next(iter(channels), None) and getattr(old, "in_channels", None) == input_size[0]
-        site = "image" if reads_image else _site(name, list(strided))
-        reason = _reason_to_keep(old, name in channels) if name else "it is the model itself"
-        if reason is None and site not in chosen:
-            reason = f"no layer was chosen for the site {site!r}"
-        if reason is not None:
-            report.kept[name] = reason
+    try:
+        calls = trace(model, size, like.dtype)
+    except Exception as error:  # whatever the model's own forward raises
+        hint = "" if input_size else "; give input_size=(channels, height, width) of an image that it accepts"
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"{type(model).__name__} does not accept an image of {tuple(size)}: {line}{hint}") from error
+    report, plan = Replacements(), _Plan()
+    builder = _Builder(calls, plan, options or LogitOptions(), {"device": like.device, "dtype": like.dtype})
+    strided = {name: module for name, module in model.named_modules() if is_strided(module)}
+    first = next((name for name in calls if name in strided), None)
+    used: set[str] = set()
+    for name, old in sorted(strided.items(), key=lambda item: site_of(item[0], list(strided)) == "shortcut"):
+        reads_image = name == first and getattr(old, "in_channels", None) == size[0]
+        site = "image" if reads_image else site_of(name, list(strided))
+        reason: str | None = reason_to_keep(old, name in calls) if name else "it is the model itself"
+        choice = None
+        if reason is None:
+            stage = round(math.log2(size[1] / calls[name].outputs[0][-2])) - 1
+            choice = choices.at(name, site, stage)
+            reason = None if choice else f"no layer was chosen for the site {site!r}"
+        if choice is None or reason is not None:
+            report.kept[name] = reason or ""
             continue
-        layer = "lip_simplified" if chosen[site] == "lip" and site == "stem" else chosen[site]
+        used.add(choice[0])
         try:
-            new[name] = _replacement(old, layer, channels[name], options, like)
+            plan.modules += builder.build(name, old, site, choice[1])
         except ValueError as error:
             report.kept[name] = str(error)
             continue
-        report.swapped[name] = f"{site}, {_describe(old)} -> {layer}"
-    for name, module in new.items():
-        _set(model, strided[name], module)
+        report.swapped[name] = f"{site}, {describe(old)} -> {builder.describe(site, choice[1])}"
+    report.unused = [key for key in choices.by_key if key not in used]
+    try:
+        trial, trial_plan = copy.deepcopy((model, plan))
+        trial_plan.apply(trial)
+        trace(trial, size, like.dtype)
+    except Exception as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{type(model).__name__} does not run with the new layers, so it keeps its own: {line}"
+        ) from error
+    before = list(model.named_parameters())
+    plan.apply(model)
+    if optimizer is not None:
+        move_parameters(optimizer, before, model)
     return report
 
 
-def _replacement(old: StridedLayer, layer: str, channels: int, options: LogitOptions, like: Tensor) -> nn.Module:
-    """The module that replaces ``old``: device and dtype of ``like``, a parameter of the model; ``old``'s mode."""
-    factory_kwargs: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    if isinstance(old, nn.Conv2d):
-        # The smallest centred window that covers every position: 3 for stride 2.
-        stride = old.stride[0]
-        pool = make_layer(layer, old.out_channels, 2 * stride - 1, stride, stride - 1, options, **factory_kwargs)
-        return DownsampledConv2d(old, pool).train(old.training)
-    window = _window(old)
-    assert window is not None, "_reason_to_keep excludes windows that are not square"
-    return make_layer(layer, channels, *window, options, **factory_kwargs).train(old.training)
+@dataclass
+class _Builder:
+    """Builds what replaces a strided layer."""
 
+    calls: dict[str, Calls]
+    plan: _Plan
+    options: LogitOptions
+    factory_kwargs: dict[str, Any]
 
-def _traced_channels(model: nn.Module, input_size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, int]:
-    """Output channels of every strided layer, in the order of the forward pass, from a copy on the meta device."""
-    trial = copy.deepcopy(model).to("meta").eval()
-    channels: dict[str, int] = {}
-    names: dict[nn.Module, str] = {module: name for name, module in trial.named_modules() if _is_strided(module)}
+    def describe(self, site: str, choice: Choice) -> str:
+        """The choice in words, with what ``lip`` means at the site."""
+        return str(choice).replace(choice.layer, self._layer(site, choice), 1)
 
-    def record(module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        channels.setdefault(names[module], out.shape[1])
+    def _layer(self, site: str, choice: Choice) -> str:
+        return "lip_simplified" if choice.layer == "lip" and site == "stem" else choice.layer
 
-    for module in names:
-        module.register_forward_hook(record)
-    with torch.no_grad():
-        trial(torch.empty(2, *input_size, device="meta", dtype=dtype))
-    return channels
+    def build(self, name: str, old: StridedLayer, site: str, choice: Choice) -> list[tuple[nn.Module, nn.Module]]:
+        """(old, new) modules.
 
+        Raises:
+            ValueError: the layer cannot stand there; the message is the reason.
+        """
+        calls, layer = self.calls[name], self._layer(site, choice)
+        if isinstance(old, nn.Conv2d):
+            # The smallest centred window that covers every position: 3 for stride 2.
+            size, stride = choice.kernel_size or 2 * old.stride[0] - 1, old.stride[0]
+            window = (size, stride, (size - 1) // 2)
+            if choice.placement == "after_convolution":
+                pool = self._pool(name, layer, old.out_channels, window)
+                new: list[tuple[nn.Module, nn.Module]] = [(old, DownsampledConv2d(old, pool))]
+            else:
+                new, pool = self._elsewhere(name, old, layer, choice.placement, window)
+        else:
+            own = window_of(old)
+            assert own is not None, "reason_to_keep excludes windows that are not square"
+            window = own
+            if choice.kernel_size:
+                window = (choice.kernel_size, window[1], (choice.kernel_size - 1) // 2)
+            pool = make_layer(layer, calls.outputs[0][1], *window, self.options, **self.factory_kwargs)
+            new = [(old, pool.train(old.training))]
+        if len(calls.outputs) > 1 and [*pool.parameters(), *pool.buffers()]:
+            raise ValueError(
+                f"the forward pass calls it {len(calls.outputs)} times, which would share one {layer}; give each call "
+                "a module"
+            )
+        return new
 
-def _is_strided(module: nn.Module) -> TypeGuard[StridedLayer]:
-    """Whether a module is a pooling layer or convolution with a stride above 1."""
-    if not isinstance(module, StridedLayer) or isinstance(module, DownsampledConv2d):
-        return False
-    strides = module.stride if isinstance(module.stride, tuple) else (module.stride,)
-    return max(strides) > 1
+    def _elsewhere(
+        self, name: str, old: nn.Conv2d, layer: str, placement: str, window: tuple[int, int, int]
+    ) -> tuple[list[tuple[nn.Module, nn.Module]], nn.Module]:
+        """What replaces a convolution whose layer does not follow it directly, and the layer."""
+        keeps_size = all(
+            2 * padding == dilation * (side - 1)
+            for side, padding, dilation in zip(old.kernel_size, old.padding, old.dilation, strict=True)
+            if isinstance(padding, int)
+        )
+        if not keeps_size:
+            raise ValueError(f"at stride 1 its padding {old.padding} changes the size, so the layer must follow it")
+        if placement == "before_convolution":
+            pool = self._pool(name, layer, old.in_channels, window)
+            return [(old, PooledConv2d(old, pool))], pool
+        if placement == "instead_of_convolution":
+            pool = self._pool(name, layer, old.in_channels, window, instead=True)
+            bias = old.bias is not None
+            new = nn.Conv2d(old.in_channels, old.out_channels, 1, bias=bias, **self.factory_kwargs).train(old.training)
+            nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+            return [(old, PooledConv2d(new, pool))], pool
+        following = self._next(name, old)
+        pool = self._pool(name, layer, old.out_channels, window)
+        return [(old, Unstrided(old)), (following, PooledConv2d(following, pool))], pool
 
+    def _next(self, name: str, old: nn.Conv2d) -> nn.Conv2d:
+        """The convolution that reads the activations of ``old``: the next one in its block with a map of that shape."""
+        block, names = name.rpartition(".")[0], list(self.calls)
+        for other in names[names.index(name) + 1 :]:
+            module = self.calls[other].module
+            reads = self.calls[other].inputs[0] == self.calls[name].outputs[0]
+            beside = other.rpartition(".")[0] == block
+            if type(module) is nn.Conv2d and module.stride == (1, 1) and beside and reads:
+                return module
+        raise ValueError("no convolution at stride 1 in its block reads its activations")
 
-def _reason_to_keep(module: StridedLayer, was_called: bool) -> str | None:
-    """Why a strided layer cannot be replaced; None if it can."""
-    if isinstance(module, LIP2d):
-        return "it is LIP already"
-    if type(module) not in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d):
-        return f"{type(module).__name__} is a subclass whose forward may do more than pool or convolve"
-    if not was_called:
-        return "the forward pass does not call it"
-    if _square(module.stride) is None:
-        return f"its stride {module.stride} is not square"
-    if isinstance(module, nn.Conv2d):
-        return "its padding grows with its stride" if isinstance(module.padding, str) else None
-    if _window(module) is None:
-        return "its window is not square"
-    if getattr(module, "ceil_mode", False):
-        return "it rounds the output size up (ceil_mode)"
-    if getattr(module, "dilation", 1) not in (1, (1, 1)):
-        return "its window is dilated"
-    return None
+    def _pool(
+        self, name: str, layer: str, channels: int, window: tuple[int, int, int], instead: bool = False
+    ) -> nn.Module:
+        """A layer beside a convolution; with the block's input, where both paths of a block must agree.
 
+        LIP's published main path and its shortcut read their logits from one trunk on the block's input; adaptive
+        polyphase sampling takes the grid of the block's input on both paths.
+        """
+        block = self._block(name)
+        if layer == "lip" and self.options.module == "bottleneck" and block is not None:
+            width = self.options.width
+            if instead and block not in self.plan.inputs:
+                trunk = BottleneckTrunk(self.calls[block].inputs[0][1], width, **self.factory_kwargs)
+                self.plan.inputs[block] = (self.calls[block].module, BlockInput(trunk))
+            if block in self.plan.inputs and self.plan.inputs[block][1].trunk is not None:
+                head = BottleneckHead(width, channels, self.options.gate, **self.factory_kwargs)
+                return WithBlockInput(LIP2d(head, *window), self.plan.inputs[block][1])
+        pool = make_layer(layer, channels, *window, self.options, **self.factory_kwargs)
+        if isinstance(pool, AdaptivePolyphase) and block is not None:
+            _, block_input = self.plan.inputs.setdefault(block, (self.calls[block].module, BlockInput()))
+            return WithBlockInput(pool, block_input)
+        return pool
 
-def _site(name: str, names: list[str]) -> str:
-    """The site of a layer, inferred from its name and the names of the other strided layers."""
-    parts = name.split(".")
-    if any(re.fullmatch(r"(stem.*|maxpool|pool0|conv_?stem)", part) for part in parts):
-        return "stem"
-    for depth, part in enumerate(parts):
-        if re.fullmatch(r"(downsample|shortcut|proj|skip)", part):
-            block, branch = ".".join(parts[:depth]) + ".", ".".join(parts[: depth + 1])
-            beside = any(other.startswith(block) and not other.startswith(branch) for other in names)
-            return "shortcut" if beside else "transition"
-        if part.startswith("transition"):
-            return "transition"
-    return "main"
-
-
-def _square(value: int | Sequence[Any]) -> int | None:
-    """The one value of a window's size, stride or padding; None where height and width differ."""
-    if isinstance(value, int):
-        return value
-    return value[0] if len(set(value)) == 1 else None
-
-
-def _window(module: StridedLayer) -> tuple[int, int, int] | None:
-    """Kernel size, stride and padding of a pooling layer; None where height and width differ."""
-    kernel_size, stride, padding = map(_square, (_kernel_size(module), module.stride, module.padding))
-    if kernel_size is None or stride is None or padding is None:
-        return None
-    return kernel_size, stride, padding
-
-
-def _kernel_size(module: StridedLayer) -> int | tuple[int, ...]:
-    return module.filt_size if isinstance(module, BlurPool2d) else module.kernel_size
-
-
-def _describe(module: StridedLayer) -> str:
-    size = _kernel_size(module)
-    return f"{type(module).__name__} {_square(size) or size}/{_square(module.stride)}"
+    def _block(self, name: str) -> str | None:
+        """The residual block of a layer: the module around it, or around its branch; None where there is none."""
+        parts = name.split(".")[:-1]
+        branch = next((depth for depth, part in enumerate(parts) if BRANCH.fullmatch(part)), None)
+        block = ".".join(parts if branch is None else parts[:branch])
+        return block if block in self.calls and self.calls[block].inputs else None
 
 
 def _set(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

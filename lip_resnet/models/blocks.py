@@ -8,8 +8,9 @@ from typing import Any
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from lip_resnet.layers.downsampling import LogitOptions, check_layer, make_layer
 from lip_resnet.layers.logits import BottleneckHead, BottleneckTrunk
-from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.layers.pooling import LIP2d
 
 
 class Downsample(nn.Sequential):

@@ -11,8 +11,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.densenet import DenseNet, DenseTransition
 from torch import Tensor, nn
 
+from lip_resnet.layers.downsampling import LogitOptions, check_layer, make_layer
 from lip_resnet.layers.logits import GATE
-from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.layers.pooling import LIP2d
 from lip_resnet.models.published import CFG, rename_keys
 
 
@@ -71,8 +72,7 @@ class LIPDenseNet(DenseNet):
         if init not in ("reference", "zero"):
             raise ValueError(f"init {init!r}; it must be reference or zero")
         options = LogitOptions(logit_module, bottleneck_width, gate_coefficient if gate else None)
-        # timm 1.0.20 accepts neither; newer versions accept both.
-        factory_kwargs = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        factory_kwargs = {"device": device, "dtype": dtype}
         # timm initialises as the reference code does: convolutions Kaiming normal (fan in), the classifier PyTorch's
         # default with zero bias.
         super().__init__(

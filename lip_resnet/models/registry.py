@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lip_resnet.config import InputError, ModelConfig
+from lip_resnet.layers.placement import use_circular_padding
 from lip_resnet.layers.replace import replace_downsampling
 
 
@@ -106,12 +107,15 @@ def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
     initialize(model)
     if config.downsampling:
         try:
-            report = replace_downsampling(model, config.downsampling)
+            layers: Any = config.downsampling
+            default: Any = model.default_cfg
+            report = replace_downsampling(model, layers, input_size=default["input_size"])
         except ValueError as error:
             raise InputError(f"model.downsampling: {error}") from error
-        swapped = {what.partition(",")[0] for what in report.swapped.values()}
-        if missed := sorted(set(config.downsampling) - swapped):
-            raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(missed)}")
+        if report.unused:
+            raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(report.unused)}")
+    if config.circular_padding:
+        use_circular_padding(model)
     return model
 
 
@@ -130,6 +134,23 @@ def initialize(model: nn.Module) -> None:
     if blocks and isinstance(head, nn.Linear):
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
+
+
+def check_batch_norm(model: nn.Module, size: int, images: int) -> None:
+    """Check that a network trains on ``images`` of ``size`` x ``size`` at a time; one is tried on the meta device.
+
+    Raises:
+        InputError: batch norm would see one value a channel, which has no variance.
+    """
+    if images > 1:
+        return
+    try:
+        copy.deepcopy(model).to("meta").train()(torch.empty(1, 3, size, size, device="meta"))
+    except ValueError as error:
+        raise InputError(
+            f"one image of {size}x{size} in each part of a batch (data.batch_size / processes / optim.accumulate), of "
+            "which batch norm sees one value a channel; 2 images are needed: raise data.batch_size"
+        ) from error
 
 
 def check_size(model: nn.Module, size: int) -> None:

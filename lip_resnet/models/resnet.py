@@ -22,8 +22,9 @@ from timm.models import (
 from torch import Tensor, nn
 
 from lip_resnet.compat import feature_indices
+from lip_resnet.layers.downsampling import LogitOptions, check_layer, make_layer
 from lip_resnet.layers.logits import GATE
-from lip_resnet.layers.pooling import LIP2d, LogitOptions, check_layer, make_layer
+from lip_resnet.layers.pooling import LIP2d
 from lip_resnet.models.blocks import BasicBlock, Bottleneck, stride2_layers
 from lip_resnet.models.published import CFG, rename_keys
 

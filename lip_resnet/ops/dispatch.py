@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lip_resnet.compat import functorch_is_active
+from lip_resnet.compat import functorch_is_active, is_exporting
 from lip_resnet.ops import reference
 
 
@@ -100,7 +100,7 @@ def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
 
 def must_decompose() -> bool:
     """Whether a graph is exported or traced, or a functorch transform runs: these need PyTorch's own calls."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or functorch_is_active()
+    return is_exporting() or torch.jit.is_tracing() or functorch_is_active()
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

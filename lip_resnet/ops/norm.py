@@ -1,11 +1,11 @@
 """Instance norm and the activation after it: ``norm_act``, and the fused operator that it calls where one can run.
 
-    norm_act -> torch.ops.lip_resnet.instance_norm -> cpu/norm.cpp      CPU, channels-last, float32 or float64
+    norm_act -> torch.ops.lip_resnet.instance_norm -> cpu/norm.cpp      CPU, channels-last
                                                    -> reference_norm    the same without a C++ compiler
-                                                   -> triton_norm       GPU, both layouts; float32, bfloat16, float16
+                                                   -> triton_norm       GPU, both layouts; not float64
              -> reference_norm.norm_act                                 all else; exported and traced graphs
 
-On a GPU the weights may be float32 beside bfloat16 or float16 features, as under autocast.
+The weights may be float32 beside bfloat16 or float16 features, as under autocast.
 """
 
 from types import ModuleType
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lip_resnet.ops import dispatch, reference, reference_norm
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # on CPUs also float64
 ACTIVATIONS = {"none": reference_norm.NONE, "relu": reference_norm.RELU, "gate": reference_norm.GATE}
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def norm_act(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str, coefficient: float = 1.0) -> Tensor:
@@ -25,7 +25,7 @@ def norm_act(z: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: st
     Mean and variance are over the positions of one channel of one image, in float32 at least.
 
     Args:
-        weight, bias: (C,), in z's dtype (under autocast float32).
+        weight, bias: (C,), in z's dtype, or float32 beside bfloat16 or float16 as under autocast.
         activation: "none", "relu", or "gate": coefficient * sigmoid.
     """
     if _is_fused(z, weight):
@@ -38,23 +38,17 @@ def _is_fused(z: Tensor, weight: Tensor) -> bool:
     if dispatch.must_decompose():
         return False
     channels_last = z.is_contiguous(memory_format=torch.channels_last)
+    low = z.dtype in DTYPES and weight.dtype in DTYPES
     if z.device.type == "cuda":
-        dense = channels_last or z.is_contiguous()
-        return dense and z.dtype in GPU_DTYPES and weight.dtype in GPU_DTYPES and dispatch.available("cuda")
+        return low and (channels_last or z.is_contiguous()) and dispatch.available("cuda")
     return (
         z.device.type == "cpu"
-        and z.dtype == weight.dtype
-        and z.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
+        and (low or z.dtype == weight.dtype == torch.float64)
         and channels_last
         and not z.is_contiguous()
-        and (_is_built_for(z) or not torch.compiler.is_compiling())  # torch.compile fuses PyTorch's calls itself
+        # torch.compile fuses PyTorch's calls itself
+        and (dispatch.available("cpu") or not torch.compiler.is_compiling())
     )
-
-
-def _is_built_for(z: Tensor) -> bool:
-    """Whether ``norm.cpp`` supports z (a multiple of 16 channels) and has been built."""
-    return z.shape[1] % 16 == 0 and dispatch.available("cpu")
 
 
 def _backend(z: Tensor) -> ModuleType:
@@ -62,7 +56,7 @@ def _backend(z: Tensor) -> ModuleType:
     if z.device.type == "cpu":
         from lip_resnet.ops import cpu
 
-        return cpu if _is_built_for(z) else reference_norm
+        return cpu if dispatch.available("cpu") else reference_norm
     from lip_resnet.ops import triton_norm
 
     return triton_norm
@@ -80,8 +74,8 @@ def instance_norm(
     """z (B, C, H, W) -> the result, in z's layout, and mean and rstd = 1 / sqrt(variance + eps), (B, C)."""
     out, mean, rstd = torch.empty_like(z), _empty_statistics(z), _empty_statistics(z)
     if z.numel():
-        tensors = (z, weight.contiguous(), bias.contiguous(), out, mean, rstd)
-        _backend(z).norm_forward(*tensors, activation, eps, coefficient)
+        weight, bias = (t.to(mean.dtype).contiguous() for t in (weight, bias))
+        _backend(z).norm_forward(z, weight, bias, out, mean, rstd, activation, eps, coefficient)
     return out, mean, rstd
 
 
@@ -105,7 +99,8 @@ def instance_norm_backward(
     dz, sum_g, sum_gz = torch.empty_like(z), _empty_statistics(z), _empty_statistics(z)
     if z.numel():
         dout = dout.contiguous(memory_format=dispatch.layout_of(z))
-        tensors = (dout, z, weight.contiguous(), bias.contiguous(), mean, rstd, dz, sum_g, sum_gz)
+        gain, shift = (t.to(mean.dtype).contiguous() for t in (weight, bias))
+        tensors = (dout, z, gain, shift, mean, rstd, dz, sum_g, sum_gz)
         _backend(z).norm_backward(*tensors, activation, coefficient)
     return dz, sum_gz.sum(0).to(weight.dtype), sum_g.sum(0).to(bias.dtype)
 

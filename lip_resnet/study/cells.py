@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from lip_resnet.errors import EXIT_CODES, InputError, Stopped
-from lip_resnet.files import write_text
+from lip_resnet.files import to_json, write_text
 from lip_resnet.study.design import Cell, Design
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def _run_cell(design: Design, cell: Cell, children: "Children") -> dict[str, Any
         "seconds": round(before.get("seconds", 0.0) + time.monotonic() - started, 1),
         "message": message,
     }
-    write_text(cell.record, json.dumps(record) + "\n")
+    write_text(cell.record, to_json(record) + "\n")
     return record
 
 

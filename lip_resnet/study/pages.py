@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lip_resnet.evaluation.tables import render
+from lip_resnet.evaluation.render import render
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lip_resnet.errors import InputError
-from lip_resnet.evaluation.tables import render
+from lip_resnet.evaluation.render import render
 from lip_resnet.study import statistics
 from lip_resnet.study.cells import Children, last_line, read_record
 from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design

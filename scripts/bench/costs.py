@@ -11,7 +11,7 @@ from bench.timing import Row, compare, ratio, spread
 from lip_resnet import distributed
 from lip_resnet.config import Config, InputError
 from lip_resnet.environment import describe_environment
-from lip_resnet.evaluation.tables import render
+from lip_resnet.evaluation.render import render
 from lip_resnet.models import registry
 from lip_resnet.study.design import Design
 

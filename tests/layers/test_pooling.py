@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lip_resnet.layers.logits import Gate, InstanceNorm2d
-from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d, LogitOptions, make_layer
+from lip_resnet.layers.downsampling import DOWNSAMPLING, LogitOptions, make_layer
+from lip_resnet.layers.logits import Gate, InstanceNorm2d, ProjectionLogits
+from lip_resnet.layers.pooling import LIP2d, logit_parameters
 from lip_resnet.ops.lip import lip2d
 
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 2, 0), (5, 2, 2), (7, 4, 3)]
@@ -120,6 +121,10 @@ def test_detail_preserving_by_its_formula():
 @pytest.mark.parametrize("window", WINDOWS)
 def test_every_layer_has_one_shape_and_gradients(name, window):
     torch.manual_seed(0)
+    if DOWNSAMPLING[name].only_stride_2 and window[1] != 2:
+        with pytest.raises(ValueError, match=f"{name}: stride 4; it must be 2"):
+            make_layer(name, 4, *window)
+        return
     layer = make_layer(name, 4, *window)
     for parameter in layer.parameters():  # zero weights would stop the gradients of earlier parameters
         if not parameter.any():
@@ -162,6 +167,7 @@ def test_bfloat16_and_float16(name):
 
 
 def test_instance_norm_by_its_formula():
+    torch.manual_seed(0)
     x, norm = features().float(), InstanceNorm2d(4)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
@@ -179,6 +185,49 @@ def test_gate_bounds_the_logits():
     z = torch.tensor([-100.0, 0.0, 100.0])
     assert Gate(5.0)(z).tolist() == [0.0, 2.5, 5.0]
     assert not any(isinstance(m, Gate) for m in make_layer("lip", 4, options=LogitOptions(gate=None)).modules())
+
+
+@pytest.mark.parametrize("name", ["lip_simplified", "lip_bottleneck"])
+def test_options_of_the_logits(name):
+    """The gate's bound, and the width between the convolutions; `logit_parameters` are the last convolution's."""
+    layer = make_layer(name, 4, options=LogitOptions(width=16, gate=3.0))
+    assert [module.coefficient for module in layer.modules() if isinstance(module, Gate)] == [3.0]
+    convolutions = [module for module in layer.modules() if isinstance(module, torch.nn.Conv2d)]
+    channels = [(conv.in_channels, conv.out_channels) for conv in convolutions]
+    assert channels == ([(4, 4)] if name == "lip_simplified" else [(4, 16), (16, 16), (16, 4)])
+    assert list(logit_parameters(torch.nn.Sequential(layer))) == [convolutions[-1].weight]
+    default = make_layer(name, 4)
+    assert [module.coefficient for module in default.modules() if isinstance(module, Gate)] == [12.0]  # published
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputed_logits_are_computed_again_in_the_backward_alone(recompute):
+    layer, calls = make_layer("lip_projection", 4), []
+    layer.recompute = recompute
+    layer.logits.register_forward_hook(lambda *_: calls.append(1))
+    x = features().float().requires_grad_()
+    with torch.no_grad():
+        layer(x)
+    assert len(calls) == 1
+    y = layer(x)
+    assert len(calls) == 2
+    y.sum().backward()
+    assert len(calls) == 2 + recompute
+
+
+def test_bottleneck_by_its_formula():
+    """gate(norm(conv1x1(relu(norm(conv3x3(relu(norm(conv1x1(x)))))))))"""
+    torch.manual_seed(0)
+    x, logits = features(), make_layer("lip_bottleneck", 4, options=LogitOptions(width=3, gate=5.0)).logits.double()
+    for parameter in logits.parameters():
+        torch.nn.init.normal_(parameter)
+
+    def norm(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        return F.instance_norm(x, weight=layer.weight, bias=layer.bias, eps=1e-5)
+
+    y = norm(F.conv2d(x, logits.conv1.weight), logits.norm1).relu()
+    y = norm(F.conv2d(y, logits.conv2.weight, padding=1), logits.norm2).relu()
+    close(logits(x), 5 * norm(F.conv2d(y, logits.conv.weight), logits.norm).sigmoid())
 
 
 def test_feature_map_of_one_position():
@@ -202,6 +251,24 @@ def test_feature_map_of_one_position():
 def test_layer_arguments_out_of_range(keywords, message):
     with pytest.raises(ValueError, match=message):
         make_layer(channels=4, **keywords)
+
+
+@pytest.mark.parametrize("name", [name for name in DOWNSAMPLING if name.startswith("lip")])
+def test_lip_sees_every_position(name):
+    """The paper's criterion; PyTorch's own layers and ``lip2d`` follow avg_pool2d, which allows gaps."""
+    with pytest.raises(ValueError, match="kernel_size 2 is smaller than stride 3"):
+        make_layer(name, 4, 2, 3)
+    x = features()
+    assert make_layer("average", 4, 2, 3)(x).shape == lip2d(x, x, 2, 3, 0).shape
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (7, 3)])
+def test_default_padding_by_hand(kernel, padding):
+    """Half of what the window has beside its centre, rounded down: an even window leans to the right."""
+    x = features()
+    want = F.avg_pool2d(x, kernel, 1, padding, count_include_pad=False)
+    for layer in (make_layer("average", 4, kernel, 1), LIP2d(ProjectionLogits(4).double(), kernel, 1)):
+        close(layer(x), want)
 
 
 @pytest.mark.parametrize(

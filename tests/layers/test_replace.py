@@ -9,8 +9,9 @@ import torchvision
 from torch import nn
 
 from lip_resnet import replace_downsampling
-from lip_resnet.layers.pooling import DOWNSAMPLING, LIP2d
-from lip_resnet.layers.replace import SITES
+from lip_resnet.layers.downsampling import DOWNSAMPLING, LogitOptions
+from lip_resnet.layers.placement import SITES
+from lip_resnet.layers.pooling import LIP2d
 
 NETWORKS = {
     # network: the layers with which it computes the same as before, and how many are replaced.
@@ -110,6 +111,29 @@ def test_convolution_with_a_rectangular_kernel():
     torch.testing.assert_close(model(x), want)
 
 
+@pytest.mark.parametrize(
+    "keywords",
+    [{"dilation": 2}, {"groups": 4}, {"bias": False}, {"padding": 1, "padding_mode": "reflect"}, {"kernel_size": 5}],
+    ids=str,
+)
+def test_the_convolution_keeps_its_arguments(keywords):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, stride=2, **{"kernel_size": 3, **keywords}))
+    x = torch.randn(1, 3, 33, 30)
+    want = model(x)
+    assert replace_downsampling(model, "strided", input_size=(3, 32, 32)).swapped
+    torch.testing.assert_close(model(x), want)
+
+
+def test_options_reach_the_logits_behind_pools_and_convolutions():
+    options = LogitOptions("simplified", gate=3.0)
+    for downsampling in (nn.MaxPool2d(2), nn.Conv2d(8, 8, 2, 2)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), downsampling)
+        replace_downsampling(model, "lip", input_size=(3, 32, 32), options=options)
+        (lip,) = (module for module in model.modules() if isinstance(module, LIP2d))
+        assert type(lip.logits).__name__ == "SimplifiedLogits"
+        assert lip.logits.gate.coefficient == 3
+
+
 def test_dtype_device_and_mode_are_the_models():
     model = network("timm:resnet18").bfloat16().eval()
     replace_downsampling(model)
@@ -149,12 +173,89 @@ def test_kept_layers_have_a_reason():
     assert set(tf.kept.values()) == {"Conv2dSame is a subclass whose forward may do more than pool or convolve"}
 
 
-def test_a_shared_layer_is_replaced_everywhere():
+class Tutorial(nn.Module):
+    """One pool module for two calls, a fixed linear layer, one input channel: the CNN of many tutorials."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, channels, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.fc = nn.Linear(channels * 7 * 7, 10)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.conv2(self.pool(self.conv1(x)))).flatten(1))
+
+
+@pytest.mark.parametrize("channels", [16, 8])
+def test_a_layer_with_weights_is_not_shared_by_several_calls(channels):
+    """Neither where their channels differ, which a forward pass would show, nor where they agree."""
+    model, x = Tutorial(channels), torch.randn(2, 1, 28, 28)
+    want = model(x)
+    report = replace_downsampling(model, "lip", input_size=(1, 28, 28))
+    assert not report.swapped
+    assert "calls it 2 times" in report.kept["pool"]
+    assert torch.equal(model(x), want)
+    report = replace_downsampling(model, "average", input_size=(1, 28, 28))
+    assert report.swapped == {"pool": "main, MaxPool2d 2/2 -> average"}
+    assert model(x).shape == (2, 10)
+
+
+def test_a_layer_under_several_names():
     pool = nn.MaxPool2d(2)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Sequential(nn.Conv2d(8, 8, 3), pool))
-    replace_downsampling(model, "lip_projection", input_size=(3, 32, 32))
-    assert isinstance(model[1], LIP2d)
+    report = replace_downsampling(model, "lip_projection", input_size=(3, 32, 32))
+    assert "calls it 2 times" in report.kept["1"]
+    replace_downsampling(model, "softpool", input_size=(3, 32, 32))
+    assert type(model[1]).__name__ == "SoftPool"
     assert model[1] is model[2][1]
+
+
+def test_an_image_that_the_model_does_not_accept():
+    model = Tutorial()
+    with pytest.raises(ValueError, match=r"Tutorial does not accept an image of \(3, 224, 224\): .*; give input_size="):
+        replace_downsampling(model)
+    with pytest.raises(ValueError, match=r"an image of \(1, 32, 32\): [^;]*$"):
+        replace_downsampling(model, input_size=(1, 32, 32))
+    assert type(model.pool) is nn.MaxPool2d
+
+
+def test_a_model_that_does_not_run_with_the_new_layers_is_unchanged():
+    class Reads(nn.Module):
+        """Reads an attribute of its second pool, which the new layer does not have."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.MaxPool2d(2)
+
+        def forward(self, x):
+            return self.two(self.one(self.stem(x))) * (2 if self.two.ceil_mode else 1)
+
+    model = Reads()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"Reads does not run with the new layers, so it keeps its own: .*ceil_mode"):
+        replace_downsampling(model, "lip_projection", input_size=(3, 32, 32))
+    assert dict(model.named_modules()) == before
+
+
+def test_the_report_says_what_cannot_be_seen():
+    model = nn.Sequential(nn.MaxPool2d(2), nn.ReLU())
+    assert "not seen: pooling that a forward method calls as a function" in str(replace_downsampling(model, "max"))
+
+
+@pytest.mark.parametrize(("stride", "window"), [(2, (3, 2, 1)), (3, (5, 3, 2)), (4, (7, 4, 3))])
+def test_window_behind_a_strided_convolution(stride, window):
+    """The smallest centred window without a gap."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, stride, stride))
+    replace_downsampling(model, "lip_projection", input_size=(3, 32, 32))
+    pool = model[1].pool
+    assert (pool.kernel_size, pool.stride, pool.padding) == window
+
+
+def test_a_window_smaller_than_its_stride_keeps_its_layer():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2, 3))
+    report = replace_downsampling(model, "lip", input_size=(3, 32, 32))
+    assert "kernel_size 2 is smaller than stride 3" in report.kept["1"]
+    assert replace_downsampling(model, "average", input_size=(3, 32, 32)).swapped
 
 
 def test_models_without_parameters():

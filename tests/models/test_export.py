@@ -14,7 +14,8 @@ import torch
 from helpers import OLD_EXPORT
 from torch import Tensor, nn
 
-from lip_resnet.layers.pooling import DOWNSAMPLING, logit_parameters, make_layer
+from lip_resnet.layers.downsampling import DOWNSAMPLING, make_layer
+from lip_resnet.layers.pooling import logit_parameters
 from lip_resnet.models.resnet import LIPResNet
 
 SIZES = [(2, 3, 64, 64), (1, 3, 96, 32) if OLD_EXPORT else (1, 3, 97, 66)]

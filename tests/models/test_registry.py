@@ -103,8 +103,32 @@ def test_downsampling_of_a_recipe():
     assert model.layer2[0].downsample[0].stride == (2, 2)
     for sites, words in (
         ({"stern": "lip"}, "unknown site"),
-        ({"stem": "lap"}, "did you mean lip"),
+        ({"stem": "lipp"}, "did you mean lip"),
         ({"transition": "lip"}, "nothing"),
     ):
         with pytest.raises(InputError, match=words):
             registry.build_model(ModelConfig(name="resnet50", downsampling=sites))
+    with pytest.raises(InputError, match=r"does not accept an image of \(3, 224, 224\): [^;]*$"):  # no Python advice
+        registry.build_model(ModelConfig(name="resnet18", args={"in_chans": 1}, downsampling={"stem": "max"}))
+
+
+def test_placements_of_a_recipe():
+    """Today's mapping of sites to layers, the long form, a preset, and circular padding."""
+
+    def built(**keywords):
+        return registry.build_model(ModelConfig(name="resnet18", num_classes=3, **keywords))
+
+    short, long = ({"main": layer} for layer in ("blur", {"layer": "blur", "placement": "after_convolution"}))
+    assert str(built(downsampling=short)) == str(built(downsampling=long))
+    assert str(built(downsampling="zhang2019")) != str(built(downsampling=short))
+    padded = [module for module in built(circular_padding=True).modules() if isinstance(module, torch.nn.Conv2d)]
+    assert {module.padding_mode for module in padded if any(module.padding)} == {"circular"}
+    for downsampling, line in (
+        ({"stage7.main": "max"}, "has nothing to replace at stage7.main"),
+        ("zhang2018", "unknown downsampling layer 'zhang2018'"),
+    ):
+        with pytest.raises(InputError, match=line):
+            built(downsampling=downsampling)
+    for downsampling in (3, ["blur"], {"main": 3}):
+        with pytest.raises(ValueError, match=r"it must be a layer, a preset, or a mapping such as"):
+            ModelConfig(name="resnet18", downsampling=downsampling)

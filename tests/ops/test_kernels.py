@@ -9,12 +9,14 @@ import warnings
 import pytest
 import timm
 import torch
+from functorch.compile import make_boxed_func
 from helpers import OLD_EXPORT, run_python
 from helpers.lip_oracle import relative_error, slow_lip2d
 from helpers.operator_cases import LAYOUTS, TOLERANCES, WINDOWS, make
+from torch._dynamo.backends.common import aot_autograd
 
 from lip_resnet import lip2d
-from lip_resnet.layers.logits import BottleneckLogits, SimplifiedLogits
+from lip_resnet.layers.logits import BottleneckLogits, Gate, InstanceNorm2d, SimplifiedLogits
 from lip_resnet.layers.pooling import logit_parameters
 from lip_resnet.ops import cpu, dispatch, reference
 
@@ -42,15 +44,15 @@ def test_one_position_in_a_view_with_gaps(window):
     assert relative_error(lip2d(x.contiguous(), logits.contiguous(), *window), y) < 1e-6
 
 
+@pytest.mark.parametrize("channels", [37, 48])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)))
-def test_many_channels_and_rows(dtype, layouts):
+def test_many_channels_and_rows(dtype, layouts, channels):
     """Whole vectors, remainders, several batches of rows, chunks for every thread, mixed layouts: against the
     reference form in float64, which another test compares with the slow loops."""
-    shape = (2, 37, 23, 41)
-    x, logits = make(shape, dtype, layouts[0])
+    x, logits = make((2, channels, 23, 41), dtype, layouts[0])
     logits = logits.detach().contiguous(memory_format=LAYOUTS[layouts[1]]).requires_grad_()
-    dy = torch.randn(2, 37, 12, 21, dtype=torch.float64).to(dtype).contiguous(memory_format=LAYOUTS[layouts[1]])
+    dy = torch.randn(2, channels, 12, 21, dtype=torch.float64).to(dtype).contiguous(memory_format=LAYOUTS[layouts[1]])
     results = gradients(lambda a, b: OP(a, b, 3, 2, 1)[0], x, logits, dy)
     inputs = [t.detach().double().requires_grad_() for t in (x, logits)]
     truths = gradients(lambda a, b: reference.stable(a, b, (3, 2, 1)), *inputs, dy.double())
@@ -61,11 +63,11 @@ def test_many_channels_and_rows(dtype, layouts):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("channels", [40, 48])
+@pytest.mark.parametrize(("channels", "dtype"), [(40, torch.float32), (48, torch.float32), (48, torch.bfloat16)])
 @pytest.mark.parametrize("window", [(3, 2, 1), (2, 1, 0), (5, 3, 2)])
-def test_logits_of_all_magnitudes_in_one_tensor(window, channels, layout):
+def test_logits_of_all_magnitudes_in_one_tensor(window, channels, dtype, layout):
     """Rows whose exponentials fit float32 and rows whose do not, in a tensor too large for the caches."""
-    x, logits = (t.detach() for t in make((1, channels, 83, 79), torch.float32, layout, low=0, high=12))
+    x, logits = (t.detach() for t in make((1, channels, 83, 79), dtype, layout, low=0, high=12))
     logits[:, :, 20:24] += 70
     logits[:, :, 24:27] -= 90
     logits[:, 3, 40, 5] = -2e4
@@ -77,7 +79,7 @@ def test_logits_of_all_magnitudes_in_one_tensor(window, channels, layout):
     truths = gradients(lambda a, b: reference.stable(a, b, window), *inputs, dy.double())
     for value, truth in zip((y, *torch.autograd.grad(y, (x, logits), dy)), truths, strict=True):
         for rows, expected in zip(value.chunk(9, 2), truth.chunk(9, 2), strict=True):
-            assert relative_error(rows, expected) < TOLERANCES[torch.float32]
+            assert relative_error(rows, expected) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -174,28 +176,47 @@ def test_saved_for_backward(layout):
     assert sum(sizes.values()) <= 4 * (2 * x.numel() + 2 * y.numel())
 
 
-def test_compile():
-    """One graph without a break, with the results of eager mode."""
-    x, logits = make((2, 6, 9, 8), torch.float32, "channels_last")
-    dy = torch.randn(2, 6, 5, 4)
-    compiled = torch.compile(lambda a, b: lip2d(a, b), fullgraph=True, backend="aot_eager")
-    for a, b in zip(gradients(compiled, x, logits, dy), gradients(lip2d, x, logits, dy), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 class Pool(torch.nn.Module):
+    """``lip2d`` with logits of an instance norm and gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gate = InstanceNorm2d(3), Gate()
+
     def forward(self, x, logits):
-        return lip2d(x, logits)
+        return lip2d(x, self.norm(logits, self.gate))
 
 
-def test_exported_graph_has_only_aten_calls():
-    x, logits = (t.detach() for t in make((2, 3, 9, 8), torch.float32))
+def test_compile():
+    """One graph without a break, which calls the fused operators, with the results of eager mode."""
+    torch.compiler.reset()
+    calls = []
+
+    def compiler(graph, inputs):
+        calls.append({str(node.target) for node in graph.graph.nodes if str(node.target).startswith("lip_resnet.")})
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    x, logits = make((2, 3, 9, 8), torch.float32, "channels_last")
+    dy = torch.randn(2, 3, 5, 4)
+    module = Pool()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for a, b in zip(gradients(compiled, x, logits, dy), gradients(module, x, logits, dy), strict=True):
+        torch.testing.assert_close(a, b)
+    forward = {"lip_resnet.instance_norm.default", "lip_resnet.lip2d.default"}
+    assert calls == [forward, {name.replace(".default", "_backward.default") for name in forward}]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_graph_has_only_aten_calls(strict):
+    x, logits = (t.detach() for t in make((2, 3, 9, 8), torch.float32, "channels_last"))
     shapes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(Pool(), (x, logits), dynamic_shapes=(shapes, shapes))
+    module = Pool().eval()
+    program = torch.export.export(module, (x, logits), dynamic_shapes=(shapes, shapes), strict=strict)
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert all(target.namespace == "aten" for target in calls if isinstance(target, torch._ops.OpOverload))
     x, logits = (t.detach() for t in make((3, 3, 13 if OLD_EXPORT else 14, 8), torch.float32, low=-90, high=90))
-    torch.testing.assert_close(program.module()(x, logits), lip2d(x, logits))
+    torch.testing.assert_close(program.module()(x, logits), module(x, logits))
 
 
 def test_function_transforms():
@@ -268,7 +289,7 @@ def test_ddp_averages_gradients(tmp_path):
         import sys
         import torch
         import torch.distributed as dist
-        from lip_resnet.layers.pooling import make_layer
+        from lip_resnet.layers.downsampling import make_layer
 
         def work(rank, path):
             dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
@@ -320,20 +341,25 @@ def test_logits_under_autocast(layout):
 
 
 def test_no_layout_change_in_a_channels_last_step():
-    """No operator of a training step copies features: they stay channels-last in the forward and backward pass."""
-    model = timm.create_model("lip_resnet50", num_classes=10).to(memory_format=torch.channels_last)
+    """The fused operators run and no operator copies features, which stay channels-last, also under autocast."""
+    model = timm.create_model("lip_resnet18", num_classes=10).to(memory_format=torch.channels_last)
     for parameters in logit_parameters(model):
         torch.nn.init.normal_(parameters, std=0.1)
-    images = torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        model(images).square().mean().backward()
-    names = {event.name for event in profile.events()}
-    assert {"lip_resnet::lip2d_backward", "lip_resnet::instance_norm_backward"} <= names
-    copies = [
-        (event.name, event.input_shapes[0])
-        for event in profile.events()
-        if event.name in ("aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy")
-        and len(event.input_shapes[0]) == 4
-        and event.input_shapes[0][0] == len(images)
-    ]
-    assert not copies
+    for dtype in (torch.float32, torch.bfloat16):
+        images = torch.randn(3, 3, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits = model(images)
+            logits.square().mean().backward()
+        names = {event.name for event in profile.events()}
+        assert {"lip_resnet::lip2d_backward", "lip_resnet::instance_norm_backward"} <= names
+        assert "aten::native_group_norm" not in names
+        copies = [
+            (event.name, event.input_shapes[0])
+            for event in profile.events()
+            if event.name in ("aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy")
+            and len(event.input_shapes[0]) == 4
+            and event.input_shapes[0][0] == len(images)
+            and event.input_shapes[0][1] < model.num_features  # autocast pools the last features in float32
+        ]
+        assert not copies

@@ -3,43 +3,59 @@
 import pytest
 import torch
 from helpers.lip_oracle import relative_error
+from helpers.operator_cases import TOLERANCES
 
 from lip_resnet.layers.logits import InstanceNorm2d
-from lip_resnet.ops import norm
+from lip_resnet.ops import cpu, norm, reference_norm
+
+EXPECTED = {"none": lambda t: t, "relu": torch.relu, "gate": lambda t: 12 * torch.sigmoid(t)}
 
 
-@pytest.mark.parametrize("backend", ["built", "reference"])
-@pytest.mark.parametrize("activation", norm.ACTIVATIONS)
-@pytest.mark.parametrize(("channels", "height", "width"), [(16, 2, 1), (48, 9, 11), (160, 13, 7)])
-def test_both_cpu_backends(monkeypatch, backend, activation, channels, height, width):
-    """Against PyTorch's instance norm and activation, with a mean far from zero, in float64 and float32."""
-    monkeypatch.setattr(norm, "_is_built_for", lambda z: backend == "built")
-    expected_activation = {"none": lambda t: t, "relu": torch.relu, "gate": lambda t: 12 * torch.sigmoid(t)}[activation]
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64) + 5]
-    values += [torch.randn(channels, generator=generator, dtype=torch.float64) for _ in range(2)]
-    dy = torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64)
+def results(function, z, weight, bias, dy):
+    """The function's result and its gradients by z, weight and bias."""
+    inputs = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (z, weight, bias)]
+    y = function(*inputs)
+    return y, *torch.autograd.grad(y, inputs, dy)
 
-    def results(function, dtype):
-        inputs = [v.to(dtype) for v in values]
-        inputs[0] = inputs[0].to(memory_format=torch.channels_last)
-        inputs = [v.requires_grad_() for v in inputs]
-        y = function(*inputs)
-        return y, *torch.autograd.grad(y, inputs, dy.to(dtype))
 
-    truths = results(
-        lambda z, w, b: expected_activation(torch.nn.functional.instance_norm(z, None, None, w, b)), torch.float64
+def formula(activation, *inputs):
+    """PyTorch's instance norm and activation in float64."""
+    return results(
+        lambda z, w, b: EXPECTED[activation](torch.nn.functional.instance_norm(z, None, None, w, b)),
+        *(t.double().contiguous() for t in inputs),
     )
-    for dtype in (torch.float64, torch.float32):
-        outputs = results(lambda z, w, b: norm.norm_act(z, w, b, 1e-5, activation, 12.0), dtype)
-        assert "lip_resnet_instance_norm" in outputs[0].grad_fn.name()
-        for value, truth in zip(outputs, truths, strict=True):
-            assert value.is_contiguous(
-                memory_format=torch.channels_last if value.dim() == 4 else torch.contiguous_format
-            )
-            # float32: with 2 positions dz is a difference of nearly equal numbers
+
+
+@pytest.mark.parametrize("backend", [cpu, reference_norm])
+@pytest.mark.parametrize("activation", EXPECTED)
+@pytest.mark.parametrize(
+    ("channels", "height", "width"), [(16, 2, 1), (5, 3, 2), (48, 9, 11), (37, 6, 7), (160, 13, 7), (203, 5, 5)]
+)
+def test_both_cpu_backends(monkeypatch, backend, activation, channels, height, width):
+    """Against PyTorch's norm in float64, with a mean far from zero, in every dtype, also beside float32 weights."""
+    monkeypatch.setattr(norm, "_backend", lambda z: backend)
+    generator = torch.Generator().manual_seed(0)
+    z, dy = (torch.randn(3, channels, height, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight, bias = (torch.randn(channels, generator=generator, dtype=torch.float64) for _ in range(2))
+    for dtype, weight_dtype in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ):
+        inputs = [t.to(dtype).to(memory_format=torch.channels_last) for t in (z + 5, dy)]
+        inputs[1:1] = weight.to(weight_dtype), bias.to(weight_dtype)
+        with torch.autocast("cpu", dtype, enabled=dtype.itemsize == 2):
+            outputs = results(lambda *a: norm.norm_act(*a, 1e-5, activation, 12.0), *inputs)
+        assert "lip_resnet_instance_norm" in outputs[0].grad_fn.name(), dtype
+        truths = formula(activation, *inputs)
+        for value, truth, like in zip(outputs, truths, inputs[:1] + inputs[:3], strict=True):
+            assert value.dtype == like.dtype
+            assert value.stride() == like.stride()
+            # with 2 positions dz is a difference of nearly equal numbers
             if height * width > 2 or dtype == torch.float64:
-                assert relative_error(value, truth) < (1e-10 if dtype == torch.float64 else 1e-5)
+                assert relative_error(value, truth) < (1e-10 if dtype == torch.float64 else TOLERANCES[dtype]), dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -63,8 +79,7 @@ def test_every_path_of_the_layer(dtype, batch, channels):
     values = y, *torch.autograd.grad(y, (z, layer.weight, layer.bias), dy)
     truths = truth, *torch.autograd.grad(truth, inputs, dy.double())
     for value, expected in zip(values, truths, strict=True):
-        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-        assert relative_error(value, expected) < tolerance
+        assert relative_error(value, expected) < (1e-12 if dtype == torch.float64 else TOLERANCES[dtype])
 
 
 def test_opcheck_and_second_derivative():
@@ -76,13 +91,14 @@ def test_opcheck_and_second_derivative():
     assert torch.autograd.gradgradcheck(lambda *a: norm.norm_act(*a, 1e-5, "gate", 12.0), (z, weight, bias))
 
 
-def test_reference_form_elsewhere():
-    """Contiguous features and autocast use PyTorch's own calls, with the same results."""
+@pytest.mark.parametrize("activation", EXPECTED)
+def test_reference_form_elsewhere(activation):
+    """Contiguous features use PyTorch's own calls, under autocast too, with the same results."""
+    z, dy = torch.randn(2, 20, 5, 6) + 1, torch.randn(2, 20, 5, 6)
     weight, bias = torch.rand(20), torch.rand(20)
-    z = torch.randn(2, 20, 5, 6).to(memory_format=torch.channels_last)
-    expected = torch.nn.functional.instance_norm(z, None, None, weight, bias).relu()
-    for features in (z, z.contiguous()):
-        torch.testing.assert_close(norm.norm_act(features, weight, bias, 1e-5, "relu"), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = norm.norm_act(z.bfloat16(), weight, bias, 1e-5, "relu")
-    torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=2e-2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        inputs = z.to(dtype), weight, bias, dy.to(dtype)
+        with torch.autocast("cpu", dtype, enabled=dtype.itemsize == 2):
+            outputs = results(lambda *a: norm.norm_act(*a, 1e-5, activation, 12.0), *inputs)
+        for value, truth in zip(outputs, formula(activation, *inputs), strict=True):
+            assert relative_error(value, truth) < TOLERANCES[dtype], dtype

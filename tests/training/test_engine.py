@@ -1,16 +1,19 @@
 """The loops, in one process: what a step computes, what it does not wait for, and what it refuses."""
 
 import copy
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import small_config
 from helpers.training import how, prepare, run
 
 from lip_resnet import distributed
 from lip_resnet.data import EvalLoader, build_sources, normalize
 from lip_resnet.evaluation.evaluate import evaluate
+from lip_resnet.training.engine import build_state
 
 
 def test_steps_are_the_textbook_s():
@@ -260,6 +263,42 @@ def test_compiled_steps_agree():
         losses.append(run(config, state, loader)[0]["train/loss"])
         assert not any(key.startswith("_orig_mod") for key in state.model.state_dict())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+class Linear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 10)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+def test_one_compiled_graph_for_each_shape(monkeypatch):
+    """No graph has a dynamic shape, and no size of a long schedule falls back to eager mode."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        assert all(isinstance(value, torch.Tensor) for value in inputs)  # a dynamic shape is an input
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    sizes = (32, 34, 36)
+    schedule = [[epoch, size] for epoch, size in enumerate(sizes)]
+    config = small_config(train__compile=True, data__size_schedule=schedule, data__size=32)
+    state = build_state(Linear(), config, torch.device("cpu"))
+    shapes = [(batch, 3, size, size) for size in sizes for batch in (6, 5, 4)]  # two smaller parts of the last batch
+    for _ in range(2):
+        for shape in shapes:
+            state.wrapped(torch.ones(shape)).sum().backward()
+        with torch.inference_mode():
+            state.model.eval()(torch.ones(6, 3, 60, 60))
+            state.model(torch.ones(2, 3, 60, 60))
+        state.wrapped.train()
+    assert len(graphs) == len(shapes) + 2
 
 
 def test_one_process_needs_no_group():

@@ -21,7 +21,7 @@ def test_step_schedule_is_the_paper_s():
 def test_cosine_with_warmup():
     config = OptimConfig(lr=0.4, schedule="cosine", warmup_epochs=2, min_lr=0.1)
     # 4 steps an epoch, 6 epochs: 8 steps of warm-up, 16 of cosine.
-    expected = {0: 0.05, 3: 0.2, 7: 0.4, 8: 0.4, 16: 0.25, 24: 0.1}
+    expected = {0: 0.05, 3: 0.2, 7: 0.4, 8: 0.4, 16: 0.25, 24: 0.1, 30: 0.1}
     for step, lr in expected.items():
         assert lr_at(step, config, 4, 6) == pytest.approx(lr, rel=1e-12)
 
@@ -40,6 +40,7 @@ def test_decay_goes_by_tensor_rank(name):
     decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decaying == {id(p) for p in model.parameters() if p.dim() >= 2}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "lars"])
@@ -98,3 +99,47 @@ def test_linear_with_warmup():
     expected = {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.8, 12: 0.6, 20: 0.2}
     for step, lr in expected.items():
         assert lr_at(step, config, 4, 5) == pytest.approx(lr, rel=1e-12)
+
+
+def test_lamb_clips_nothing_by_itself():
+    """Two steps by hand: one whose gradient has norm 5 must count five times as much as one of norm 1."""
+    config = OptimConfig(name="lamb", lr=0.1, weight_decay=0.01, betas=(0.5, 0.75))
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.tensor([[2.0, 1.0]]))
+    optimizer = build_optimizer(model, config)
+    w = torch.tensor([[2.0, 1.0]], dtype=torch.float64)
+    m = v = torch.zeros_like(w)
+    for step, gradient in ((1, [[0.6, 0.8]]), (2, [[4.0, -3.0]])):
+        g = torch.tensor(gradient, dtype=torch.float64)
+        model.weight.grad = g.float()
+        optimizer.step()
+        m, v = 0.5 * m + 0.5 * g, 0.75 * v + 0.25 * g**2
+        update = m / (1 - 0.5**step) / ((v / (1 - 0.75**step)).sqrt() + 1e-6) + 0.01 * w
+        w = w - 0.1 * update * w.norm() / update.norm()
+        torch.testing.assert_close(model.weight.detach().double(), w, rtol=1e-5, atol=0)
+
+
+def test_momentum_and_decay_reach_every_optimizer():
+    """Two steps of equal gradients: a momentum of 0 repeats the first, and weight decay pulls a weight without one."""
+    for name in ("sgd", "lars"):
+        moved = []
+        for momentum in (0.0, 0.5):
+            layer = torch.nn.Module()
+            layer.weight = torch.nn.Parameter(torch.ones(2, 2))
+            optimizer = build_optimizer(layer, OptimConfig(name=name, lr=0.01, momentum=momentum, weight_decay=0.0))
+            steps = []
+            for _ in range(2):
+                before = layer.weight.detach().clone()
+                layer.weight.grad = torch.full((2, 2), 1e-3)
+                optimizer.step()
+                steps.append((before - layer.weight.detach()).norm().item())
+            moved.append(steps[1] / steps[0])
+        assert moved == pytest.approx([1.0, 1.5], rel=2e-2), name
+    for name in ("sgd", "adamw", "lamb"):
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(torch.ones(2, 2))
+        optimizer = build_optimizer(layer, OptimConfig(name=name, lr=0.1, weight_decay=0.25))
+        layer.weight.grad = torch.zeros(2, 2)
+        optimizer.step()
+        shrunk = 0.1 if name == "lamb" else 0.1 * 0.25  # LAMB's trust ratio makes any update as long as the weight
+        torch.testing.assert_close(layer.weight.detach(), torch.full((2, 2), 1 - shrunk))

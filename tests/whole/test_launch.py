@@ -27,6 +27,7 @@ RECIPE = "configs/imagenet/lip_resnet50_step90.yaml"
 FAKES = {
     "torchrun": 'printf "%s\\n" "$@" > "$RECORD/torchrun"; env > "$RECORD/env"',
     # srun: its own options end where the command begins. It passes USR1 on; a TERM it answers by killing its tasks.
+    "python": 'printf "%s\\n" "$@" > "$RECORD/check"; exit "${CHECK:-0}"',
     "srun": 'printf "%s\\n" "$@" > "$RECORD/srun"; while [ "${1#-}" != "$1" ]; do shift; done; "$@" & task=$!; '
     'trap "kill -USR1 $task" USR1; trap "kill -KILL $task" TERM; '
     "while kill -0 $task 2>/dev/null; do wait $task; done; wait $task",
@@ -171,6 +172,22 @@ def wait_for(condition, job: subprocess.Popen) -> None:
     while not condition():
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("script", [SLURM, TWO_NODES], ids=lambda path: path.name)
+def test_a_wrong_recipe_is_not_restarted(stage, monkeypatch, script):
+    """The scripts check it first: torchrun would start a wrong one as often as --max_restarts says."""
+    monkeypatch.setenv("NODE0", "10.0.0.1")
+    monkeypatch.setenv("CHECK", "2")
+    assert call("bash", script, RECIPE, "data.rot=/data").returncode == 2
+    assert words(stage / "check") == ["train.py", "--check", "--config", RECIPE, "data.rot=/data"]
+    assert not (stage / "torchrun").exists()
+
+
+def test_one_node_by_default():
+    """The recipes' protocol is of 8 processes."""
+    assert directives(SLURM.read_text())["--nodes"] == "1"
+    assert yaml.safe_load(PYTORCHJOB.read_text())["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 1
 
 
 @pytest.mark.parametrize(
@@ -334,7 +351,7 @@ def test_pytorchjob_fits_its_schema():
         ("rdzvBackend: c10d", "rdzvBackend: tcp"),
         ("containerPort:", "containerport:"),
         ('value: "240"', "value: 240"),
-        ("replicas: 2\n      restartPolicy", "replicas: two\n      restartPolicy"),
+        ("replicas: 1\n      restartPolicy", "replicas: one\n      restartPolicy"),
     ):
         assert right in text
         assert mismatches(yaml.safe_load(text.replace(right, wrong))), wrong

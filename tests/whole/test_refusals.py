@@ -8,7 +8,7 @@ import make_table
 import pytest
 import torch
 from helpers import ROOT, small_config
-from helpers.commands import refuse
+from helpers.commands import call, refuse
 
 import eval as eval_command
 import train
@@ -43,6 +43,27 @@ def test_train_refuses(capsys, monkeypatch, recipe, tmp_path, overrides, words):
     line = refuse(capsys, monkeypatch, train, "--config", recipe, "--output", output, *overrides)
     assert words in line
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["data.batch_size=1"], ["data.batch_size=2", "optim.accumulate=2"], ["data.batch_size=1", "data.last_batch=drop"]],
+)
+def test_batch_norm_of_one_value(capsys, monkeypatch, recipe, tmp_path, overrides):
+    """At 32 pixels the last map is 1x1. At 64 it is 2x2, and one image will do."""
+    line = refuse(capsys, monkeypatch, train, "--config", recipe, "--output", tmp_path / "run", *overrides)
+    assert "one image of 32x32 in each part of a batch" in line
+    assert "raise data.batch_size" in line
+    code, _, printed = call(capsys, monkeypatch, train, "--config", recipe, "--check", "data.size=64", *overrides)
+    assert (code, printed) == (0, "")
+
+
+def test_check_refuses_what_training_would_and_writes_nothing(capsys, monkeypatch, recipe, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, monkeypatch, train, "--config", recipe, "--check") == (0, "", "")
+    for wrong, words in (("optim.lrr=1", "did you mean optim.lr?"), ("model.num_classes=7", "the data has 10")):
+        assert words in refuse(capsys, monkeypatch, train, "--config", recipe, "--check", wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_train_needs_a_recipe(capsys, monkeypatch, tmp_path):

@@ -128,7 +128,7 @@ def norm_forward(
     eps: float,
     coefficient: float,
 ) -> None:
-    """Fill ``out`` (B, C, H, W), ``mean`` and ``rstd`` (B, C); z channels-last, C a multiple of 16, one dtype."""
+    """Fill ``out`` (B, C, H, W), ``mean`` and ``rstd`` (B, C); z channels-last, weight and bias in rstd's dtype."""
     _instance_norm((z, weight, bias, None, out, mean, rstd, None, None), z, activation, eps, coefficient)
 
 
@@ -154,5 +154,4 @@ def _instance_norm(
 ) -> None:
     shape = (ctypes.c_int64 * 4)(*z.shape[:2], z.shape[2] * z.shape[3], activation)
     pointers = [None if t is None else t.data_ptr() for t in tensors]
-    is_double = z.dtype == torch.float64
-    library().instance_norm(*pointers, shape, eps, coefficient, is_double, torch.get_num_threads())
+    library().instance_norm(*pointers, shape, eps, coefficient, DTYPES[z.dtype], torch.get_num_threads())

@@ -24,10 +24,12 @@ struct Window {
 };
 inline int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
 
+// In all functions S is the type of the rows (float, double or BFloat16) and A that of the sums.
+
 // One output position: kTaps pointers to logits and features (0: `taps` of them), all channels. Of a 3x3 window at
 // stride 2 only the last 2x2 positions have not been read before, so only they are prefetched.
-template <class A, int kTaps>
-inline void pool(const A* const* l, const A* const* x, int taps, int64_t depth, A* y, A* r) {
+template <int kTaps, class S, class A>
+inline void pool(const S* const* l, const S* const* x, int taps, int64_t depth, S* y, A* r) {
   constexpr int64_t n = lanes<A>();
   const int count = kTaps ? kTaps : taps;
   for (int64_t c = 0; c < depth; c += n) {
@@ -54,10 +56,10 @@ inline void pool(const A* const* l, const A* const* x, int taps, int64_t depth, 
   }
 }
 
-template <class A>
-void forward_row(const A* const* l, const A* const* x, int rows, const Window& window, int64_t width, int64_t out_width,
-                 int64_t depth, A* y, A* r) {
-  const A *lt[kMaxWindow], *xt[kMaxWindow];
+template <class S, class A>
+void forward_row(const S* const* l, const S* const* x, int rows, const Window& window, int64_t width, int64_t out_width,
+                 int64_t depth, S* y, A* r) {
+  const S *lt[kMaxWindow], *xt[kMaxWindow];
   for (int64_t o = 0; o < out_width; ++o) {
     const int64_t first = o * window.stride - window.padding;
     const int64_t begin = max(first, 0), end = min(first + window.kernel, width);
@@ -67,17 +69,19 @@ void forward_row(const A* const* l, const A* const* x, int rows, const Window& w
         lt[taps] = l[row] + j * depth;
         xt[taps] = x[row] + j * depth;
       }
-    A *yo = y + o * depth, *ro = r + o * depth;
-    if (taps == 9) pool<A, 9>(lt, xt, taps, depth, yo, ro);
-    else if (taps == 4) pool<A, 4>(lt, xt, taps, depth, yo, ro);
-    else pool<A, 0>(lt, xt, taps, depth, yo, ro);
+    S* yo = y + o * depth;
+    A* ro = r + o * depth;
+    if (taps == 9) pool<9>(lt, xt, taps, depth, yo, ro);
+    else if (taps == 4) pool<4>(lt, xt, taps, depth, yo, ro);
+    else pool<0>(lt, xt, taps, depth, yo, ro);
   }
 }
 
 // Whether |l| <= kBound for all logits of a row, so that exp(l), exp(-l) and their products with features are far from
 // float32's limits. NaN counts as bounded: r makes the gradients of its windows NaN in either case.
 constexpr int kBound = 30;
-template <class A> bool is_bounded(const A* l, int64_t count) {
+template <class S> bool is_bounded(const S* l, int64_t count) {
+  typedef Sum<S> A;
   constexpr int64_t n = lanes<A>();
   Vec<A> most = splat<A>(0), least = splat<A>(0);
   for (int64_t c = 0; c < count; c += n) {
@@ -93,11 +97,11 @@ template <class A> bool is_bounded(const A* l, int64_t count) {
 
 // What the backward pass needs of one output row: m, u = r dy and v = u y, interleaved by vectors. Where the logits are
 // bounded, m is stored as 0 and u and v include exp(-m): exp(l) is then the same for all windows of a position.
-template <class A>
-void prepare_row(const A* const* l, int rows, const Window& window, int64_t width, int64_t out_width, int64_t depth,
-                 const A* r, const A* y, const A* dy, bool bounded, A* out) {
+template <class S, class A>
+void prepare_row(const S* const* l, int rows, const Window& window, int64_t width, int64_t out_width, int64_t depth,
+                 const A* r, const S* y, const S* dy, bool bounded, A* out) {
   constexpr int64_t n = lanes<A>();
-  const A* lt[kMaxWindow];
+  const S* lt[kMaxWindow];
   for (int64_t o = 0; o < out_width; ++o) {
     const int64_t first = o * window.stride - window.padding;
     const int64_t begin = max(first, 0), end = min(first + window.kernel, width);
@@ -107,7 +111,8 @@ void prepare_row(const A* const* l, int rows, const Window& window, int64_t widt
     for (int64_t c = 0; c < depth; c += n) {
       Vec<A> top = load<A>(lt[0] + c);
       for (int t = 1; t < taps; ++t) top = larger(load<A>(lt[t] + c), top);
-      for (const A* row : {r, y, dy}) prefetch(row + o * depth + c);
+      prefetch(r + o * depth + c);
+      for (const S* row : {y, dy}) prefetch(row + o * depth + c);
       Vec<A> u = load<A>(r + o * depth + c) * load<A>(dy + o * depth + c);
       if (bounded) {
         u *= exp_within<A>(-top);
@@ -122,15 +127,15 @@ void prepare_row(const A* const* l, int rows, const Window& window, int64_t widt
 }
 
 // One input row: its logits and features, and where their gradients are written.
-template <class A> struct InputRow {
-  const A *l, *x;
-  A *dx, *dl;
+template <class S> struct InputRow {
+  const S *l, *x;
+  S *dx, *dl;
   bool streams;
 };
 
 // The gradients of one input position, `at` values into its row: the sum over the `taps` windows that contain it.
-template <class A, int kTaps, bool kBounded>
-inline void gather(const A* const* prepared, int taps, int64_t depth, const InputRow<A>& row, int64_t at) {
+template <int kTaps, bool kBounded, class S, class A>
+inline void gather(const A* const* prepared, int taps, int64_t depth, const InputRow<S>& row, int64_t at) {
   constexpr int64_t n = lanes<A>();
   const int count = kTaps ? kTaps : taps;
   for (int64_t c = 0; c < depth; c += n) {
@@ -157,9 +162,9 @@ inline void gather(const A* const* prepared, int taps, int64_t depth, const Inpu
   }
 }
 
-template <class A, bool kBounded>
+template <bool kBounded, class S, class A>
 void backward_row(const A* const* prepared, int rows, const Window& window, int64_t width, int64_t out_width,
-                  int64_t depth, const InputRow<A>& row) {
+                  int64_t depth, const InputRow<S>& row) {
   const A* pt[kMaxWindow];
   for (int64_t j = 0; j < width; ++j) {
     const int64_t begin = ceil_div(j + window.padding - window.kernel + 1, window.stride);
@@ -167,10 +172,10 @@ void backward_row(const A* const* prepared, int rows, const Window& window, int6
     int taps = 0;
     for (int r = 0; r < rows; ++r)
       for (int64_t o = begin; o <= end; ++o) pt[taps++] = prepared[r] + o * 3 * depth;
-    if (taps == 4) gather<A, 4, kBounded>(pt, taps, depth, row, j * depth);
-    else if (taps == 2) gather<A, 2, kBounded>(pt, taps, depth, row, j * depth);
-    else if (taps == 1) gather<A, 1, kBounded>(pt, taps, depth, row, j * depth);
-    else gather<A, 0, kBounded>(pt, taps, depth, row, j * depth);
+    if (taps == 4) gather<4, kBounded>(pt, taps, depth, row, j * depth);
+    else if (taps == 2) gather<2, kBounded>(pt, taps, depth, row, j * depth);
+    else if (taps == 1) gather<1, kBounded>(pt, taps, depth, row, j * depth);
+    else gather<0, kBounded>(pt, taps, depth, row, j * depth);
   }
 }
 
@@ -181,14 +186,16 @@ inline int64_t chunk_count(int64_t groups, int64_t rows, int threads) {
   return max(min(wanted, rows / 4), 1);
 }
 
-template <class A>
+template <class S>
 void forward(const Grid& x, const Grid& l, const Grid& y, const Grid& r, const Window& window, int threads) {
+  typedef Sum<S> A;
   constexpr int64_t n = lanes<A>();
   const int64_t depth = x.depth(n), groups = x.groups(n), chunks = chunk_count(groups, y.height, threads);
 #pragma omp parallel num_threads(threads)
   {
-    Rows<A> xs(x, window.kernel), ls(l, window.kernel);
-    OutRows<A> ys(y), rs(r);
+    Rows<S> xs(x, window.kernel), ls(l, window.kernel);
+    OutRows<S> ys(y);
+    OutRows<Sum<S>> rs(r);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < groups * chunks; ++task) {
       const int64_t group = task / chunks, chunk = task % chunks;
@@ -199,13 +206,13 @@ void forward(const Grid& x, const Grid& l, const Grid& y, const Grid& r, const W
       rs.start(group, start);
       for (int64_t o = start; o < y.height * (chunk + 1) / chunks; ++o) {
         const int64_t first = o * window.stride - window.padding;
-        const A *lr[kMaxWindow], *xr[kMaxWindow];
+        const S *lr[kMaxWindow], *xr[kMaxWindow];
         int rows = 0;
         for (int64_t i = max(first, 0); i < min(first + window.kernel, x.height); ++i, ++rows) {
           lr[rows] = ls.row(i);
           xr[rows] = xs.row(i);
         }
-        forward_row<A>(lr, xr, rows, window, x.width, y.width, depth, ys.next(), rs.next());
+        forward_row(lr, xr, rows, window, x.width, y.width, depth, ys.next(), rs.next());
       }
       ys.finish();
       rs.finish();
@@ -213,17 +220,19 @@ void forward(const Grid& x, const Grid& l, const Grid& y, const Grid& r, const W
   }
 }
 
-template <class A>
+template <class S>
 void backward(const Grid& dy, const Grid& x, const Grid& l, const Grid& y, const Grid& r, const Grid& dx,
               const Grid& dl, const Window& window, int threads) {
+  typedef Sum<S> A;
   constexpr int64_t n = lanes<A>();
   const int64_t depth = x.depth(n), groups = x.groups(n), chunks = chunk_count(groups, x.height, threads);
   const int64_t slots = (window.kernel - 1) / window.stride + 1;  // output rows whose windows contain one input row
   const int64_t prepared_size = y.width * depth * 3;
 #pragma omp parallel num_threads(threads)
   {
-    Rows<A> xs(x, 1), ls(l, 2 * window.kernel - 1), ys(y, 1), rs(r, 1), dys(dy, 1);
-    OutRows<A> dxs(dx), dls(dl);
+    Rows<S> xs(x, 1), ls(l, 2 * window.kernel - 1), ys(y, 1), dys(dy, 1);
+    Rows<A> rs(r, 1);
+    OutRows<S> dxs(dx), dls(dl);
     Buffer<A> prepared = buffer<A>(slots * prepared_size);
     Buffer<int64_t> slot_row = buffer<int64_t>(slots);       // the output row prepared in each slot
     Buffer<bool> slot_bounded = buffer<bool>(slots);         // whether all logits of its windows are bounded
@@ -251,28 +260,28 @@ void backward(const Grid& dy, const Grid& x, const Grid& l, const Grid& y, const
           A* out = prepared.get() + o % slots * prepared_size;
           if (slot_row.get()[o % slots] != o) {
             const int64_t first = o * window.stride - window.padding;
-            const A* lr[kMaxWindow];
+            const S* lr[kMaxWindow];
             int count = 0;
             bool window_bounded = true;
             for (int64_t q = max(first, 0); q < min(first + window.kernel, x.height); ++q) {
               lr[count] = ls.row(q);
               if (q >= checked) {
-                row_bounded.get()[q % window.kernel] = is_bounded<A>(lr[count], x.width * depth);
+                row_bounded.get()[q % window.kernel] = is_bounded(lr[count], x.width * depth);
                 checked = q + 1;
               }
               window_bounded = window_bounded && row_bounded.get()[q % window.kernel];
               ++count;
             }
-            prepare_row<A>(lr, count, window, x.width, y.width, depth, rs.row(o), ys.row(o), dys.row(o), window_bounded,
-                           out);
+            prepare_row(lr, count, window, x.width, y.width, depth, rs.row(o), ys.row(o), dys.row(o), window_bounded,
+                        out);
             slot_row.get()[o % slots] = o;
             slot_bounded.get()[o % slots] = window_bounded;
           }
           all_bounded = all_bounded && slot_bounded.get()[o % slots];
           pr[rows++] = out;
         }
-        const InputRow<A> row = {ls.row(i), xs.row(i), dxs.next(), dls.next(), dxs.streams() && dls.streams()};
-        const auto gather_row = all_bounded ? backward_row<A, true> : backward_row<A, false>;
+        const InputRow<S> row = {ls.row(i), xs.row(i), dxs.next(), dls.next(), dxs.streams() && dls.streams()};
+        const auto gather_row = all_bounded ? backward_row<true, S, A> : backward_row<false, S, A>;
         gather_row(pr, rows, window, x.width, y.width, depth, row);
       }
       dxs.finish();
@@ -296,6 +305,10 @@ struct Call {
       : window{shape[6], shape[7], shape[8]}, planes(shape[0] * shape[1]), channels(shape[1]), height(shape[2]),
         width(shape[3]), out_height(shape[4]), out_width(shape[5]), channels_last(shape[9] != 0), dtype(dtypes[0]),
         logits_dtype(dtypes[1]), sum_dtype(dtypes[2]) {}
+  // Whether features and logits are stored as S and used in place.
+  template <class S> bool in_place() const {
+    return ::in_place<S>(input(nullptr, dtype)) && logits_dtype == dtype;
+  }
   Grid input(const void* data, int type) const {
     return {static_cast<char*>(const_cast<void*>(data)), type, channels_last, planes, channels, height, width};
   }
@@ -308,7 +321,7 @@ struct Call {
 extern "C" void lip2d_forward(const void* x, const void* logits, void* y, void* r, const int64_t* shape,
                               const int* dtypes, int threads) {
   const Call c(shape, dtypes);
-  const auto run = c.sum_dtype == kFloat64 ? forward<double> : forward<float>;
+  const auto run = c.sum_dtype == kFloat64 ? forward<double> : c.in_place<BFloat16>() ? forward<BFloat16> : forward<float>;
   run(c.input(x, c.dtype), c.input(logits, c.logits_dtype), c.output(y, c.dtype), c.output(r, c.sum_dtype), c.window,
       threads);
 }
@@ -316,7 +329,7 @@ extern "C" void lip2d_forward(const void* x, const void* logits, void* y, void* 
 extern "C" void lip2d_backward(const void* dy, const void* x, const void* logits, const void* y, const void* r,
                                void* dx, void* dlogits, const int64_t* shape, const int* dtypes, int threads) {
   const Call c(shape, dtypes);
-  const auto run = c.sum_dtype == kFloat64 ? backward<double> : backward<float>;
+  const auto run = c.sum_dtype == kFloat64 ? backward<double> : c.in_place<BFloat16>() ? backward<BFloat16> : backward<float>;
   run(c.output(dy, c.dtype), c.input(x, c.dtype), c.input(logits, c.logits_dtype), c.output(y, c.dtype),
       c.output(r, c.sum_dtype), c.input(dx, c.dtype), c.input(dlogits, c.logits_dtype), c.window, threads);
 }

@@ -1,12 +1,14 @@
 // Tensors of either layout and any storage type as channels-last rows of float or double.
 //
-// Channels-last rows of that type are used in place; a contiguous tensor is transposed, 16 planes and some rows at a
-// time, into a buffer that stays in the cache. The same buffer serves the conversion from bfloat16 and float16.
+// Channels-last rows of that type, and of bfloat16 where a whole tensor is, are used in place; a contiguous tensor is
+// transposed, 16 planes and some rows at a time, into a buffer that stays in the cache. The same buffer serves other
+// conversions.
 
 #pragma once
 
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -30,12 +32,12 @@ struct Grid {
   char* at(int64_t position) const { return data + position * width_of(dtype); }
 };
 
-template <class A> bool in_place(const Grid& grid) {
-  return grid.channels_last && grid.channels % lanes<A>() == 0 &&
-         grid.dtype == (sizeof(A) == 8 ? kFloat64 : kFloat32);
+// Whether the rows are used in place, as values of S.
+template <class S> bool in_place(const Grid& grid) {
+  return grid.channels_last && grid.channels % lanes<Sum<S>>() == 0 && grid.dtype == SumOf<S>::kType;
 }
-template <class A> A* row_in_place(const Grid& grid, int64_t group, int64_t row) {
-  return reinterpret_cast<A*>(grid.at((group * grid.height + row) * grid.width * grid.channels));
+template <class S> S* row_in_place(const Grid& grid, int64_t group, int64_t row) {
+  return reinterpret_cast<S*>(grid.at((group * grid.height + row) * grid.width * grid.channels));
 }
 
 // Reads rows [begin, end) of a group as depth values of A per position. The rows of a plane are contiguous in memory.
@@ -103,12 +105,14 @@ template <class A> int64_t batch_of(const Grid& grid) {
   return grid.channels_last ? 1 : min(max(256 / max(grid.width, 1), 1), max(grid.height, 1));
 }
 
-// Reads a tensor row by row as rows of A; the last `kept` rows returned stay valid.
-template <class A> class Rows {
+// Reads a tensor row by row as rows of S; the last `kept` rows returned stay valid. With BFloat16 only in place.
+template <class S> class Rows {
+  typedef Sum<S> A;
+
  public:
   Rows(const Grid& grid, int64_t kept)
       : grid_(grid), batch_(batch_of<A>(grid)), slots_((kept + batch_ - 2) / batch_ + 1),
-        row_size_(grid.width * grid.depth(lanes<A>())), direct_(in_place<A>(grid)) {
+        row_size_(grid.width * grid.depth(lanes<A>())), direct_(in_place<S>(grid)) {
     if (direct_) return;
     values_ = buffer<A>(slots_ * batch_ * row_size_);
     cached_ = buffer<int64_t>(slots_);
@@ -118,15 +122,15 @@ template <class A> class Rows {
     if (!direct_)
       for (int64_t slot = 0; slot < slots_; ++slot) cached_.get()[slot] = -1;
   }
-  const A* row(int64_t i) {
-    if (direct_) return row_in_place<A>(grid_, group_, i);
+  const S* row(int64_t i) {
+    if (direct_ || !std::is_same_v<S, A>) return row_in_place<S>(grid_, group_, i);
     const int64_t batch = i / batch_, slot = batch % slots_;
     A* values = values_.get() + slot * batch_ * row_size_;
     if (cached_.get()[slot] != batch) {
       load_rows<A>(grid_, group_, batch * batch_, min((batch + 1) * batch_, grid_.height), values);
       cached_.get()[slot] = batch;
     }
-    return values + i % batch_ * row_size_;
+    return reinterpret_cast<const S*>(values + i % batch_ * row_size_);
   }
 
  private:
@@ -139,12 +143,14 @@ template <class A> class Rows {
 
 constexpr int64_t kStreamedBytes = 1 << 20;  // about the size of a core's L2 cache
 
-// Writes a tensor row by row: in place, or through a buffer that is converted when full.
-template <class A> class OutRows {
+// Writes a tensor row by row: in place, or through a buffer that is converted when full. With BFloat16 only in place.
+template <class S> class OutRows {
+  typedef Sum<S> A;
+
  public:
   explicit OutRows(const Grid& grid)
       : grid_(grid), batch_(batch_of<A>(grid)), row_size_(grid.width * grid.depth(lanes<A>())),
-        direct_(in_place<A>(grid)) {
+        direct_(in_place<S>(grid)) {
     if (!direct_) values_ = buffer<A>(batch_ * row_size_);
   }
   // Whether to use non-temporal stores: a tensor of this size would be evicted before it is read.
@@ -156,10 +162,10 @@ template <class A> class OutRows {
     group_ = group;
     begin_ = end_ = row;
   }
-  A* next() {
-    if (direct_) return row_in_place<A>(grid_, group_, end_++);
+  S* next() {
+    if (direct_ || !std::is_same_v<S, A>) return row_in_place<S>(grid_, group_, end_++);
     if (end_ - begin_ == batch_) finish();
-    return values_.get() + (end_++ - begin_) * row_size_;
+    return reinterpret_cast<S*>(values_.get() + (end_++ - begin_) * row_size_);
   }
   void finish() {
     if (!direct_ && end_ > begin_) store_rows<A>(grid_, group_, begin_, end_, values_.get());

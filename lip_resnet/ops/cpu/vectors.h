@@ -47,6 +47,19 @@ template <> struct Traits<double> {
 template <class A> using Vec = typename Traits<A>::Vec;
 template <class A> constexpr int64_t lanes() { return 64 / sizeof(A); }
 
+struct BFloat16 {
+  uint16_t bits;
+};
+template <class S> struct SumOf {  // the type in which values of storage type S are added
+  typedef S Type;
+  static constexpr DType kType = sizeof(S) == 8 ? kFloat64 : kFloat32;
+};
+template <> struct SumOf<BFloat16> {
+  typedef float Type;
+  static constexpr DType kType = kBFloat16;
+};
+template <class S> using Sum = typename SumOf<S>::Type;
+
 template <class A> inline Vec<A> load(const A* p) {
   Vec<A> v;
   std::memcpy(&v, p, sizeof v);
@@ -132,11 +145,15 @@ template <class A> inline Vec<A> exp_nonpositive(Vec<A> d) {
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t width_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+constexpr int64_t width_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 inline VecF widen(Half16 h, int dtype) {
   if (dtype == kBFloat16) {
+#if defined(__AVX512F__)  // for GCC, which converts the halves of the vector one after the other
+    const Word16 word = (Word16)_mm512_cvtepu16_epi32((__m256i)h) << 16;
+#else
     const Word16 word = __builtin_convertvector(h, Word16) << 16;
+#endif
     VecF v;
     std::memcpy(&v, &word, sizeof v);
     return v;
@@ -160,11 +177,15 @@ inline VecF widen(Half16 h, int dtype) {
 
 inline Half16 narrow(VecF v, int dtype) {
   if (dtype == kBFloat16) {  // round to nearest, ties to even; keeps NaN
+#if defined(__AVX512BF16__)  // one instruction, to which numbers below 1.2e-38 are 0
+    return (Half16)_mm512_cvtneps_pbh((__m512)v);
+#else
     Word16 word;
     std::memcpy(&word, &v, sizeof word);
     Word16 rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     rounded = v != v ? (word >> 16) | 0x40 : rounded;
     return __builtin_convertvector(rounded, Half16);
+#endif
   }
 #if defined(__AVX512F__)
   return (Half16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
@@ -181,6 +202,24 @@ inline Half16 narrow(VecF v, int dtype) {
 #else
   typedef _Float16 Native __attribute__((vector_size(32)));
   return (Half16) __builtin_convertvector(v, Native);
+#endif
+}
+
+// As load, store and stream above, of bfloat16; an address to which is streamed is 32-byte-aligned.
+template <class A> inline Vec<A> load(const BFloat16* p) {
+  Half16 h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(h, kBFloat16);
+}
+template <class A> inline void store(BFloat16* p, Vec<A> v) {
+  const Half16 h = narrow(v, kBFloat16);
+  std::memcpy(p, &h, sizeof h);
+}
+template <class A> inline void stream(BFloat16* p, Vec<A> v) {
+#if defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(v, kBFloat16));
+#else
+  store<A>(p, v);
 #endif
 }
 

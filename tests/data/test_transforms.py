@@ -1,0 +1,67 @@
+"""What a recipe's keys do to pixels, by hand."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_config
+from PIL import Image
+
+from lip_resnet.config import DataConfig
+from lip_resnet.data import EvalLoader, build_sources
+from lip_resnet.data.transforms import TrainTransform
+
+MEAN = (0.9, 0.1, 0.2)
+
+
+def augment(image: Image.Image, seed: int, **keys: object) -> np.ndarray:
+    """(16, 16, 3) uint8."""
+    transform = TrainTransform(DataConfig(name="digits", batch_size=2, size=16, mean=MEAN, **keys))
+    out = torch.zeros(16, 16, 3, dtype=torch.uint8)
+    transform.image(image, seed, out)
+    return out.numpy()
+
+
+def test_rand_augment_fills_with_the_mean_colour():
+    """An image of that colour stays of one colour, wherever it is moved; filled with another it does not."""
+    colour = tuple(round(255 * value) for value in MEAN)
+    image = Image.new("RGB", (16, 16), colour)
+    outputs = [augment(image, seed, rand_augment="rand-m9-n1", flip=0.0) for seed in range(40)]
+    assert all((pixels == pixels[0, 0]).all() for pixels in outputs)
+    black = Image.new("RGB", (16, 16))
+    filled = [augment(black, seed, rand_augment="rand-m9-n1", flip=0.0) for seed in range(40)]
+    assert sum((pixels != pixels[8, 8]).any() for pixels in filled) > 2  # what moves it does fill
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.25, 1.0])
+def test_flips_are_as_often_as_asked(flip):
+    image = Image.fromarray(np.tile(np.arange(16, dtype=np.uint8)[None, :, None], (16, 1, 3)))
+    keys = {"flip": flip, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
+    flipped = [augment(image, seed, **keys)[0, 0, 0] > augment(image, seed, **keys)[0, 15, 0] for seed in range(200)]
+    assert np.mean(flipped) == pytest.approx(flip, abs=0.08)
+
+
+def test_erasing_and_jitter_are_as_asked():
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    changed = [(augment(image, seed, random_erasing=0.25) != (200, 100, 50)).any() for seed in range(200)]
+    assert np.mean(changed) == pytest.approx(0.25, abs=0.08)
+    outputs = np.array([augment(image, seed, color_jitter=0.2)[0, 0] for seed in range(100)], dtype=float)
+    brightness = outputs.mean(1) / np.mean((200, 100, 50))
+    assert 0.75 < brightness.min() < 0.9
+    assert 1.1 < brightness.max() < 1.25
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_validation_resizes_as_the_recipe_says(image_folder, interpolation):
+    """PIL's own resize of the shorter side, then the centre, for the loader that training's evaluation reads."""
+    data = {"data__name": "folder", "data__root": str(image_folder), "data__eval_resize": 28, "data__eval_size": 24}
+    config = small_config(model__num_classes=3, **data, data__interpolation=interpolation).data
+    source = build_sources(config, 3, ("val",))[0]
+    images, _ = next(iter(EvalLoader(source, config)))
+    image, _ = source[0]
+    width, height = (28, int(28 * image.height / image.width)) if image.width < image.height else (
+        int(28 * image.width / image.height), 28
+    )  # fmt: skip
+    resized = image.resize((width, height), getattr(Image.Resampling, interpolation.upper()))
+    left, top = round((width - 24) / 2), round((height - 24) / 2)
+    want = np.asarray(resized.crop((left, top, left + 24, top + 24)))
+    assert np.array_equal(images[0].permute(1, 2, 0).numpy(), want)
