@@ -179,7 +179,7 @@ def check_ddp_strides(device: str, folder: Path, batch: int = 2, side: int = 32,
     store = dist.FileStore(str(folder / "store"), 1)
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1, **gpu)
     try:
-        with mock.patch.object(distributed, "world_size", lambda: 2):  # one process is not wrapped
+        with mock.patch.object(distributed, "world_size", return_value=2):  # one process is not wrapped
             state = prepare(str(here), batch, side, **changes)[1]
         assert isinstance(state.wrapped, DistributedDataParallel)
         images = torch.randn(batch, 3, side, side, device=here).to(memory_format=torch.channels_last)
