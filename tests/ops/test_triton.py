@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import run_python
+from helpers import old_interpreter, run_python
 from helpers.operator_cases import LAYOUTS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -96,6 +96,7 @@ def test_windows_that_compile_for_minutes_use_the_plain_form(monkeypatch):
     dispatch._available.cache_clear()
 
 
+@old_interpreter
 def test_instance_norm_in_the_interpreter():
     """Forward and backward, run by Triton's interpreter, against PyTorch's instance norm in float64 and autograd.
 
