@@ -1,9 +1,11 @@
 """The Triton kernels on a machine without a GPU: run by Triton's interpreter, and chosen for fake GPU tensors."""
 
+import numpy
 import pytest
 import torch
 from helpers import old_interpreter, run_python
 from helpers.operator_cases import LAYOUTS
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lip_resnet import lip2d
@@ -91,8 +93,8 @@ def test_windows_that_compile_for_minutes_use_the_plain_form(monkeypatch):
             assert dispatch.supports(x, x, 8, 8)
             assert not dispatch.supports(x, x, 9, 2)
             assert dispatch.supports(x, x, 3, 9) == (device == "cpu")
-            names = lip2d(x.requires_grad_(), x, 3, 9, 1).grad_fn.name()
-            assert ("lip_resnet" in names) == (device == "cpu")
+            name = type(lip2d(x.requires_grad_(), x, 3, 9, 1).grad_fn).__name__
+            assert ("lip_resnet" in name) == (device == "cpu")
     dispatch._available.cache_clear()
 
 
@@ -102,7 +104,9 @@ def test_instance_norm_in_the_interpreter():
 
     Not in bfloat16, which the interpreter truncates where a GPU rounds.
     """
-    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    triton = pytest.importorskip("triton", reason="Triton is published for Linux only")
+    if triton.__version__.startswith("3.6.") and Version(numpy.__version__) >= Version("2.5"):
+        pytest.skip("the interpreter of Triton 3.6 makes numbers of arrays of one element, which numpy 2.5 refuses")
     code = """
         import itertools
         import torch
