@@ -4,6 +4,7 @@
     python scripts/benchmark.py model   inference: images per second, latency percentiles
     python scripts/benchmark.py train   training steps: images per second
     python scripts/benchmark.py step    the cost of the parts and options of a training step
+    python scripts/benchmark.py kernels the kernels of a training step that take most of its time
     python scripts/benchmark.py memory  a training step: bytes kept for the backward pass; on a GPU the peak as well
     python scripts/benchmark.py data    loaders: images per second of ours, timm's and torchvision's
 
@@ -25,8 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from bench import data, network, op, step, tables
-from bench.contestants import FORMS, NETWORKS, SITES
+from bench import data, kernels, network, op, step, tables
+from bench.contestants import DEFAULT_NETWORKS, FORMS, GPU_ONLY, NETWORKS, SITES
 from bench.timing import CLOCKS, LAYOUTS, Row
 
 from lip_resnet import cli
@@ -37,7 +38,7 @@ from lip_resnet.ops import dispatch
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 CONTESTANTS = {
-    **{"op": FORMS, "model": NETWORKS, "train": NETWORKS, "memory": NETWORKS},
+    **{"op": FORMS, "model": NETWORKS, "train": NETWORKS, "memory": NETWORKS, "kernels": NETWORKS},
     "step": step.PARTS | step.VARIANTS | step.GPU_VARIANTS,
 }
 ROWS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
@@ -45,6 +46,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "model": network.network_rows,
     "train": network.network_rows,
     "step": step.step_rows,
+    "kernels": kernels.kernel_rows,
     "memory": network.memory_rows,
     "data": data.data_rows,
 }
@@ -64,7 +66,7 @@ def parse() -> argparse.Namespace:
         add = commands.add_parser(what).add_argument
         add("--output", type=Path, metavar="FILE.jsonl", help="append every row to this new file")
         add("--force", action="store_true", help="replace an existing file")
-        if what != "memory":
+        if what not in ("memory", "kernels"):
             add("--rounds", type=int, default=51 if what == "model" and gpu else 9)
         if what == "data":
             add("--data", type=Path, help="a folder with images at any depth (default: generated photographs)")
@@ -86,7 +88,7 @@ def parse() -> argparse.Namespace:
             add("--size", type=int, default=224, help="of the images, in pixels")
         if what != "step":
             add("--layout", nargs="+", choices=LAYOUTS, default=["channels_last"])
-        if what != "memory":
+        if what not in ("memory", "kernels"):
             clock = "cpu: this process's CPU time, of all its threads, for a busy machine"
             add("--clock", choices=CLOCKS, default="wall", help=clock)
         if what in ("model", "train"):
@@ -110,8 +112,9 @@ def check(options: argparse.Namespace) -> None:
             small = [1, 32] if gpu else [1]
             options.batch = (small if options.what == "model" else []) + [256 if gpu else 8]
         if options.contestants is None:
-            excluded = step.GPU_VARIANTS if options.what == "step" and not gpu else {}
-            options.contestants = [name for name in CONTESTANTS[options.what] if name not in excluded]
+            names = DEFAULT_NETWORKS if CONTESTANTS[options.what] is NETWORKS else CONTESTANTS[options.what]
+            excluded = set() if gpu else GPU_ONLY | step.GPU_VARIANTS.keys()
+            options.contestants = [name for name in names if name not in excluded]
         batches = options.batch
     for name, value, least in (
         *(("batch", batch, 1) for batch in batches),

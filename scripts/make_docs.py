@@ -10,24 +10,65 @@ from pathlib import Path
 from typing import Any
 
 import draw_operator
+import torch
 from bench import tables
 from reproduce_paper import count_networks
 
 from lip_resnet import cli
 from lip_resnet.config import EFFECTS, Config, Effect, InputError
+from lip_resnet.evaluation.cost import count_parameters, macs_of_map
 from lip_resnet.evaluation.paper import load_paper, render_table
 from lip_resnet.evaluation.render import render
 from lip_resnet.files import write_text
-from lip_resnet.layers.downsampling import DOWNSAMPLING
+from lip_resnet.layers.downsampling import DOWNSAMPLING, make_layer
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "operator.svg"
+
+
+SITES_OF_RESNET50 = {"stem": [(64, 112)], "main": [(128, 56), (256, 28), (512, 14)]}
+"""Channels and height = width of the maps that layers after ResNet-50's strided convolutions read, at 224 pixels."""
 
 
 def layers() -> str:
     """The downsampling layers that a recipe can choose, one line each."""
     rows = [[f"`{name}`", layer.summary, layer.source] for name, layer in DOWNSAMPLING.items()]
     return render(["layer", "what it does", "source"], rows)
+
+
+def criteria() -> str:
+    """The paper's questions to every layer, answered by its Jacobian on two random maps in float64.
+
+    A position counts if a change of it changes the result; a layer weighs by content if its Jacobians differ.
+    """
+    rows = []
+    for name in DOWNSAMPLING:
+        torch.manual_seed(0)
+        layer = make_layer(name, 4).double().eval()
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+        maps = torch.randn(2, 1, 4, 9, 9, dtype=torch.float64)
+        jacobians = [torch.autograd.functional.jacobian(layer, each) for each in maps]
+        dropped = any(not jacobian.abs().sum((0, 1, 2, 3)).all() for jacobian in jacobians)
+        by_content = not torch.allclose(*jacobians, rtol=0, atol=1e-9)
+        learnt = any(True for _ in layer.parameters())
+        rows.append([f"`{name}`", *("yes" if answer else "no" for answer in (not dropped, by_content, learnt))])
+    return render(["layer", "every position counts", "weighs by content", "learnt"], rows)
+
+
+def layer_costs() -> str:
+    """Parameters and multiply-adds of every layer at ResNet-50's sites, with what was published and what to mind."""
+    rows = []
+    for name, layer in DOWNSAMPLING.items():
+        cells = []
+        for site in SITES_OF_RESNET50.values():
+            built = [(make_layer(name, channels, device="meta").eval(), channels, side) for channels, side in site]
+            parameters = sum(count_parameters(module) for module, _, _ in built)
+            macs = sum(macs_of_map(module, channels, side) for module, channels, side in built)
+            cells += [f"{parameters:,}", f"{macs / 1e6:,.1f}"]
+        rows.append([f"`{name}`", *cells, layer.published, layer.pitfalls])
+    header = ["layer", "stem: parameters", "MACs (M)", "main, 3 stages: parameters", "MACs (M)"]
+    return render([*header, "published (top-1 on ImageNet, %)", "mind"], rows)
 
 
 def paper() -> str:
@@ -114,6 +155,8 @@ def _values(schema: dict[str, Any]) -> str:
     """The allowed values of a key, from its JSON schema."""
     if "anyOf" in schema:
         return " or ".join(_values(option) for option in schema["anyOf"])
+    if "type" not in schema and "enum" not in schema:
+        return "text or mapping"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     kind = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
@@ -127,6 +170,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"networks": networks},
     "docs/recipes.md": {"recipe-keys": recipe_keys},
     "docs/layers.md": {"zoo": layers},
+    "docs/downsampling.md": {"criteria": criteria, "costs": layer_costs},
     "docs/paper.md": {"paper-report": paper},
     "docs/performance.md": {"performance": tables.performance},
     "docs/data.md": {"data": tables.loaders, "bad-images": bad_images},

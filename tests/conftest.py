@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.register_assert_rewrite("helpers")  # before any test imports them: their checks fail with the values
 # Tests run side by side, a process a core: OpenMP threads that wait for each other would cost more than they give.
 torch.set_num_threads(1)
 

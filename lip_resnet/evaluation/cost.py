@@ -25,6 +25,13 @@ def count_macs(model: nn.Module, size: int) -> int:
     return count_operations(model, size)[0]
 
 
+def macs_of_map(module: nn.Module, channels: int, side: int) -> int:
+    """Multiply-adds of a module on the meta device for one map (channels, side, side); ``count_macs``'s rule."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.empty(1, channels, side, side, device="meta"))
+    return counter.get_total_flops() // 2
+
+
 def count_operations(model: nn.Module, size: int) -> tuple[int, int]:
     """(macs, flops) of one ``size`` x ``size`` image, by the two rules at the top of this file."""
     elementwise = 0

@@ -3,11 +3,15 @@
     lip.lip2d    checks its arguments, then asks ``supports`` and ``must_decompose``
       -> torch.ops.lip_resnet.lip2d (here)    float32, bfloat16, float16, where a kernel runs
            -> cpu (C++), or triton_lip on GPUs: ``forward``, ``backward``
-      -> reference.py    float64; graphs that are exported or traced; other devices; windows above 8x8; no kernel
+      -> reference.py    float64; graphs that are exported or traced; other devices; no kernel; windows above 8x8;
+                         on GPUs also strides above 8
 
 The fused operator takes one pass over x and the logits forward and one backward, and saves x, logits, y and one number
-per window. A kernel is built or loaded when the first tensor of its device needs it; if that fails, one warning says
-why. The environment variable LIP_KERNELS=auto|plain chooses; with ``plain`` only ``reference.py`` is used.
+per window, on GPUs two. A kernel is built or loaded when the first tensor of its device needs it; if that fails, one
+warning says why. The environment variable LIP_KERNELS=auto|plain chooses; with ``plain`` only ``reference.py`` is used.
+
+Triton compiles a kernel for each window, when it is first used: 1 to 3 s for 3x3/2, at most half a minute within the
+limits, but two minutes for a stride of 16, as each of the stride^2 positions of a cell has code of its own.
 """
 
 import functools
@@ -31,6 +35,7 @@ class KernelUnavailable(Exception):
 CHOICES = ("auto", "plain")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_KERNEL_SIZE = 8
+MAX_GPU_STRIDE = 8
 
 
 @torch.compiler.assume_constant_result
@@ -87,13 +92,14 @@ def _backend(device_type: str) -> ModuleType:
     return importlib.import_module(f"lip_resnet.ops.{'cpu' if device_type == 'cpu' else 'triton_lip'}")
 
 
-def supports(x: Tensor, logits: Tensor, kernel_size: int) -> bool:
+def supports(x: Tensor, logits: Tensor, kernel_size: int, stride: int = 1) -> bool:
     """Whether the fused operator runs on these tensors: their dtypes, device and window."""
     return (
         x.dtype in DTYPES
         and logits.dtype in DTYPES
         and (torch.float64 not in (x.dtype, logits.dtype) or x.dtype == logits.dtype)
         and kernel_size <= MAX_KERNEL_SIZE
+        and (stride <= MAX_GPU_STRIDE or x.device.type == "cpu")
         and available(x.device.type)
     )
 
@@ -111,43 +117,61 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _empty_outputs(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+def _empty_outputs(
+    x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
     h, w = ((size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[-2:])
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.empty((*x.shape[:2], h, w), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
-    return y, torch.empty_like(y, dtype=dtype)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.device.type == "cpu":
+        return y, logits.new_empty((0, 0, 0, 0)), torch.empty_like(y, dtype=dtype)
+    if x.dtype.itemsize == logits.dtype.itemsize == 2:
+        dtype = torch.float16
+    return y, torch.empty_like(y, dtype=logits.dtype), torch.empty_like(y, dtype=dtype)
 
 
 @torch.library.custom_op("lip_resnet::lip2d", mutates_args=(), device_types=("cpu", "cuda"))
-def lip2d(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
-    """x, logits (B, C, H, W) -> y and r = 1 / sum exp(logits - max logits) of every window, both (B, C, h, w).
+def lip2d(x: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, logits (B, C, H, W) -> y (B, C, h, w), and what the backward pass needs of every window: top and r.
 
-    ``y`` has the dtype and layout of x, ``r`` is float32 (float64 beside float64). See ``lip_resnet.lip2d``, which
-    checks the arguments.
+    ``y`` has the dtype and layout of x. ``top`` is the largest logit, in their dtype; on the CPU, where the kernel
+    finds it again, it is empty. ``r`` = 1 / sum exp(logits - top) is float32 (float64 beside float64), on GPUs float16
+    where x and logits have 16 bits: it lies between 1/64 and 1, so it is rounded at most as much as y.
+    See ``lip_resnet.lip2d``, which checks the arguments.
     """
-    y, r = _empty_outputs(x, kernel_size, stride, padding)
+    y, top, r = _empty_outputs(x, logits, kernel_size, stride, padding)
     if y.numel():
         layout = layout_of(x)
         x, logits = x.contiguous(memory_format=layout), logits.contiguous(memory_format=layout)
-        _backend(x.device.type).forward(x, logits, y, r, (kernel_size, stride, padding))
-    return y, r
+        saved = (r,) if x.device.type == "cpu" else (top, r)
+        _backend(x.device.type).forward(x, logits, y, *saved, (kernel_size, stride, padding))
+    return y, top, r
 
 
 @lip2d.register_fake
 def _(x, logits, kernel_size, stride, padding):
-    return _empty_outputs(x, kernel_size, stride, padding)
+    return _empty_outputs(x, logits, kernel_size, stride, padding)
 
 
 @torch.library.custom_op("lip_resnet::lip2d_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def lip2d_backward(
-    dy: Tensor, x: Tensor, logits: Tensor, y: Tensor, r: Tensor, kernel_size: int, stride: int, padding: int
+    dy: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    y: Tensor,
+    top: Tensor,
+    r: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
 ) -> tuple[Tensor, Tensor]:
-    """dy, y, r (B, C, h, w); x, logits (B, C, H, W) -> dx in x's dtype, dlogits in theirs, both in x's layout."""
+    """dy, y, top, r (B, C, h, w); x, logits (B, C, H, W) -> dx in x's dtype, dlogits in theirs, both in x's layout."""
     dx, dl = _empty_gradients(x, logits)
     if x.numel():
         layout = layout_of(x)
-        dy, x, logits, y, r = (t.contiguous(memory_format=layout) for t in (dy, x, logits, y, r))
-        _backend(x.device.type).backward(dy, x, logits, y, r, dx, dl, (kernel_size, stride, padding))
+        dy, x, logits, y, top, r = (t.contiguous(memory_format=layout) for t in (dy, x, logits, y, top, r))
+        saved = (r,) if x.device.type == "cpu" else (top, r)
+        _backend(x.device.type).backward(dy, x, logits, y, *saved, dx, dl, (kernel_size, stride, padding))
     return dx, dl
 
 
@@ -157,19 +181,19 @@ def _empty_gradients(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lip2d_backward.register_fake
-def _(dy, x, logits, y, r, kernel_size, stride, padding):
+def _(dy, x, logits, y, top, r, kernel_size, stride, padding):
     return _empty_gradients(x, logits)
 
 
 def _setup_context(ctx, inputs, output):
     x, logits, *ctx.window = inputs
-    y, r = output
-    ctx.save_for_backward(x, logits, y, r)
-    ctx.mark_non_differentiable(r)
+    y, top, r = output
+    ctx.save_for_backward(x, logits, y, top, r)
+    ctx.mark_non_differentiable(top, r)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, _):
+def _backward(ctx, dy, *_):
     if dy is None:
         return None, None, None, None, None
     if torch.is_grad_enabled():  # for the second derivative

@@ -41,7 +41,7 @@ def lip2d(x: Tensor, logits: Tensor, kernel_size: int = 3, stride: int = 2, padd
     window = (kernel_size, stride, padding)
     if x.dtype == torch.float64:
         return reference.double(x, logits.double(), window)
-    if not dispatch.must_decompose() and dispatch.supports(x, logits, kernel_size):
+    if not dispatch.must_decompose() and dispatch.supports(x, logits, kernel_size, stride):
         return torch.ops.lip_resnet.lip2d(x, logits, *window)[0]
     return reference.pool(x.float(), logits.float(), window).to(x.dtype)
 

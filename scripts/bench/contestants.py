@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lip_resnet  # noqa: F401 (registers the networks)
+from bench import previous
 from bench.timing import WrongResult
 from lip_resnet import lip2d
 from lip_resnet.layers.logits import BottleneckTrunk, Gate, InstanceNorm2d
@@ -26,8 +27,11 @@ SITES = {
     for channels, size in ((64, 112), (128, 56), (256, 56), (256, 28), (512, 28), (512, 14), (1024, 14))
 }
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
-REFERENCE = "lip_resnet50, textbook"
 FLOOR = "lip_resnet50, convolution floor"
+REFERENCE = "lip_resnet50, textbook"
+PREVIOUS = "previous kernels"
+GPU_ONLY = {PREVIOUS, f"lip_resnet50, {PREVIOUS}"}
+"""Contestants that need a GPU; Triton's kernels before today's."""
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -73,6 +77,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "plain form": lambda x, logits: reference.pool(x.float(), logits.float(), WINDOW).to(x.dtype),
     "textbook, torch.compile": lambda x, logits: _compiled()(x, logits),
     "avg_pool2d": lambda x, logits: F.avg_pool2d(x, *WINDOW),
+    PREVIOUS: previous.pool,
 }
 
 
@@ -134,16 +139,21 @@ class Skip(nn.Identity):
         return x
 
 
-def textbook_network(name: str) -> nn.Module:
-    """LIP-ResNet as in the reference code: textbook operator, PyTorch's instance norm, the same weights."""
+def variant(name: str, layer: type[LIP2d], norm: type[nn.Module], **norm_options: bool) -> nn.Module:
+    """A LIP network with another LIP layer and another instance norm, both with the same weights."""
     model = timm.create_model(name)
     for parent in list(model.modules()):
         for key, child in parent.named_children():
             if isinstance(child, LIP2d):
-                setattr(parent, key, TextbookLIP(child.logits, child.kernel_size, child.stride, child.padding))
+                setattr(parent, key, layer(child.logits, child.kernel_size, child.stride, child.padding))
             elif isinstance(child, InstanceNorm2d):
-                setattr(parent, key, TextbookNorm(child.num_features, affine=True))
+                setattr(parent, key, norm(child.num_features, **norm_options))
     return model
+
+
+def textbook_network(name: str) -> nn.Module:
+    """A LIP network as in the reference code: textbook operator and PyTorch's instance norm."""
+    return variant(name, TextbookLIP, TextbookNorm, affine=True)
 
 
 def floor_network(name: str) -> nn.Module:
@@ -172,14 +182,20 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     REFERENCE: lambda: textbook_network("lip_resnet50"),
     FLOOR: lambda: floor_network("lip_resnet50"),
     "lip_resnet50, logits recomputed": lambda: timm.create_model("lip_resnet50", recompute_logits=True),
+    f"lip_resnet50, {PREVIOUS}": lambda: variant("lip_resnet50", previous.PreviousLIP, previous.PreviousNorm),
+}
+DEFAULT_NETWORKS = tuple(NETWORKS)
+NETWORKS |= {
+    name: functools.partial(timm.create_model, name)
+    for name in ("resnet101", "lip_resnet101", "densenet121", "lip_densenet121")
 }
 
 
 @functools.cache
-def _truth() -> tuple[dict[str, Tensor], Tensor, Tensor, int]:
-    """LIP-ResNet-50 weights with varying logits, images, the textbook network's float64 output, and its FLOPs."""
+def _truth(name: str) -> tuple[dict[str, Tensor], Tensor, Tensor, int]:
+    """Weights of a LIP network with varying logits, images, the textbook network's float64 output, and its FLOPs."""
     torch.manual_seed(0)
-    model = NETWORKS[REFERENCE]()
+    model = textbook_network(name)
     for module in model.modules():  # at initialisation LIP is average pooling
         if isinstance(module, LIP2d):
             nn.init.normal_(module.logits.conv.weight, std=0.01)
@@ -198,7 +214,7 @@ def build_network(name: str, device: str, memory_format: torch.memory_format) ->
     model = NETWORKS[name]().to(device, memory_format=memory_format)
     if not name.startswith("lip_"):
         return model
-    weights, images, truth, expected_flops = _truth()
+    weights, images, truth, expected_flops = _truth(name.partition(",")[0])
     model.load_state_dict(weights, strict=name != FLOOR)  # the floor has no norms
     with full_float32():
         output, flops = _run(model, images.to(device, memory_format=memory_format))

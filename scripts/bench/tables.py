@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.quantities import GPUS, QUANTITIES, gpu_of, predictions
 from bench.timing import Row
 from lip_resnet.evaluation.render import render
 
@@ -37,16 +38,17 @@ def markdown(rows: list[Row], environment: Row) -> str:
     return "\n".join([*facts, "", _table(keys, [[row.get(key) for key in keys] for row in rows])]) + "\n"
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value for a table: three digits, a range for a list, "-" for None."""
     if isinstance(value, list):
-        return " to ".join(map(_show, value))
+        return " to ".join(map(show, value))
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return "-" if value is None else str(value)
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
-    return render(header, [[_show(value) for value in row] for row in rows]).rstrip()
+    return render(header, [[show(value) for value in row] for row in rows]).rstrip()
 
 
 # ---- tables of the docs ----
@@ -130,11 +132,6 @@ _MEMORY = _columns(
     *(("model", "network"), ("batch", "batch"), ("kept_mib", "kept for backward (MiB)")),
     *(("kept / resnet50", "/ resnet50's"), ("peak_mib", "peak (MiB)"), ("peak / resnet50", "peak / resnet50's")),
 )
-_PREDICTED = _columns(
-    *(("gpu", "GPU"), ("mode", "mode"), ("resnet50", "resnet50 (ms)"), ("floor", "convolution floor (ms)")),
-    *(("lip_resnet50", "lip_resnet50 (ms)"), ("time / resnet50", "time / resnet50's")),
-    ("time / floor", "time / convolution floor's"),
-)
 FLOOR_CAPTION = (
     "The convolution floor is LIP-ResNet-50 with all its convolutions, forward and backward, and without what LIP adds "
     "to them: average pooling replaces the operator, with its gradient for both features and logits, and the instance "
@@ -159,34 +156,41 @@ class Part(NamedTuple):
 PARTS = (
     Part("op_cpu", "The operator on a CPU", _operator),
     Part("train_cpu", "Training steps on a CPU", _TRAINING, FLOOR_CAPTION),
+    Part("train_cpu_bfloat16", "Training steps on a CPU in bfloat16", _TRAINING, FLOOR_CAPTION),
     Part("model_cpu", "Inference on a CPU", _INFERENCE, FLOOR_CAPTION),
     Part("train_plain", "Training steps on a CPU without a C++ compiler", _TRAINING, FLOOR_CAPTION),
     Part("step_cpu", "The parts of a training step, on a CPU", _STEP, STEP_CAPTION),
     Part("memory_cpu", "Memory of a training step", _MEMORY),
 )
-GPU_PARTS = (
-    Part("op_gpu", "The operator on a GPU", _operator),
-    Part("train_gpu", "Training steps on a GPU", _TRAINING, FLOOR_CAPTION),
-    Part("step_gpu", "The parts of a training step, on a GPU", _STEP, STEP_CAPTION),
-    Part("model_gpu", "Inference on a GPU", _INFERENCE, FLOOR_CAPTION),
-    Part("memory_gpu", "Memory of a training step on a GPU", _MEMORY),
-)
 LOADERS = Part("data_cpu", "Loaders", _loaders)
 
 
 def performance(folder: Path = FOLDER) -> str:
-    """The tables of all measured parts, each with its command and machine; predictions for GPUs until those exist."""
-    texts = [_measured(part, folder) for part in (*PARTS, *GPU_PARTS) if (folder / f"{part.name}.jsonl").is_file()]
-    if not all((folder / f"{part.name}.jsonl").is_file() for part in GPU_PARTS):
-        model, rows = read(FOLDER / "predicted_gpu.jsonl")
-        loop = f"for what in {' '.join(part.name.removesuffix('_gpu') for part in GPU_PARTS)}; do"
-        texts.append(
-            f"**Training steps on GPUs, predicted**\n\n{_PREDICTED(rows)}\n\nNot measured: {model['method']} "
-            f"To measure it, and the other tables of this page, on a GPU:\n\n    {loop}\n"
-            "        python scripts/benchmark.py $what --device cuda --precision bfloat16 "
-            "--output results/${what}_gpu.jsonl\n    done"
-        )
-    return "\n\n".join(texts)
+    """The tables of all measured parts, each with its command and machine, and the table of GPUs."""
+    texts = [_measured(part, folder) for part in PARTS if (folder / f"{part.name}.jsonl").is_file()]
+    return "\n\n".join([*texts, gpus(folder / "gpu")])
+
+
+def gpus(folder: Path) -> str:
+    """For every quantity and GPU the figure that ``benchmark_gpu.py fast`` has measured, or else the predicted one."""
+    method, predicted = predictions()
+    measured: dict[str, tuple[Row, list[Row]]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        environment, rows = read(path)
+        gpu = gpu_of(environment["hardware"])
+        if environment["stage"] == "fast" and not environment["quick"] and gpu is not None:
+            measured[gpu] = environment, rows
+    lines = []
+    for quantity in QUANTITIES:
+        cells = []
+        for gpu in GPUS:
+            value = quantity.measure(measured[gpu][1]) if gpu in measured else None
+            model = predicted.get((gpu, quantity.name))
+            cells.append(show(value) if value is not None else f"{show(model)} (model)" if model is not None else "-")
+        lines.append([quantity.name, quantity.target, *cells])
+    text = f"**On GPUs**\n\n{_table(['quantity', 'target', *GPUS], lines)}\n\n(model): predicted. {method}"
+    machines = [_made_by(environment) for environment, _ in measured.values()]
+    return "\n\n".join([text, *machines])
 
 
 def loaders(folder: Path = FOLDER) -> str:
@@ -205,7 +209,8 @@ def _measured(part: Part, folder: Path) -> str:
 
 def _made_by(environment: Row) -> str:
     """Machine, versions and command of a measurement."""
-    prefix = "" if environment["lip_kernels"] == "auto" else "LIP_KERNELS=plain "
+    prefix = "LIP_KERNELS=plain " if environment.get("lip_kernels") == "plain" else ""
     command = prefix + shlex.join(environment["command"])
     machine = f"{environment['hardware']}, torch {environment['torch']}, {environment['threads']} threads"
-    return f"{machine}, load {environment['load']} before the run, {environment['date'][:10]}; `{command}`"
+    load = f", load {environment['load']} before the run" if "load" in environment else ""
+    return f"{machine}{load}, {environment['date'][:10]}; `{command}`"

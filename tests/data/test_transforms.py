@@ -65,3 +65,10 @@ def test_validation_resizes_as_the_recipe_says(image_folder, interpolation):
     left, top = round((width - 24) / 2), round((height - 24) / 2)
     want = np.asarray(resized.crop((left, top, left + 24, top + 24)))
     assert np.array_equal(images[0].permute(1, 2, 0).numpy(), want)
+
+
+@pytest.mark.parametrize(("scale", "side"), [(1.0, 16), (0.25, 8)])
+def test_crops_have_the_area_that_the_recipe_says(scale, side):
+    keys = {"crop_scale": (scale, scale), "crop_ratio": (1.0, 1.0)}
+    transform = TrainTransform(DataConfig(name="digits", batch_size=2, **keys))
+    assert {transform.crop_box(16, 16)[2:] for _ in range(9)} == {(side, side)}

@@ -27,7 +27,7 @@ from lip_resnet.models import registry
 from lip_resnet.models.identify import Network, crop_pct
 from lip_resnet.recipe import load_config
 
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
 
 
 @pytest.fixture

@@ -4,18 +4,35 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import torch
+import pytest
 from PIL import Image
 
 from lip_resnet.config import Config
 from lip_resnet.recipe import parse_config
 
 ROOT = Path(__file__).parents[2]
-OLD_EXPORT = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+
+
+def _version(package: str) -> tuple[int, ...]:
+    """Major and minor version of an installed package; (0, 0) if it is not installed."""
+    try:
+        return tuple(map(int, metadata.version(package).split(".")[:2]))
+    except metadata.PackageNotFoundError:
+        return 0, 0
+
+
+OLD_EXPORT = _version("torch") < (2, 12)
 """torch.export of 2.11 guards a dynamic size by the sample's remainder in every division by a stride."""
+
+old_interpreter = pytest.mark.skipif(
+    _version("triton") < (3, 8) and _version("numpy") >= (2, 5),
+    reason="Triton's interpreter before 3.8 takes int() of arrays of one element, which numpy 2.5 refuses",
+)
+"""For tests that run a kernel whose loops have bounds from arguments in Triton's interpreter."""
 
 
 def small_config(**changes: object) -> Config:

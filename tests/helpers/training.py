@@ -1,5 +1,6 @@
 """A small training state and its loaders."""
 
+import copy
 import sys
 
 import torch
@@ -45,3 +46,19 @@ def run_train(monkeypatch, *arguments: object) -> None:
     finally:
         while run_folder._locks:
             run_folder._locks.pop().close()  # as the end of the process does
+
+
+def whole_state(state) -> dict[str, torch.Tensor]:
+    """Every tensor that a step may change, by name."""
+    entries = {f"model.{key}": value for key, value in state.model.state_dict().items()}
+    entries |= {f"ema.{key}": value for key, value in state.ema.module.state_dict().items()}
+    for index, (_, tensors) in enumerate(sorted(state.optimizer.state_dict()["state"].items())):
+        entries |= {f"optimizer.{index}.{key}": value for key, value in tensors.items() if torch.is_tensor(value)}
+    entries["window"] = state.window.sums
+    return copy.deepcopy({key: value.detach() for key, value in entries.items()})
+
+
+def same(one, other) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key

@@ -53,6 +53,14 @@ def test_grid_importance_is_strided_sampling(window):
     close(lip2d(x, on_grid, *window), layer(x))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "padding", "first"), [(1, 0, 0), (2, 0, 0), (3, 1, 0), (3, 0, 1), (4, 1, 0), (5, 1, 1)]
+)
+def test_strided_sampling_takes_the_upper_left_of_two_centres(kernel, padding, first):
+    x = features()
+    assert torch.equal(make_layer("strided", 4, kernel, 2, padding)(x)[..., 0, 0], x[..., first, first])
+
+
 def test_strided_sampling_is_a_strided_convolution():
     x, weight = features(), torch.randn(5, 4, 3, 3).double()
     close(make_layer("strided", 5)(F.conv2d(x, weight, padding=1)), F.conv2d(x, weight, stride=2, padding=1))

@@ -95,6 +95,25 @@ def test_a_layer_for_every_site_of_resnet50():
     assert str(report).startswith("7 replaced, 1 kept\n  maxpool: stem, ")
 
 
+@pytest.mark.parametrize("name", ["downsample", "shortcut", "proj", "skip"])
+def test_site_of_a_branch_by_its_name(name):
+    """Beside a strided layer of its block it is a shortcut; alone, a transition between stages."""
+
+    class Block(nn.Module):
+        def __init__(self, stride: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, stride, padding=1)
+            setattr(self, name, nn.Conv2d(8, 8, 1, 2))
+
+        def forward(self, x):
+            return getattr(self, name)(x) + nn.functional.adaptive_avg_pool2d(self.conv(x), 16)
+
+    for stride, site in ((2, "shortcut"), (1, "transition")):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Block(stride))
+        report = replace_downsampling(model, "average", input_size=(3, 32, 32))
+        assert report.swapped[f"1.{name}"].startswith(f"{site}, ")
+
+
 @pytest.mark.parametrize("layer", DOWNSAMPLING)
 def test_every_layer_in_resnet18(layer):
     model = network("timm:resnet18").eval()
@@ -198,6 +217,11 @@ def test_a_layer_with_weights_is_not_shared_by_several_calls(channels):
     report = replace_downsampling(model, "average", input_size=(1, 28, 28))
     assert report.swapped == {"pool": "main, MaxPool2d 2/2 -> average"}
     assert model(x).shape == (2, 10)
+
+
+def test_a_filter_for_other_channels_is_not_shared():
+    """Blur has no weights to learn, but one filter for each channel."""
+    assert "calls it 2 times" in replace_downsampling(Tutorial(), "blur", input_size=(1, 28, 28)).kept["pool"]
 
 
 def test_a_layer_under_several_names():

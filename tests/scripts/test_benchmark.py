@@ -1,7 +1,6 @@
 """benchmark.py: every subcommand on tiny settings, its refusals, and the tables made from stored rows."""
 
 import json
-import shlex
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import benchmark
 import pytest
 import timm
 import torch
-from bench import contestants, network, step, tables
+from bench import contestants, network, quantities, step, tables
 from bench.timing import LAYOUTS, WrongResult
 from helpers.commands import refuse
 
@@ -22,6 +21,7 @@ TINY = {
     "train": ["--size", "64", "--batch", "2", "--contestants", "lip_resnet50", contestants.FLOOR],
     "step": ["--size", "64", "--batch", "2", "--contestants", step.BARE, step.AS_TRAINED, "with EMA"],
     "memory": ["--size", "64", "--batch", "2", "--contestants", "resnet50", "lip_resnet50", contestants.REFERENCE],
+    "kernels": ["--size", "64", "--batch", "1", "--contestants", "resnet50"],
 }
 TIMES = {"ms", "ms_q1", "ms_q3"}
 NETWORK = TIMES | {"model", "layout", "compile", "images_per_second", "time / resnet50", "time / floor"}
@@ -31,6 +31,7 @@ COLUMNS = {
     "train": NETWORK,
     "step": TIMES | {"step", "network", "images_per_second", "time / bare"},
     "memory": {"model", "layout", "kept_mib", "kept / resnet50"},
+    "kernels": {"model", "layout", "kernel", "ms", "share", "calls"},
 }
 
 
@@ -46,14 +47,21 @@ def run(monkeypatch, tmp_path, *arguments: str) -> list[dict]:
 
 @pytest.mark.parametrize("what", TINY)
 def test_rows(monkeypatch, tmp_path, capsys, what):
-    rounds = [] if what == "memory" else ["--rounds", "2"]
+    if what == "kernels":  # a small network: the profiler is slow
+        monkeypatch.setitem(
+            contestants.NETWORKS, "resnet50", lambda: timm.create_model("test_resnet", num_classes=1000)
+        )
+    rounds = [] if what in ("memory", "kernels") else ["--rounds", "2"]
     rows = run(monkeypatch, tmp_path, what, *TINY[what], *rounds)
-    count = {"op": 2 * 4, "model": 2 * 2, "train": 2, "step": 3, "memory": 3}[what]
+    count = {"op": 2 * 4, "model": 2 * 2, "train": 2, "step": 3, "memory": 3, "kernels": 21}[what]
     assert len(rows) == count
     for row in rows:
         assert set(row) == COLUMNS[what] | {"precision", "batch"} | (set() if what == "op" else {"size"})
         assert all(value > 0 for key, value in row.items() if key.startswith(("ms", "kept", "images")))
     assert capsys.readouterr().out.count("\n| ") == count + 2  # and the header with its rule
+    if what == "kernels":
+        assert sum(row["share"] for row in rows) == pytest.approx(1, abs=0.01)
+        assert [row["ms"] for row in rows[:-1]] == sorted((row["ms"] for row in rows[:-1]), reverse=True)
     if what == "memory":  # the fused network keeps less than the textbook's
         assert rows[1]["kept_mib"] < rows[2]["kept_mib"]
 
@@ -193,7 +201,7 @@ def test_refusals(monkeypatch, capsys, tmp_path):
     def line(*arguments: object) -> str:
         return refuse(capsys, monkeypatch, benchmark, *arguments)
 
-    assert "op|model|train|step|memory|data" in line()
+    assert "op|model|train|step|kernels|memory|data" in line()
     assert "invalid choice: 'speed'" in line("speed")
     assert "invalid choice: '3x3'" in line("op", "--sites", "3x3")
     assert "--rounds 1; it must be at least 2" in line("op", "--rounds", 1)
@@ -211,7 +219,7 @@ def test_refusals(monkeypatch, capsys, tmp_path):
 
 
 def test_the_page_of_measurements(tmp_path):
-    """Measured rows with their command; failed ones are marked; predictions, once, until every GPU part is measured."""
+    """Measured rows with their command; failed ones are marked; and the table of GPUs."""
     environment = dict.fromkeys(("torch", "threads", "load", "hardware"), "x") | {"date": "2020-01-02T03:04:05"}
     environment |= {"lip_kernels": "plain", "command": ["python", "a b"]}
     common = {"layout": "channels_last", "precision": "float32", "batch": 8}
@@ -230,16 +238,24 @@ def test_the_page_of_measurements(tmp_path):
     assert cells[1:7] == ["64x112", "channels_last", "35", "failed", "failed", "-"]
     assert "batch 8, precision float32, layout channels_last, x, torch x" in page
     assert "`LIP_KERNELS=plain python 'a b'`" in page
-    assert page.count(", predicted**") == page.count("Not measured") == 1
-    for part in tables.GPU_PARTS:
-        rows = [common | {"model": "resnet50", "site": "64x112", "form": "lip2d", "ms": 1.0}]
-        write(part.name)
-    assert "predicted" not in tables.performance(tmp_path)
+    assert page.count("**On GPUs**") == 1
 
 
-def test_the_command_for_gpus_parses(monkeypatch, tmp_path):
-    loop, command = tables.performance(tmp_path).splitlines()[-3:-1]
-    for what in loop.split(" in ")[1].removesuffix("; do").split():
-        monkeypatch.setattr(sys, "argv", shlex.split(command.replace("$what", what).replace("${what}", what))[1:])
-        options = benchmark.parse()
-        assert (options.what, options.output.name) == (what, f"{what}_gpu.jsonl")
+def test_the_table_of_gpus(tmp_path):
+    """Every cell is a figure: a measured one, of its own GPU, or one that is marked as a model's."""
+    page = tables.gpus(tmp_path)
+    lines = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) == len(quantities.QUANTITIES)
+    assert all(line.count("(model)") == 2 for line in lines)
+
+    environment = {"hardware": "NVIDIA H200", "torch": "2.11", "threads": 8, "date": "2026-01-01T", "command": ["fast"]}
+    environment |= {"stage": "fast", "quick": False}
+    rows = [{"part": "train", "model": "lip_resnet50", "ms": 51.234, "time / resnet50": 1.25}]
+    for name, changes in (("fast", {}), ("tried", {"quick": True, "hardware": "NVIDIA H100"})):
+        content = [{"environment": environment | changes}, *rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    page = tables.gpus(tmp_path)
+    (ratio,) = (line for line in page.splitlines() if "eager: lip_resnet50 / resnet50" in line)
+    assert [cell.strip() for cell in ratio.split("|")][2:5] == ["at most 1.28", "1.32 (model)", "1.25"]
+    assert page.count("(model)") == 2 * len(quantities.QUANTITIES) - 2 + 1  # the caption has one
+    assert "NVIDIA H200, torch 2.11" in page

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers import small_config
-from helpers.training import prepare, run
+from helpers.training import prepare, run, same, whole_state
 
 from lip_resnet import checkpoint
 from lip_resnet.training import nonfinite, objective
@@ -29,26 +29,10 @@ def nan_image(monkeypatch):
     monkeypatch.setattr(objective.Objective, "prepare", spoiled)
 
 
-def whole_state(state) -> dict[str, torch.Tensor]:
-    """Every tensor that a step may change, by name."""
-    entries = {f"model.{key}": value for key, value in state.model.state_dict().items()}
-    entries |= {f"ema.{key}": value for key, value in state.ema.module.state_dict().items()}
-    for index, (_, tensors) in enumerate(sorted(state.optimizer.state_dict()["state"].items())):
-        entries |= {f"optimizer.{index}.{key}": value for key, value in tensors.items() if torch.is_tensor(value)}
-    entries["window"] = state.window.sums
-    return copy.deepcopy({key: value.detach() for key, value in entries.items()})
-
-
 def watch(state, loader, config, seen: list, logged: list | None = None) -> None:
     """Train an epoch; ``seen`` gets the state after every step, ``logged`` the numbers."""
     log = [] if logged is None else logged
     train_one_epoch(state, loader, config, on_step=lambda: seen.append(whole_state(state)), on_log=log.append)
-
-
-def same(one, other) -> None:
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
 
 
 RECIPES = {

@@ -321,7 +321,9 @@ struct Call {
 extern "C" void lip2d_forward(const void* x, const void* logits, void* y, void* r, const int64_t* shape,
                               const int* dtypes, int threads) {
   const Call c(shape, dtypes);
-  const auto run = c.sum_dtype == kFloat64 ? forward<double> : c.in_place<BFloat16>() ? forward<BFloat16> : forward<float>;
+  const auto run = c.sum_dtype == kFloat64    ? forward<double>
+                   : c.in_place<BFloat16>() ? forward<BFloat16>
+                                            : forward<float>;
   run(c.input(x, c.dtype), c.input(logits, c.logits_dtype), c.output(y, c.dtype), c.output(r, c.sum_dtype), c.window,
       threads);
 }
@@ -329,7 +331,9 @@ extern "C" void lip2d_forward(const void* x, const void* logits, void* y, void* 
 extern "C" void lip2d_backward(const void* dy, const void* x, const void* logits, const void* y, const void* r,
                                void* dx, void* dlogits, const int64_t* shape, const int* dtypes, int threads) {
   const Call c(shape, dtypes);
-  const auto run = c.sum_dtype == kFloat64 ? backward<double> : c.in_place<BFloat16>() ? backward<BFloat16> : backward<float>;
+  const auto run = c.sum_dtype == kFloat64    ? backward<double>
+                   : c.in_place<BFloat16>() ? backward<BFloat16>
+                                            : backward<float>;
   run(c.output(dy, c.dtype), c.input(x, c.dtype), c.input(logits, c.logits_dtype), c.output(y, c.dtype),
       c.output(r, c.sum_dtype), c.input(dx, c.dtype), c.input(dlogits, c.logits_dtype), c.window, threads);
 }

@@ -56,8 +56,12 @@ void norm_task(const Norm<A>& a, int64_t image, int64_t c, int64_t count) {
   const int64_t step = a.channels * width, bytes = count * sizeof(A);
   const char *z = a.z + start, *dout = kBackward ? a.dout + start : nullptr;
   char* out = a.out + start;
-  const auto load_row = [&](const A* row, int v) { return read_raw<Vec<A>>(reinterpret_cast<const char*>(row + v * n), bytes); };
-  const auto store_row = [&](A* row, int v, Vec<A> value) { write_raw(reinterpret_cast<char*>(row + v * n), value, bytes); };
+  const auto load_row = [&](const A* row, int v) {
+    return read_raw<Vec<A>>(reinterpret_cast<const char*>(row + v * n), bytes);
+  };
+  const auto store_row = [&](A* row, int v, Vec<A> value) {
+    write_raw(reinterpret_cast<char*>(row + v * n), value, bytes);
+  };
   const auto value_at = [&](const char* p, int v) { return read<A>(p + v * n * width, kType, count); };
   Vec<A> scale[kVectors], shift[kVectors], mean[kVectors], rstd[kVectors], total[kVectors] = {}, square[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) {
@@ -146,9 +150,9 @@ void norm(const void* z, const void* weight, const void* bias, const void* dout,
 
 }  // namespace
 
-// shape: batch, channels, positions, activation. z, dout and out are channels-last, of storage type `dtype`; all else is
-// double beside float64, else float. dout null: forward; writes out = activation(t), mean and rstd. Otherwise backward:
-// writes out = dz and the sums over positions of dt (sum_g) and dt (z - mean) rstd (sum_gz).
+// shape: batch, channels, positions, activation. z, dout and out are channels-last, of storage type `dtype`; all other
+// arrays are double beside float64, else float. dout null: forward; writes out = activation(t), mean and rstd.
+// Otherwise backward: writes out = dz and the sums over positions of dt (sum_g) and dt (z - mean) rstd (sum_gz).
 extern "C" void instance_norm(const void* z, const void* weight, const void* bias, const void* dout, void* out,
                               void* mean, void* rstd, void* sum_g, void* sum_gz, const int64_t* shape, double eps,
                               double coefficient, int dtype, int threads) {
