@@ -24,8 +24,10 @@ from lip_resnet.data.transforms import eval_transform
 from lip_resnet.evaluation.evaluate import evaluate_set
 from lip_resnet.evaluation.predictions import PredictionLog
 from lip_resnet.evaluation.protocol import EvalConfig, adapt
-from lip_resnet.evaluation.testsets import EvalSet, Joined, open_set
+from lip_resnet.evaluation.testsets import EvalSet, Joined
 
+Open = Callable[[EvalDataConfig], EvalSet]
+"""Opens the set of images, to be resized and cropped so."""
 Build = Callable[[Sequence[int]], nn.Module]
 """Builds the network on its device, and checks that it takes images of these sizes (pixels)."""
 
@@ -48,7 +50,7 @@ class Measured:
     """Of the probe: part of the row's protocol."""
 
 
-def measure_shift(build: Build, config: EvalConfig, split: str, seed: int = 0) -> Measured:
+def measure_shift(images: Open, build: Build, config: EvalConfig, seed: int = 0) -> Measured:
     """Shift consistency: the share of images whose top-1 is the same for two random crops, right or wrong.
 
     Images are cropped at the centre to eval_size + s pixels, s = 32 of 224 in proportion, after a resize that is large
@@ -60,19 +62,19 @@ def measure_shift(build: Build, config: EvalConfig, split: str, seed: int = 0) -
     shift = shift_of(size)
     resize = max(config.data.eval_resize, size + shift)
     whole = config.data.model_copy(update={"eval_size": size + shift, "eval_resize": resize})
-    data = open_set(None, whole, split, config.model.num_classes)
+    data = images(whole)
     crops = ShiftedCrops(data.source, whole, shift, seed)
     loader, log = EvalLoader(crops, whole), PredictionLog()
     network = build([size])
     pairs = dataclasses.replace(data, source=crops, parts={"": range(len(crops))})
     result = evaluate_set(network, pairs, loader, config, predictions=log)
     top1 = log.gather().top[:, 0]
-    agreeing, images = int((top1[::2] == top1[1::2]).sum()), len(data.source)
+    agreeing, count = int((top1[::2] == top1[1::2]).sum()), len(data.source)
     measured = {
-        "images": images,
+        "images": count,
         "agreeing": agreeing,
-        "consistency": 100 * agreeing / images,
-        "interval": wilson(agreeing, images),
+        "consistency": 100 * agreeing / count,
+        "interval": wilson(agreeing, count),
         "top1_of_crops": result["top1"],
     }
     config = config.model_copy(update={"data": config.data.model_copy(update={"eval_resize": resize})})
@@ -125,7 +127,7 @@ class ShiftedCrops(Dataset):
         return name_sample(self.source, index // 2)
 
 
-def measure_sizes(build: Build, config: EvalConfig, split: str, sizes: Sequence[int] = ()) -> Measured:
+def measure_sizes(images: Open, build: Build, config: EvalConfig, sizes: Sequence[int] = ()) -> Measured:
     """Accuracy at each test size, with the resize in the recipe's proportion, as eval.py --size.
 
     Args:
@@ -133,7 +135,7 @@ def measure_sizes(build: Build, config: EvalConfig, split: str, sizes: Sequence[
     """
     sizes = sorted(set(sizes)) or [round(config.data.eval_size * factor) for factor in SIZES]
     configs = [adapt(config, eval_size=size)[0] for size in sizes]
-    sets = [open_set(None, each.data, split, config.model.num_classes) for each in configs]
+    sets = [images(each.data) for each in configs]
     loader = EvalLoader(Joined(sets), config.data)
     network = build(sizes)
     measured, start = [], 0
@@ -146,7 +148,7 @@ def measure_sizes(build: Build, config: EvalConfig, split: str, sizes: Sequence[
     return Measured(network, sets[0], config, {"images": len(sets[0].source), "sizes": measured}, settings)
 
 
-def measure_objects(build: Build, config: EvalConfig, split: str, boxes: Path | None = None) -> Measured:
+def measure_objects(images: Open, build: Build, config: EvalConfig, boxes: Path | None = None) -> Measured:
     """Accuracy by the size of the object: images in terciles of the area of their boxes, pixels of the image's file.
 
     Small is up to the first tercile, large above the second. Equal areas are in one group: groups may differ in size.
@@ -157,14 +159,14 @@ def measure_objects(build: Build, config: EvalConfig, split: str, boxes: Path | 
     Raises:
         InputError: there are no boxes, or they are of other images.
     """
-    data = open_set(None, config.data, split, config.model.num_classes)
-    areas = areas_of(data, split, boxes or Path(config.data.root or ".").expanduser() / "boxes.tsv")
+    data = images(config.data)
+    areas = areas_of(data, boxes or Path(config.data.root or ".").expanduser() / "boxes.tsv")
     loader, log = EvalLoader(data.source, config.data), PredictionLog()
     network = build([config.data.eval_size])
     result = evaluate_set(network, data, loader, config, predictions=log)
     right = log.gather().right
-    ordered, images = np.sort(areas), len(areas)
-    first, second = float(ordered[-(-images // 3) - 1]), float(ordered[-(-2 * images // 3) - 1])
+    ordered, total = np.sort(areas), len(areas)
+    first, second = float(ordered[-(-total // 3) - 1]), float(ordered[-(-2 * total // 3) - 1])
     groups = {"small": areas <= first, "medium": (areas > first) & (areas <= second), "large": areas > second}
     measured: dict[str, dict[str, Any]] = {}
     for name, group in groups.items():
@@ -208,8 +210,10 @@ def read_boxes(path: Path) -> dict[str, float]:
     return areas
 
 
-def areas_of(data: EvalSet, split: str, path: Path) -> np.ndarray:
-    """(n,): the area of the box of each image of a set, in its order. Files are named from the root or from the split.
+def areas_of(data: EvalSet, path: Path) -> np.ndarray:
+    """(n,): the area of the box of each image of a set, in its order.
+
+    Files are named from the split's folder, or from the one above it.
 
     Raises:
         InputError: as ``read_boxes``; the set's images have no names, or there is no box of one.
@@ -217,7 +221,7 @@ def areas_of(data: EvalSet, split: str, path: Path) -> np.ndarray:
     if not isinstance(data.source, Encoded):
         raise InputError(f"boxes belong to image files; {data.name} has none")
     names = [name.decode(errors="surrogateescape") for name in names_of(data.source)]
-    boxes = read_boxes(path)
+    boxes, split = read_boxes(path), Path(data.source.root).name
     areas = [boxes.get(f"{split}/{name}", boxes.get(name)) for name in names]
     missing = [name for name, area in zip(names, areas, strict=True) if area is None]
     if missing:

@@ -15,6 +15,7 @@ from lip_resnet import seeding
 from lip_resnet.config import EvalDataConfig, InputError, ModelConfig
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.robustness import figures, measure_objects, measure_shift, read_probe, shift_of, wilson
+from lip_resnet.evaluation.testsets import open_set
 from lip_resnet.models.registry import create_model
 
 CLASSES = ("ant", "bee", "cat")
@@ -67,9 +68,16 @@ def config_of(root, **changes):
     return EvalConfig(model=ModelConfig(name="resnet18", num_classes=3), data=EvalDataConfig(**data | changes))
 
 
+def measure(probe, network, config, option=0):
+    def images(data):
+        return open_set(None, data, "val", 3)
+
+    return probe(images, network, config, option)
+
+
 def test_a_shift_invariant_network_is_consistent(dots):
     network = Answers(strongest_channel)
-    measured = measure_shift(network, config_of(dots), "val")
+    measured = measure(measure_shift, network, config_of(dots))
     assert (measured.result["agreeing"], measured.result["consistency"], measured.result["images"]) == (40, 100.0, 40)
     assert measured.result["top1_of_crops"] == 100.0
     assert network.sizes == [SIZE]
@@ -85,7 +93,7 @@ def test_consistency_of_a_network_that_sees_positions(dots, seed):
         agree += top % 2 == other % 2
     assert 0 < agree < 40
     for batch in (7, 64):
-        measured = measure_shift(Answers(row_of_the_dot), config_of(dots, eval_batch_size=batch), "val", seed)
+        measured = measure(measure_shift, Answers(row_of_the_dot), config_of(dots, eval_batch_size=batch), seed)
         assert measured.result["agreeing"] == agree
     assert measured.settings == {"name": "shift", "shift": SHIFT, "seed": seed}
 
@@ -96,7 +104,7 @@ def test_shift_is_32_pixels_of_224():
 
 def test_not_finite_logits_are_no_agreement(dots):
     with pytest.raises(FloatingPointError, match="80 of 80 images"):
-        measure_shift(Answers(lambda images: strongest_channel(images) * torch.nan), config_of(dots), "val")
+        measure(measure_shift, Answers(lambda images: strongest_channel(images) * torch.nan), config_of(dots))
 
 
 def write_boxes(path, boxes):
@@ -108,7 +116,7 @@ def test_objects_by_hand(dots, tmp_path):
     names = sorted(f"val/{CLASSES[index % 3]}/{index:02}.png" for index in range(40))
     write_boxes(tmp_path / "boxes.tsv", [(name, 0, 0, int(name[-6:-4]), 1) for name in names])
     network = Answers(lambda images: strongest_channel(images) - torch.tensor([0.0, 0.0, 99.0]))
-    measured = measure_objects(network, config_of(dots, eval_resize=32), "val", tmp_path / "boxes.tsv")
+    measured = measure(measure_objects, network, config_of(dots, eval_resize=32), tmp_path / "boxes.tsv")
     assert measured.settings["terciles"] == [13.0, 26.0]
     expected = {}
     for name, group in (("small", range(14)), ("medium", range(14, 27)), ("large", range(27, 40))):
@@ -116,7 +124,7 @@ def test_objects_by_hand(dots, tmp_path):
     assert {name: (each["images"], each["correct1"]) for name, each in measured.result["objects"].items()} == expected
     assert figures(measured.result)["top-1 of small objects"] == pytest.approx(100 * expected["small"][1] / 14)
     write_boxes(tmp_path / "boxes.tsv", [(name.removeprefix("val/"), 3, 3, 9, 9) for name in names])
-    equal = measure_objects(network, config_of(dots), "val", tmp_path / "boxes.tsv").result
+    equal = measure(measure_objects, network, config_of(dots), tmp_path / "boxes.tsv").result
     assert [each["images"] for each in equal["objects"].values()] == [40, 0, 0]
     assert list(figures(equal)) == ["top-1 of small objects"]
 
@@ -207,7 +215,7 @@ def test_bad_boxes(dots, tmp_path, text, line):
     if text is not None:
         (tmp_path / "boxes.tsv").write_text(text)
     with pytest.raises(InputError) as refused:
-        measure_objects(Answers(strongest_channel), config_of(dots), "val", tmp_path / "boxes.tsv")
+        measure(measure_objects, Answers(strongest_channel), config_of(dots), tmp_path / "boxes.tsv")
     assert line in str(refused.value)
     assert "\n" not in str(refused.value)
 
