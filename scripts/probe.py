@@ -1,4 +1,4 @@
-"""Robustness of trained networks:  python scripts/probe.py shift|sizes|objects RUN_OR_FILE [RUN_OR_FILE ...]
+"""Robustness of trained networks:  python scripts/probe.py shift|sizes|objects RUN_OR_FILE [...]
 
     shift     share of images whose top-1 is the same for two random shifted crops (Zhang 2019)
     sizes     accuracy against test resolution
@@ -68,15 +68,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     distributed.choose_device(options.device)
-    todo = list(dict.fromkeys(options.checkpoints))
+    todo, file = list(dict.fromkeys(options.checkpoints)), f"probe-{options.probe}.json"
     if len(todo) > 1:  # such as the cells of a study that is still growing
-        file = f"probe-{options.probe}.json"
         done = [path for path in todo if distributed.on_main((Path(path).expanduser() / file).exists)]
         todo = [path for path in todo if path not in done]
         if done and distributed.is_main():
-            print(f"note: {len(done)} of {len(done) + len(todo)} have a {file} already", file=sys.stderr)
-    outputs = [rows.row_path(path, options.output, options.probe, False, kind="probe") for path in todo]
-    for path, output in zip(todo, outputs, strict=True):
+            print(f"note: {len(done)} of them have a {file} already", file=sys.stderr)
+    outputs = {path: rows.row_path(path, options.output, options.probe, False, kind="probe") for path in todo}
+    for path, output in outputs.items():
         probe(path, output, options)
 
 
@@ -101,20 +100,20 @@ def probe(path: str, output: Path | None, options: argparse.Namespace) -> None:
         model = build(recipe, options, payload, ema)
         for size in sizes:
             registry.check_size(model, size)
-        device = distributed.device()
-        return model.to(device).to(memory_format=memory.layout(recipe.channels_last, device))
+        model.to(distributed.device())
+        return model.to(memory_format=memory.layout(recipe.channels_last, distributed.device()))
 
     measure, option = PROBES[options.probe]
     measured = measure(images, network, config, getattr(options, option))
     if not distributed.is_main():
         return
-    what = measured.network, path, ema, measured.data, measured.config, measured.result
-    row = rows.build_row(*what, payload, trained)
+    facts = measured.data, measured.config, measured.result, payload, trained
+    row = {"probe": options.probe, **rows.build_row(measured.network, path, ema, *facts)}
     row["protocol"]["probe"] = measured.settings
     shown = ", ".join(f"{name} {value:.3f}%" for name, value in robustness.figures(row).items())
     print(f"{path}: {shown}", flush=True)
     if output is not None:
-        rows.write_row(output, {"probe": options.probe, **row})
+        rows.write_row(output, row)
 
 
 if __name__ == "__main__":
