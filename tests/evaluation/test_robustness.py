@@ -14,7 +14,15 @@ import eval as eval_command
 from lip_resnet import seeding
 from lip_resnet.config import EvalDataConfig, InputError, ModelConfig
 from lip_resnet.evaluation.protocol import EvalConfig
-from lip_resnet.evaluation.robustness import figures, measure_objects, measure_shift, read_probe, shift_of, wilson
+from lip_resnet.evaluation.robustness import (
+    ShiftedCrops,
+    figures,
+    measure_objects,
+    measure_shift,
+    read_probe,
+    shift_of,
+    wilson,
+)
 from lip_resnet.evaluation.testsets import open_set
 from lip_resnet.models.registry import create_model
 
@@ -96,6 +104,9 @@ def test_consistency_of_a_network_that_sees_positions(dots, seed):
         measured = measure(measure_shift, Answers(row_of_the_dot), config_of(dots, eval_batch_size=batch), seed)
         assert measured.result["agreeing"] == agree
     assert measured.settings == {"name": "shift", "shift": SHIFT, "seed": seed}
+    drawn = [measured.data.source, config_of(dots, eval_size=32, eval_resize=32).data, SHIFT, seed]
+    offsets = np.array([ShiftedCrops(*drawn).offsets(index) for index in range(40)])
+    assert [offsets.min(), offsets.max()] == [0, SHIFT - 1]
 
 
 def test_shift_is_32_pixels_of_224():
@@ -129,6 +140,13 @@ def test_objects_by_hand(dots, tmp_path):
     assert list(figures(equal)) == ["top-1 of small objects"]
 
 
+def test_figures_of_corruptions():
+    """Of eval.py's row of ImageNet-C; without all of its folders there is no mCE."""
+    assert figures({"top1": 40.0, "mean_error": 60.0, "mce": 76.7}) == {"ImageNet-C mean error": 60.0, "mCE": 76.7}
+    assert figures({"top1": 40.0, "mean_error": 60.0}) == {"ImageNet-C mean error": 60.0}
+    assert not figures({"top1": 40.0})
+
+
 def test_wilson():
     stats = pytest.importorskip("scipy.stats")
     for count, images in ((0, 9), (9, 9), (3, 10), (4000, 5000)):
@@ -140,7 +158,7 @@ def test_wilson():
 def weights(tmp_path_factory):
     """(recipe, weights) of a network of random weights on the digits."""
     folder = tmp_path_factory.mktemp("weights")
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("eval_resize: 32", "eval_resize: 36"))
     torch.manual_seed(0)
     torch.save(create_model("test_resnet", num_classes=10).state_dict(), folder / "w.pt")
     return folder / "recipe.yaml", folder / "w.pt"
@@ -160,9 +178,10 @@ def test_sizes_are_the_counts_of_eval(weights, tmp_path, capsys, monkeypatch):
             capsys,
             monkeypatch,
             eval_command,
-            *("--checkpoint", file, *shared, "--size", each["size"], "--resize", each["resize"], "--output", theirs),
+            *("--checkpoint", file, *shared, "--size", each["size"], "--output", theirs),
         )
         theirs = json.loads(theirs.read_text())
+        assert each["resize"] == theirs["protocol"]["eval_resize"] == each["size"] * 36 // 32
         assert [each[key] for key in ("correct1", "correct5", "images", "loss")] == [
             theirs[key] for key in ("correct1", "correct5", "images", "loss")
         ]

@@ -217,6 +217,7 @@ def write_probe(cell, value, **changes):
 
 
 def test_probes_are_shown_with_paired_differences(finished):
+    pytest.importorskip("matplotlib")
     values = {"plain": [80.0, 82.0, 84.0], "lip": [81.0, 84.0, 87.0], "average": [70.0]}
     for cell in finished.cells():
         if cell.seed < len(values[cell.variant]):
