@@ -243,7 +243,9 @@ def _example(location: list[str], schema: type[Section]) -> str:
         field = parent.model_fields[part]
         parent = field.annotation
         if not (isinstance(parent, type) and issubclass(parent, Section)):
-            value = field.examples[0] if field.examples else None if field.is_required() else field.default
+            if field.is_required() and not field.examples:
+                return f"{part}: ..."
+            value = field.examples[0] if field.examples else field.default
             return f"{part}: {json.dumps(value).replace(chr(34), '')}"
     required = (f"{name}: ..." for name, field in parent.model_fields.items() if field.is_required())
     keys = f"{{{', '.join(required)}}}"

@@ -10,6 +10,7 @@ from lip_resnet.config import DataConfig, InputError, ModelConfig
 from lip_resnet.evaluation.compatibility import check_class_names, check_normalization, recorded_classes
 from lip_resnet.evaluation.protocol import describe_training
 from lip_resnet.files import sha256
+from lip_resnet.models.registry import build_model
 from lip_resnet.models.weights import choose_weights, extract_weights, hash_weights, put_weights
 
 
@@ -32,7 +33,8 @@ def load_initial_weights(
     path = checkpoint.resolve(config.weights)
     source = str(path)
     payload, digest = distributed.on_main(lambda: (checkpoint.load(path), sha256(path)))
-    put_weights(model, payload, source, new_head=config.new_head, convert=config.convert)
+    if not (config.convert and config.downsampling and put_converted(model, config, payload, source)):
+        put_weights(model, payload, source, new_head=config.new_head, convert=config.convert)
     recipe, training = None, None
     with contextlib.suppress(InputError):  # not a recipe of this version: the weights' digest identifies them
         recipe = checkpoint.read_recipe(payload, source)
@@ -47,3 +49,22 @@ def load_initial_weights(
         training["step"] = payload.get("step")
     content, kind = hash_weights(extract_weights(payload, source)), choose_weights(payload, source, None)
     return {"training": training, "sha256": digest, "content": content, "weights": kind}
+
+
+def put_converted(model: nn.Module, config: ModelConfig, payload: dict[str, Any], source: str) -> bool:
+    """Load weights of the network without ``config.downsampling``; what its layers add keeps its initial weights.
+
+    Returns:
+        Whether it was done: not where the layers add no weights, or the file holds some of theirs.
+
+    Raises:
+        InputError: not weights of that network.
+    """
+    plain, own = build_model(config.model_copy(update={"downsampling": {}})), model.state_dict()
+    added = own.keys() - plain.state_dict().keys()
+    if not added or added & extract_weights(payload, source, own=own.keys()).keys():
+        return False
+    put_weights(plain, payload, source, new_head=config.new_head, convert=True)
+    loaded = {key: value for key, value in plain.state_dict().items() if key in own and own[key].shape == value.shape}
+    model.load_state_dict(own | loaded)
+    return True

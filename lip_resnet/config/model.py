@@ -43,4 +43,5 @@ class ModelConfig(Section):
     """Do not load the classifier from `weights`; initialise it (fine-tuning)."""
     convert: Neutral[bool] = False
     """Accept `weights` of a run whose network computes otherwise with the same weights (other layers without
-    parameters), or whose normalisation is another."""
+    parameters), or whose normalisation is another; or of the network without `downsampling`, whose layers then keep
+    their initial weights."""

@@ -3,5 +3,6 @@
 ``evaluate`` is the loop, ``metrics`` its counts, and ``nonfinite`` names the module at fault. ``protocol`` holds how
 weights are evaluated (``EvalConfig``), ``location``, ``testsets`` and ``classes`` on which images and classes; ``cost``
 counts parameters and multiply-adds. ``rows`` writes and reads results, ``tables`` groups and compares them, ``render``
-makes any table a text, and ``paper`` compares results with the published figures.
+makes any table a text, and ``paper`` compares results with the published figures. ``robustness`` measures how a
+network's answers change with shifts, test resolution and object size.
 """

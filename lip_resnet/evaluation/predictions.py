@@ -34,8 +34,29 @@ def check_new_file(path: Path, several: bool) -> None:
         raise InputError(f"--predictions {path}: {path.parent} is not a directory")
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """The predictions of all processes, n images in the order of the set."""
+
+    index: NDArray[np.int64]
+    """(n,)"""
+    labels: NDArray[np.int64]
+    """(n, K): classes any of which is correct, padded with -1."""
+    top: NDArray[np.int64]
+    """(n, 5), or as many columns as there are classes if fewer; best first."""
+    margin: NDArray[np.float32]
+    """(n,): the best logit of a correct class less the best of the others."""
+    loss: NDArray[np.float32]
+    """(n,)"""
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """(n,): whether top-1 is correct."""
+        return (self.top[:, :1] == self.labels).any(axis=1)
+
+
 class PredictionLog:
-    """Collects the predictions of an evaluation on this process; ``write`` gathers those of all processes."""
+    """Collects the predictions of an evaluation on this process; ``gather`` joins those of all processes."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[Tensor, ...]] = []
@@ -57,6 +78,14 @@ class PredictionLog:
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
         self._batches.append((torch.tensor(list(images)), labels, top, margin, loss))
 
+    def gather(self) -> Gathered:
+        """The predictions of every image, on every process. A collective."""
+        columns = [torch.cat([part.cpu() for part in parts]) for parts in zip(*self._batches, strict=True)]
+        gathered = [part for part in distributed.gather_objects(columns) if part]
+        joined = [torch.cat(parts).numpy() for parts in zip(*gathered, strict=True)]
+        order = np.argsort(joined[0], kind="stable")
+        return Gathered(*(column[order] for column in joined))
+
     def write(self, path: Path, source: Encoded | Arrays) -> None:
         """Write the predictions of the whole set, in its order, on rank 0. A collective.
 
@@ -66,20 +95,19 @@ class PredictionLog:
         Raises:
             InputError: the file cannot be written.
         """
-        columns = [torch.cat([part.cpu() for part in parts]) for parts in zip(*self._batches, strict=True)]
-        gathered = [part for part in distributed.gather_objects(columns) if part]
+        rows = self.gather()
         if not distributed.is_main():
             return
-        index, labels, top, margin, loss = (torch.cat(parts).numpy() for parts in zip(*gathered, strict=True))
         names = [os.fsdecode(name) for name in names_of(source)] if isinstance(source, Encoded) else None
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(COLUMNS)
-        for row in np.argsort(index, kind="stable"):
-            image = names[index[row]] if names else source.path(int(index[row]))
-            right = " ".join(str(label) for label in labels[row] if label >= 0)
-            best = " ".join(map(str, top[row]))
-            lines.writerow([image, right, top[row, 0], best, f"{margin[row]:.6g}", f"{loss[row]:.6g}"])
+        for index, labels, top, margin, loss in zip(
+            rows.index, rows.labels, rows.top, rows.margin, rows.loss, strict=True
+        ):
+            image = names[index] if names else source.path(int(index))
+            right = " ".join(str(label) for label in labels if label >= 0)
+            lines.writerow([image, right, top[0], " ".join(map(str, top)), f"{margin:.6g}", f"{loss:.6g}"])
         write_text(path, text.getvalue())
 
 

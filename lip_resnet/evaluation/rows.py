@@ -19,10 +19,14 @@ from lip_resnet.files import to_json, write_text
 _REQUIRED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
 
-def row_path(checkpoint: str | None, output: str | None, test_set: str | None, several: bool) -> Path | None:
+def row_path(
+    checkpoint: str | None, output: str | None, test_set: str | None, several: bool, kind: str = "eval"
+) -> Path | None:
     """The file of a set's row: ``output``, or in the run folder ``checkpoint``; None where it is not written.
 
     Args:
+        test_set: the set, or the probe.
+        kind: how the file's name in a run folder begins.
         several: whether ``output`` is the directory of several rows, not the file of one.
 
     Raises:
@@ -31,7 +35,7 @@ def row_path(checkpoint: str | None, output: str | None, test_set: str | None, s
     run, path = Path(checkpoint or "").expanduser(), Path(output) if output else None
     if (run / "last.pt").is_file() and run.absolute().name == "checkpoints":
         run = run.absolute().parent
-    file = "eval.json" if test_set in (None, "imagenet") else f"eval-{test_set}.json"
+    file = "eval.json" if test_set in (None, "imagenet") else f"{kind}-{test_set}.json"
     if path is not None and several:
         if not path.is_dir():
             raise InputError(f"--output {path} is not a directory; for several sets it must be one")

@@ -20,6 +20,11 @@ class Section:
     """File name without .svg, alternative text, SVG."""
 
 
+def format_interval(interval: tuple[float, float] | None) -> str:
+    """``+0.10 to +0.52``; a dash for None."""
+    return "-" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+
+
 def to_markdown(sections: Sequence[Section]) -> str:
     """Sections as Markdown; figures are links to ``figures/NAME.svg``."""
     lines = []

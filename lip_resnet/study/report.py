@@ -14,7 +14,8 @@ from lip_resnet.files import write_text
 from lip_resnet.study import statistics
 from lip_resnet.study.cells import read_record
 from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
-from lip_resnet.study.pages import Section, to_html, to_markdown
+from lip_resnet.study.pages import Section, format_interval, to_html, to_markdown
+from lip_resnet.study.probes import robustness_section
 from lip_resnet.study.results import Comparison, Result, compare, load_results, right
 
 
@@ -84,6 +85,8 @@ def build_sections(
     if any(len(result.curve) > 1 for of_seeds in done.values() for result in of_seeds.values()):
         curves = figures.learning_curves(done)
         sections.append(Section("Learning curves", figure=("learning_curves", "Validation top-1 over epochs", curves)))
+    if (robustness := robustness_section(design, results)) is not None:
+        sections.append(robustness)
     if comparisons:
         sections.append(_classes(design, results, comparisons[0]))
         sections.append(_one_by_one(comparisons))
@@ -172,7 +175,7 @@ def _accuracy_table(
         if each is None:
             row += ["-"] * 3 + ["baseline" if name == design.study.baseline else "-"]
         else:
-            row += [f"{each.paired.mean:+.2f}", _interval(each.paired.interval), _p(each.p), each.verdict]
+            row += [f"{each.paired.mean:+.2f}", format_interval(each.paired.interval), _p(each.p), each.verdict]
         rows.append(row)
     return header, rows
 
@@ -193,7 +196,7 @@ def _tests(design: Design, comparisons: list[Comparison]) -> Section:
             _p(each.paired.p_t),
             "declared" if each.variant == design.study.primary else _p(each.p),
             _p(each.paired.p_sign_flip),
-            _interval(each.bootstrap),
+            format_interval(each.bootstrap),
         ]
         for each in comparisons
     ]
@@ -300,10 +303,6 @@ def _macs(of_seeds: dict[int, Result]) -> float:
 def _mean_deviation(of_seeds: dict[int, Result]) -> tuple[float, float | None]:
     values = [result.row["top1"] for result in of_seeds.values()]
     return plain.fmean(values), plain.stdev(values) if len(values) > 1 else None
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
 
 
 def _p(value: float | None) -> str:

@@ -95,6 +95,34 @@ def test_fine_tuning_starts_from_the_weights(tmp_path):
     assert model.fc.out_features == 10
 
 
+def test_conversion_puts_lip_into_trained_weights(tmp_path):
+    """New LIP layers start as average pooling: the network answers as the same weights with average pooling."""
+    torch.manual_seed(0)
+    file = tmp_path / "plain.pth"
+    torch.save(registry.create_model("test_resnet", num_classes=10).state_dict(), file)
+
+    def build(layer, **changes):
+        layers = {"main": layer}
+        config = ModelConfig(name="test_resnet", num_classes=10, downsampling=layers, weights=str(file), **changes)
+        model = registry.build_model(config).eval()
+        return model, load_initial_weights(model, config)
+
+    lip, record = build("lip", convert=True)
+    average, other = build("average", convert=True)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(lip(images), average(images), rtol=1e-4, atol=1e-5)
+    assert record == other
+    with pytest.raises(InputError, match=r"keys missing .*pool\.logits"):
+        build("lip")
+    torch.save(lip.state_dict(), file)
+    with torch.no_grad():
+        lip.fc.weight.add_(1)
+    torch.testing.assert_close(build("lip", convert=True)[0].state_dict()["fc.weight"], lip.fc.weight - 1)
+    torch.save({key: value for key, value in average.state_dict().items() if key != "fc.bias"}, file)
+    with pytest.raises(InputError, match=r"1 keys missing \(fc\.bias\)"):
+        build("lip", convert=True)
+
+
 def test_downsampling_of_a_recipe():
     config = ModelConfig(name="resnet50", downsampling={"stem": "lip", "main": "softpool"})
     model = registry.build_model(config)

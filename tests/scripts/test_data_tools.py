@@ -16,8 +16,10 @@ import bad_images
 import check_dataset
 import numpy as np
 import prepare_imagenet
+import prepare_tiny_imagenet
 import pytest
 from helpers import small_config
+from helpers.commands import call, refuse
 from helpers.sets import add
 from PIL import Image
 from scipy.io import savemat
@@ -26,6 +28,7 @@ from torchvision.datasets.imagenet import ARCHIVE_META
 from lip_resnet import cli
 from lip_resnet.config import DataConfig
 from lip_resnet.data import build_sources, describe_source
+from lip_resnet.evaluation.robustness import read_boxes
 
 CLASSES = ("n01440764", "n02105855", "n15075141")
 TRUTH = [3, 1, 2, 1, 3]  # ILSVRC2012_IDs of the validation images
@@ -334,3 +337,31 @@ def test_digits_and_noise_have_fingerprints_too():
     assert first["content"] != describe_source(build_sources(small_config().data, 10)[1])["content"]
     noise = small_config(data__name="synthetic").data
     assert describe_source(build_sources(noise, 10)[0]) == {"images": 12800, "classes": 10}
+
+
+def test_tiny_imagenet_as_released(tmp_path, capsys, monkeypatch):
+    """Two classes, two images each and one for validation, in the released layout; the images are not moved."""
+    source, output = tmp_path / "tiny-imagenet-200", tmp_path / "sorted"
+    (source / "val" / "images").mkdir(parents=True)
+    lines = []
+    for number, wnid in enumerate(CLASSES[:2]):
+        (source / "train" / wnid / "images").mkdir(parents=True)
+        boxes = [f"{wnid}_{index}.JPEG\t{index}\t10\t63\t58\n" for index in range(2)]
+        (source / "train" / wnid / f"{wnid}_boxes.txt").write_text("".join(boxes))
+        lines.append(f"val_{number}.JPEG\t{wnid}\t0\t1\t2\t{4 + number}\n")
+        files = [source / "train" / wnid / "images" / f"{wnid}_{index}.JPEG" for index in range(2)]
+        for file in [*files, source / "val" / "images" / f"val_{number}.JPEG"]:
+            Image.new("RGB", (64, 64), (number, 0, 0)).save(file)
+    (source / "val" / "val_annotations.txt").write_text("".join(lines))
+    code, out, _ = call(capsys, monkeypatch, prepare_tiny_imagenet, source, "--output", output)
+    assert (code, "6 images" in out) == (0, True)
+    train, val = build_sources(DataConfig(root=str(output), batch_size=2, workers=0), 2)
+    assert [name.rpartition("/")[2] for name, _ in val.samples] == ["val_0.JPEG", "val_1.JPEG"]
+    assert (len(train), val.targets) == (4, [0, 1])
+    boxes = read_boxes(output / "boxes.tsv")
+    assert boxes[f"val/{CLASSES[1]}/val_1.JPEG"] == 2 * 4
+    assert boxes[f"train/{CLASSES[0]}/{CLASSES[0]}_1.JPEG"] == 62 * 48
+    assert (source / "val" / "images" / "val_0.JPEG").is_file()
+    assert "choose another" in refuse(capsys, monkeypatch, prepare_tiny_imagenet, source, "--output", source / "new")
+    line = refuse(capsys, monkeypatch, prepare_tiny_imagenet, output / "val", "--output", tmp_path / "x")
+    assert "DIR must be Tiny-ImageNet as released" in line

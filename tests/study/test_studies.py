@@ -13,10 +13,11 @@ import time
 import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
 from lip_resnet.config import InputError
 from lip_resnet.errors import Stopped
-from lip_resnet.study import cells, design, report, results
+from lip_resnet.study import cells, design, probes, report, results
 
 STUDY = {
     "base": "digits/resnet50",
@@ -106,7 +107,8 @@ REFUSED = {
     ),
     "may_differ": ({"may_differ": ["train.epoch"]}, r"may_differ: 'train.epoch' is not a key.*train.epochs"),
     "may_differ in data": ({"may_differ": ["data.root"]}, r"may_differ: 'data.root' is the same in every variant"),
-    "no seeds": ({"seeds": []}, r"seeds"),
+    "no seeds": ({"seeds": []}, r"seeds: given \[\]"),
+    "a list of variants": ({"variants": ["plain"]}, r"variants: given \['plain'\]"),
 }
 
 
@@ -209,6 +211,38 @@ def test_report(finished):
     assert ((folder / "report.html").read_bytes(), (folder / "report.md").read_bytes()) == first
 
 
+def write_probe(cell, value, **changes):
+    row = {"probe": "shift", "consistency": value, "seed": cell.seed, "protocol": {"eval_size": 32, "training": None}}
+    (cell.folder / "probe-shift.json").write_text(json.dumps(row | changes))
+
+
+def test_probes_are_shown_with_paired_differences(finished):
+    pytest.importorskip("matplotlib")
+    values = {"plain": [80.0, 82.0, 84.0], "lip": [81.0, 84.0, 87.0], "average": [70.0]}
+    for cell in finished.cells():
+        if cell.seed < len(values[cell.variant]):
+            write_probe(cell, values[cell.variant][cell.seed])
+    loaded = results.load_results(finished)
+    section = probes.robustness_section(finished, loaded)
+    low, high = stats.ttest_1samp([1.0, 2.0, 3.0], 0).confidence_interval(0.95)
+    assert section.table[1] == [
+        ["shift consistency", "plain", "3", "82.00 ± 2.00", "-", "-"],
+        ["shift consistency", "lip", "3", "84.00 ± 3.00", "+2.00", f"{low:+.2f} to {high:+.2f}"],
+        ["shift consistency", "average", "1", "70.00", "-10.00", "-"],
+    ]
+    titles = [each.title for each in report.build_sections(finished, loaded, results.compare(finished, loaded))]
+    assert "Robustness" in titles
+    for changes, line in (
+        ({"seed": 9}, "of seed 9, the cell's row of 0; remove the file and probe again"),
+        ({"step": 9}, "of step 9, the cell's row of None"),
+        ({"protocol": {"eval_size": 64}}, "cannot be compared: eval_size: 64 against 32; probe all cells alike"),
+        ({"dataset": {"names": "x"}}, "cannot be compared: other images"),
+    ):
+        write_probe(finished.cells()[1], 81.0, **changes)
+        with pytest.raises(InputError, match=line):
+            probes.load_probes(loaded)
+
+
 def test_family_is_adjusted_and_the_declared_comparison_is_not(finished):
     compared = results.compare(finished, results.load_results(finished))
     assert [each.variant for each in compared] == ["lip", "average"]
@@ -286,7 +320,7 @@ def _alive(text: str) -> bool:
 
 def test_shipped_studies_are_valid():
     paths = sorted((cells.ROOT / "configs" / "studies").glob("*.yaml"))
-    assert len(paths) >= 2
+    assert len(paths) >= 8
     for path in paths:
         study = design.load_design(path)
         assert len(study.study.seeds) >= design.CONFIRMATORY_SEEDS
