@@ -81,7 +81,7 @@ def _find_device(name: str) -> torch.device:
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over processes, in place; any shape and dtype."""
-    if world_size() > 1:
+    if dist.is_initialized() and world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 

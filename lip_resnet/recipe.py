@@ -105,8 +105,8 @@ def find_recipe(path: str | Path) -> Path:
     for candidate in (str(path), f"{path}.yaml"):
         if os.path.isfile(candidate):
             return Path(candidate)
-    shipped = _CONFIGS / f"{_recipe_name(path)}.yaml"
-    return shipped if shipped.is_file() else Path(path)
+    shipped = f"{_CONFIGS}/{_recipe_name(path)}.yaml"
+    return Path(shipped if os.path.isfile(shipped) else path)
 
 
 def _recipe_name(path: str | Path) -> str:
@@ -248,4 +248,5 @@ def _example(location: list[str], schema: type[Section]) -> str:
             value = field.examples[0] if field.examples else field.default
             return f"{part}: {json.dumps(value).replace(chr(34), '')}"
     required = (f"{name}: ..." for name, field in parent.model_fields.items() if field.is_required())
-    return f"{location[-1]}: {{{', '.join(required)}}}"
+    keys = f"{{{', '.join(required)}}}"
+    return f"{location[-1]}: {keys}" if location else keys

@@ -16,10 +16,11 @@ from bench import costs
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.files import to_json, write_text
-from lip_resnet.study import cells, design, plan, report
 
 
 def main() -> None:
+    from lip_resnet.study import cells, design, plan, report  # here: without SciPy it is one line
+
     parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("action", choices=("plan", "run", "measure", "report"))
     parser.add_argument("study", help="the study file (configs/studies/), or a shipped study by name")

@@ -15,7 +15,7 @@ WEIGHTS = {
     "data.name": "synthetic", "data.label_column": "label", "data.images": 99, "data.interpolation": "bicubic",
     "data.mean": [0.5, 0.5, 0.5], "data.std": [0.5, 0.5, 0.5], "data.batch_size": 60, "data.last_batch": "drop",
     "data.repeats": 2, "data.size": 40, "data.size_schedule": [[1, 24]], "data.decode": "fast",
-    "data.on_error": "skip", "data.crop_scale": [0.5, 1.0], "data.crop_ratio": [1.0, 1.0], "data.flip": 0.5,
+    "model.circular_padding": True, "data.crop_scale": [0.5, 1.0], "data.crop_ratio": [1.0, 1.0], "data.flip": 0.5,
     "data.color_jitter": 0.4, "data.rand_augment": "rand-m7", "data.random_erasing": 0.25,
     "optim.name": "lamb", "optim.lr": 0.2, "optim.momentum": 0.8, "optim.nesterov": True, "optim.betas": [0.8, 0.9],
     "optim.weight_decay": 0.2, "optim.decay": "matrices", "optim.schedule": "linear", "optim.milestones": [1],
@@ -106,7 +106,7 @@ def test_a_protocol_holds_what_an_evaluation_depends_on():
 def test_no_delta_between_evaluations_that_differ(key):
     base = EvalConfig.from_recipe(recipe({"data.eval_resize": 36}))
     if key in EVALUATION:
-        other = adapt(base, **{key: EVALUATION[key]})[0]
+        other = adapt(base, **{"eval_resize": base.data.eval_resize, key: EVALUATION[key]})[0]
     elif key == "classes":
         other = base.model_copy(update={"model": base.model.model_copy(update={"num_classes": 9})})
     else:

@@ -9,7 +9,7 @@ from timm.layers import BlurPool2d
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from lip_resnet.layers.window import Window, WindowLayer, window_slices
+from lip_resnet.layers.window import Window, WindowLayer, sampling_grids, window_slices
 from lip_resnet.ops.dispatch import layout_of
 
 
@@ -65,20 +65,14 @@ class AdaptivePolyphase(WindowLayer):
 
     def forward(self, x: Tensor, reference: Tensor | None = None) -> Tensor:
         """Sample ``x``; the grid is chosen by ``reference`` (B, any, H, W), by default x itself."""
-        stride = self.window.stride
-        h, w = map(self.window.out, x.shape[-2:])
-        grids = polyphase(x, stride, h, w)
-        source = grids if reference is None else polyphase(reference, stride, h, w)
+        grids = torch.stack(sampling_grids(x, self.window, "circular"), dim=1)  # (B, stride^2, C, h, w)
+        source = grids
+        if reference is not None:
+            source = torch.stack(sampling_grids(reference, self.window, "circular"), dim=1)
         norms = source.float().square().sum(dim=(2, 3, 4))  # (B, stride^2)
         choice = norms.argmax(1)
-        y = grids[torch.arange(len(x), device=x.device), choice]
+        y = grids.gather(1, choice.view(-1, 1, 1, 1, 1).expand(-1, 1, *grids.shape[2:])).squeeze(1)
         return y.contiguous(memory_format=layout_of(x))
-
-
-def polyphase(x: Tensor, stride: int, h: int, w: int) -> Tensor:
-    """(B, C, H, W) -> (B, stride^2, C, h, w): the sampling grids; positions past the edge wrap around."""
-    x = F.pad(x, (0, w * stride - x.shape[-1], 0, h * stride - x.shape[-2]), mode="circular")
-    return torch.stack([x[..., i::stride, j::stride] for i in range(stride) for j in range(stride)], dim=1)
 
 
 class ContentAwareBlur(nn.Module):

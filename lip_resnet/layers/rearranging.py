@@ -11,17 +11,15 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from lip_resnet.layers.window import Window, WindowLayer
+from lip_resnet.layers.window import Window, WindowLayer, sampling_grids
+from lip_resnet.ops.dispatch import layout_of
 
 
 def _blocks(x: Tensor, window: Window) -> Tensor:
     """(B, C, H, W) -> (B, C * stride^2, h, w): the values of a block, a channel's beside each other."""
-    stride = window.stride
-    h, w = map(window.out, x.shape[-2:])
-    below, right = max(0, h * stride - x.shape[-2]), max(0, w * stride - x.shape[-1])
-    if below or right:
-        x = F.pad(x, (0, right, 0, below), mode="replicate")
-    return F.pixel_unshuffle(x[..., : h * stride, : w * stride], stride)
+    return (
+        torch.stack(sampling_grids(x, window, "replicate"), dim=2).flatten(1, 2).contiguous(memory_format=layout_of(x))
+    )
 
 
 class SpaceToDepth(WindowLayer):
@@ -61,8 +59,7 @@ class Haar(WindowLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = map(self.window.out, x.shape[-2:])
-        x = F.pad(x, (0, max(0, 2 * w - x.shape[-1]), 0, max(0, 2 * h - x.shape[-2])), mode="replicate")
-        return 2 * F.avg_pool2d(x, 2)[..., :h, :w]
+        return 2 * F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2)[..., :h, :w]
 
 
 class HaarConv(WindowLayer):

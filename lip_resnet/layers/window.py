@@ -41,3 +41,16 @@ def window_slices(x: Tensor, window: Window, mode: str) -> Iterator[Tensor]:
     for i in range(kernel_size):
         for j in range(kernel_size):
             yield x[..., i : i + (h - 1) * stride + 1 : stride, j : j + (w - 1) * stride + 1 : stride]
+
+
+def sampling_grids(x: Tensor, window: Window, mode: str) -> list[Tensor]:
+    """The stride^2 sampling grids (B, C, h, w) of x, row by row: each has one position of every stride x stride block.
+
+    Args:
+        mode: of ``torch.nn.functional.pad``, for blocks that reach beyond the map.
+    """
+    stride = window.stride
+    h, w = map(window.out, x.shape[-2:])
+    # A constant padding, more than most sizes need: it exports with dynamic sizes.
+    x = F.pad(x, (0, stride - 1, 0, stride - 1), mode=mode)
+    return [x[..., i::stride, j::stride][..., :h, :w] for i in range(stride) for j in range(stride)]

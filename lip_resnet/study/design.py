@@ -42,7 +42,9 @@ class Study(Section):
     """The variant that all others are compared with."""
     primary: str
     """The variant whose difference to the baseline is the study's one declared question; the others are a family."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(strict=False, min_length=1)]
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(strict=False, min_length=1, examples=[[0, 1, 2, 3, 4]])
+    ]
     """Seeds of every variant; runs of one seed are compared in pairs."""
     may_differ: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Keys outside `model` in which variants may differ, such as train.epochs."""

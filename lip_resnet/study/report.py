@@ -50,7 +50,7 @@ def build_sections(
     try:
         from lip_resnet.study import figures
     except ImportError as error:
-        raise InputError(f"a report needs matplotlib: pip install matplotlib ({error})") from error
+        raise InputError('a report needs the package matplotlib: pip install "lip-resnet[study]"') from error
     study = design.study
     title = f"{design.folder.name}: {study.primary} against {study.baseline}"
     sections = [

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+
+from lip_resnet.errors import InputError
+
+try:
+    from scipy import optimize, stats
+except ImportError as error:
+    raise InputError('studies need the package scipy: pip install "lip-resnet[study]"') from error
 
 ALPHA = 0.05
 """Level of every two-sided test; intervals cover 1 - ALPHA."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers import golden
 from torch import nn
 
-from lip_resnet.layers import pooling
+from lip_resnet.layers import DOWNSAMPLING, pooling
 from lip_resnet.layers.logits import BottleneckHead, BottleneckLogits, Gate, ProjectionLogits, SimplifiedLogits
 
 PUBLISHED = ["lip_resnet50", "lip_resnet101"]
@@ -226,7 +226,7 @@ def test_a_layer_for_every_site():
         assert model.layer3[0].trunk is None
 
 
-@pytest.mark.parametrize("layer", pooling.DOWNSAMPLING)
+@pytest.mark.parametrize("layer", DOWNSAMPLING)
 def test_every_layer_trains_at_every_site(layer):
     torch.manual_seed(0)
     model = timm.create_model("lip_resnet18", num_classes=4, stem=layer, main=layer, shortcut=layer).train()

@@ -74,7 +74,7 @@ def environment(wheel, tmp_path_factory) -> Path:
 
 def test_wheel_is_complete(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    kinds = ("*.py", "*.cpp", "*.h", "*.yaml", "py.typed")
+    kinds = ("*.py", "*.cpp", "*.h", "*.yaml", "*.mplstyle", "py.typed")
     package = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "lip_resnet").rglob(kind)}
     recipes = {f"lip_resnet/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert names == {"lip_commands.py"} | package | recipes
