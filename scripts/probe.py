@@ -73,7 +73,7 @@ def main() -> None:
         done = [path for path in todo if distributed.on_main((Path(path).expanduser() / file).exists)]
         todo = [path for path in todo if path not in done]
         if done and distributed.is_main():
-            print(f"note: {len(done)} of them have a {file} already", file=sys.stderr)
+            print(f"note: {len(done)} of {len(options.checkpoints)} runs have a {file} already", file=sys.stderr)
     outputs = {path: rows.row_path(path, options.output, options.probe, False, kind="probe") for path in todo}
     for path, output in outputs.items():
         probe(path, output, options)
