@@ -53,7 +53,7 @@ class Replacements:
     kept: dict[str, str] = field(default_factory=dict)
     """Name -> the reason why it was not replaced."""
     unused: list[str] = field(default_factory=list)
-    """Keys of ``layers`` for which the network has nothing to replace."""
+    """Keys of a mapping ``layers`` for which the network has nothing to replace."""
 
     @property
     def left(self) -> dict[str, str]:
@@ -145,7 +145,8 @@ def replace_downsampling(
             report.kept[name] = str(error)
             continue
         report.swapped[name] = f"{site}, {describe(old)} -> {builder.describe(site, choice[1])}"
-    report.unused = [key for key in choices.by_key if key not in used]
+    if not isinstance(layers, str):  # a layer or preset is for every site that there is
+        report.unused = [key for key in choices.by_key if key not in used]
     try:
         trial, trial_plan = copy.deepcopy((model, plan))
         trial_plan.apply(trial)

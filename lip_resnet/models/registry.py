@@ -112,8 +112,9 @@ def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
             report = replace_downsampling(model, layers, input_size=default["input_size"])
         except ValueError as error:
             raise InputError(f"model.downsampling: {error}") from error
-        if report.unused:
-            raise InputError(f"model.downsampling: {config.name} has nothing to replace at {', '.join(report.unused)}")
+        if report.unused or not report.swapped:
+            where = f" at {', '.join(report.unused)}" if report.unused else ""
+            raise InputError(f"model.downsampling: {config.name} has nothing to replace{where}")
     if config.circular_padding:
         use_circular_padding(model)
     return model

@@ -148,11 +148,13 @@ def test_placements_of_a_recipe():
 
     short, long = ({"main": layer} for layer in ("blur", {"layer": "blur", "placement": "after_convolution"}))
     assert str(built(downsampling=short)) == str(built(downsampling=long))
+    assert "MaxBlur" in str(built(downsampling="max_blur"))
     assert str(built(downsampling="zhang2019")) != str(built(downsampling=short))
     padded = [module for module in built(circular_padding=True).modules() if isinstance(module, torch.nn.Conv2d)]
     assert {module.padding_mode for module in padded if any(module.padding)} == {"circular"}
     for downsampling, line in (
         ({"stage7.main": "max"}, "has nothing to replace at stage7.main"),
+        ({"transition": "max"}, "has nothing to replace at transition"),
         ("zhang2018", "unknown downsampling layer 'zhang2018'"),
     ):
         with pytest.raises(InputError, match=line):
