@@ -224,17 +224,21 @@ def write_design(design: Design) -> None:
         InputError: the folder holds another study, or other files, or cannot be written.
     """
     folder, path = design.folder, design.folder / "study.yaml"
+    # Looked at first: another shard may write study.yaml meanwhile, by way of a hidden file.
+    occupied = folder.exists() and not (folder.is_dir() and all(each.name.startswith(".") for each in folder.iterdir()))
     if path.is_file():
         _check_same(design, load_record(folder))
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif occupied:
         raise InputError(f"--output {folder} exists and is not a study; choose another")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # First: a folder without it is not a study, to the same command after a kill and to other shards.
+        write_text(path, yaml.safe_dump(design.dump(), sort_keys=False))
         for name, recipe in design.recipes.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir(exist_ok=True)
             write_text(folder / name / "recipe.yaml", recipe.dump())
     except OSError as error:
         raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from error
-    write_text(path, yaml.safe_dump(design.dump(), sort_keys=False))
 
 
 def load_record(folder: Path) -> Design:

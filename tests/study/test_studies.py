@@ -184,6 +184,24 @@ def test_another_study_is_not_continued(tmp_path):
         design.write_design(design.load_design(write(tmp_path), output=tmp_path / "files"))
 
 
+def test_a_study_that_is_killed_while_it_begins_goes_on(tmp_path, monkeypatch):
+    study, write_text = design.load_design(write(tmp_path), output=tmp_path / "out"), design.write_text
+
+    def write_one(path, text):
+        monkeypatch.setattr(design, "write_text", stop)
+        write_text(path, text)
+
+    def stop(path, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(design, "write_text", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        design.write_design(study)
+    monkeypatch.setattr(design, "write_text", write_text)
+    design.write_design(study)
+    assert all((study.folder / name / "recipe.yaml").is_file() for name in study.recipes)
+
+
 @pytest.fixture
 def finished(tmp_path, stand_ins):
     study = design.load_design(write(tmp_path), output=tmp_path / "out")
@@ -194,6 +212,10 @@ def finished(tmp_path, stand_ins):
 
 def test_report(finished):
     pytest.importorskip("matplotlib")
+    measured = {"plain": {"ratio": 1.0}, "lip": {"ratio": 1.25}}  # before the variant average was added
+    (finished.folder / "costs.json").write_text(json.dumps({"training": measured}))
+    metrics = finished.cells()[0].folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"val/top1": 0.0', '"val/top1": null'))  # logits were not finite
     printed = report.write_report(design.load_record(finished.folder))
     assert "lip is better than plain" in printed[0]
     assert "Exploratory" in printed[1]  # three seeds
@@ -204,6 +226,9 @@ def test_report(finished):
     assert float(rows["lip"]["difference"]) == pytest.approx(np.mean(top1["lip"]) - np.mean(top1["plain"]))
     assert rows["average"]["verdict"] == "not distinguishable"
     page = (folder / "report.html").read_text()
+    costs = (folder / "report.md").read_text().split("## Cost")[1].split("##")[0]
+    cells = [line.split("|") for line in costs.splitlines() if "|" in line]
+    assert [row[-2].strip() for row in cells][2:] == ["1.00", "1.25", "-"]
     assert page.count("<svg") == 4
     assert not re.findall(r'(?:src|href)="(?!#)', page.replace('xlink:href="#', '"#'))
     first = page.encode(), (folder / "report.md").read_bytes()
