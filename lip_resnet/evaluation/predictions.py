@@ -97,8 +97,8 @@ class PredictionLog:
         rows = self.gather()
         if not distributed.is_main():
             return
-        encoded = names_of(source) if isinstance(source, Encoded) else None
-        names = encoded and [name.decode("utf-8", "backslashreplace") for name in encoded]
+        encoded = names_of(source) if isinstance(source, Encoded) else []
+        names = [name.decode("utf-8", "backslashreplace") for name in encoded]
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(COLUMNS)
