@@ -162,7 +162,9 @@ def _resolve(study: Study, variant: str, overrides: Sequence[str], source: str) 
 
 def _update(tree: dict[str, Any], fragment: Fragment) -> None:
     for section, keys in fragment.items():
-        tree[section] = {**tree.get(section, {}), **keys}
+        before = tree.get(section, {})
+        if isinstance(before, dict):  # else it is refused with the whole recipe
+            tree[section] = {**before, **keys}
 
 
 def _check(study: Study, recipes: Mapping[str, Config], source: str) -> None:
@@ -251,8 +253,10 @@ def load_record(folder: Path) -> Design:
     if not path.is_file():
         raise InputError(f"{folder} holds no study; start it with: python scripts/study.py run STUDY.yaml")
     tree, source = read_tree(path)
-    trees = tree.pop("recipes", {})
+    trees = tree.pop("recipes", None)
     study = parse_section(tree, source, Study)
+    if not isinstance(trees, dict) or not trees.keys() >= study.variants.keys():
+        raise InputError(f"{path} is not the record of a study that was run: it lacks recipes; choose another --output")
     return Design(study, {name: parse_config(trees[name], source) for name in study.variants}, folder)
 
 

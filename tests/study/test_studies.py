@@ -155,6 +155,15 @@ def test_cells_go_on_and_are_never_repeated(tmp_path, stand_ins):
     assert cells.read_record(study.cells()[0])["seconds"] > 0
 
 
+def test_the_message_of_a_failure_is_of_the_last_start(tmp_path, stand_ins):
+    (stand_ins / "train.py").write_text("import sys; sys.exit('RuntimeError: a bug')")
+    study = design.load_design(write(tmp_path), output=tmp_path / "out")
+    design.write_design(study)
+    cell = study.cells()[0]
+    cell.log.write_text("train.py: error: of an earlier start\n")
+    assert cells.run_cells(study, [cell], jobs=1) == {"plain/seed0": "RuntimeError: a bug"}
+
+
 def test_a_signal_stops_the_cells(tmp_path, stand_ins):
     (stand_ins / "train.py").write_text("import time; time.sleep(60)")
     study = design.load_design(write(tmp_path), output=tmp_path / "out")
@@ -300,6 +309,21 @@ def test_results_that_do_not_belong_together_are_refused(finished):
             results.load_results(finished)
         cell.predictions.write_text(before[0])
         cell.row.write_text(before[1])
+
+
+def test_a_study_file_in_its_own_output_is_not_overwritten(tmp_path):
+    path = write(tmp_path)
+    before = path.read_text()
+    study = design.load_design(path, output=tmp_path)
+    with pytest.raises(InputError, match="is not the record of a study that was run"):
+        design.write_design(study)
+    assert path.read_text() == before
+
+
+def test_a_base_without_its_sections(tmp_path):
+    (tmp_path / "base.yaml").write_text("model:\n")
+    with pytest.raises(InputError, match="data: missing; this key is required"):
+        design.load_design(write(tmp_path, base=str(tmp_path / "base.yaml"), recipe={"model": {"num_classes": 10}}))
 
 
 def test_nothing_finished(tmp_path):
