@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "evaluation": {HALL, "data"},
     "training": {HALL, "data", "evaluation"},
     "study": {HALL, "evaluation"},
+    "insight": {HALL, "ops", "layers"},
 }
 """Wing -> the wings that its modules import. ``commands``, scripts and ``lip_resnet/__init__.py`` join all of them."""
 COMMANDS = [ROOT / "train.py", ROOT / "eval.py", *(PACKAGE / "commands").glob("*.py"), *(ROOT / "scripts").glob("*.py")]

@@ -128,6 +128,10 @@ class DetailPreserving(WindowLayer):
         self.log_lambda = nn.Parameter(torch.zeros(channels, 1, 1, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        return lip2d(x, self.compute_logits(x), *self.window)
+
+    def compute_logits(self, x: Tensor) -> Tensor:
+        """The logarithm of the importance, in x's shape and dtype."""
         detail = x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
         reward = torch.pow(detail * detail + 1e-6, torch.exp(self.log_lambda) / 2)
-        return lip2d(x, torch.log(torch.exp(self.log_alpha) + reward).to(x.dtype), *self.window)
+        return torch.log(torch.exp(self.log_alpha) + reward).to(x.dtype)

@@ -71,7 +71,7 @@ def test_ranks_workers_and_resume(roots, monkeypatch, kind):
 
 
 @pytest.mark.skipif(not LINUX, reason="memory and open files are seen in /proc")
-@pytest.mark.parametrize("kind", ["shards", "remote", "huggingface"])
+@pytest.mark.parametrize("kind", ["shards", pytest.param("remote", marks=pytest.mark.slow), "huggingface"])
 def test_memory_and_open_files_are_flat_over_fifty_epochs(roots, kind):
     loader = TrainLoader(build_sources(config(roots, kind), 3)[0], config(roots, kind, workers=1), 1, 0)
     pids = [os.getpid(), *(worker.pid for worker in loader.loader._iterator._workers)]

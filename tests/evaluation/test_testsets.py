@@ -94,6 +94,7 @@ def opened(
     return testsets.open_set(name, DataConfig(**{**settings, **changes}), "", classes, partial)
 
 
+@pytest.mark.slow
 def test_every_set_on_any_number_of_processes(sets, weights, tmp_path):
     """Counts by hand, from the ranking and the images of each class; the same from 1 and 2 processes."""
     wanted = [name for name in testsets.IMAGES if name != "imagenet"]

@@ -24,7 +24,11 @@ from lip_resnet.recipe import load_config, parse_config
 
 MEMORY_MB = 256
 """Peak memory that the recipes may take."""
-TEXTS = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+TEXTS = [
+    path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if path.parent.name != "studies"
+]
 TREES = [yaml.safe_load(text) for text in TEXTS]
 KEYS = [(section, key) for section, kind in Config.model_fields.items() for key in kind.annotation.model_fields]
 INDICATORS = "{}[]:,-?#&*!|>'\"%@`\\ \n\t~=<"

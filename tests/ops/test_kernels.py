@@ -268,6 +268,7 @@ def test_reference_form_by_environment_variable(fresh):
         dispatch.available("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads: the children use none
 def test_processes_that_build_at_once(fresh, tmp_path):
     """Three processes and an empty cache: all get the kernel, and the cache has one library and no temporary files."""

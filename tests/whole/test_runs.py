@@ -4,11 +4,15 @@ import gzip
 import json
 from pathlib import Path
 
+import make_table
 import pytest
 import torch
 import yaml
-from helpers.commands import RECIPE, done, start, stop_when_logged
+from helpers.commands import RECIPE, call, done, start, stop_when_logged
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import eval as eval_command
+import train
 
 TAGS = {f"train/{name}" for name in ("loss", "top1", "top5", "lr", "images_per_second", "data_wait")}
 TAGS |= {f"{split}/{name}" for split in ("val", "val_ema") for name in ("loss", "top1", "top5")}
@@ -139,22 +143,23 @@ def test_fine_tuning_and_profile(run, recipe, tmp_path):
     assert b'"aten::convolution"' in gzip.decompress(trace.read_bytes())
 
 
-def test_lip_and_baseline_to_a_table(tmp_path):
+def test_lip_and_baseline_to_a_table(tmp_path, capsys, monkeypatch):
     """The README's way, on the shipped recipes cut short: train, evaluate, compare."""
     runs = []
     for name in ("lip_resnet50", "resnet50"):
         runs.append(tmp_path / name)
-        command = ("train.py", "--config", f"configs/digits/{name}.yaml", "--output", runs[-1], "train.max_steps=2")
-        done(*command, processes=2)
-        done("eval.py", "--checkpoint", runs[-1])
+        recipe = ("--config", f"configs/digits/{name}.yaml", "--output", runs[-1], "train.max_steps=2")
+        assert call(capsys, monkeypatch, train, *recipe)[0] == 0
+        assert call(capsys, monkeypatch, eval_command, "--checkpoint", runs[-1])[0] == 0
     table = tmp_path / "table.md"
-    printed = done("scripts/make_table.py", *runs, "--output", table).stdout
+    code, printed, _ = call(capsys, monkeypatch, make_table, *runs, "--output", table)
     rows = [json.loads((path / "eval.json").read_text()) for path in runs]
-    assert printed == table.read_text()
+    assert (code, printed) == (0, table.read_text())
     assert f"{rows[0]['top1'] - rows[1]['top1']:+.2f}" in printed
-    assert start("scripts/make_table.py", *runs, "--output", table).returncode == 2
+    assert call(capsys, monkeypatch, make_table, *runs, "--output", table)[0] == 2
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_takes_the_same_steps(tmp_path):
     """Without batch statistics: the same weights from 1 and 3 processes, over a short last batch dealt unevenly."""
     recipe = tmp_path / "layer_norm.yaml"

@@ -76,6 +76,7 @@ def wait_until(condition, seconds: float, what: str) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_one_rank_s_nan(recipe, tmp_path):
     """The step is skipped, or its samples after a rollback: the same end, bit for bit; the message names the rank."""
     digests = []
@@ -104,6 +105,7 @@ def test_one_rank_s_nan_stops_all(recipe, tmp_path):
     assert all(value.isfinite().all() for value in payload["model"].values())
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_is_named(recipe, tmp_path):
     folder = tmp_path / "run"
     result = finish(recipe, folder, "train.hang_minutes=0.05", fault="sleep:1:11")
@@ -140,7 +142,7 @@ with watchdog.Watchdog(Path({str(tmp_path)!r}), 1 / 60) as dog:
     assert "in match" in result.stderr
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_nothing_outlives_the_parent(recipe, tmp_path, processes):
     """kill -9 of the training process, or of torchrun itself: ranks and loader processes end, the folder is free."""
     folder = tmp_path / "run"
