@@ -21,8 +21,12 @@ from lip_resnet.recipe import apply_override, find_recipe, parse_config, parse_s
 
 CONFIRMATORY_SEEDS = 5
 """With fewer seeds every verdict is exploratory."""
-SAME_IMAGES = ("data.name", "data.root", "data.classes", "data.label_column", "data.images", "model.num_classes")
-"""Keys in which no two variants may differ: their predictions would be of other images or classes."""
+SAME_IMAGES = (
+    *("data.name", "data.root", "data.classes", "data.label_column", "data.images", "model.num_classes"),
+    *("data.eval_size", "data.eval_resize", "data.crop_mode", "data.interpolation", "data.mean", "data.std"),
+)
+"""Keys in which no two variants may differ: their predictions would be of other images or classes, or of images that
+are evaluated in another way, which a report does not compare."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 Fragment = dict[str, dict[str, JsonValue]]
@@ -194,7 +198,7 @@ def _check(study: Study, recipes: Mapping[str, Config], source: str) -> None:
                 continue
             what = f"{source}: variant {name} differs from {study.baseline} in {key}: {value} against {ours[key]}"
             raise InputError(
-                f"{what}; all variants have the same images and classes"
+                f"{what}; all variants have the same images, classes and evaluation"
                 if key in SAME_IMAGES
                 else f"{what}; only model may differ, and the keys that the study names under may_differ"
             )

@@ -107,6 +107,7 @@ REFUSED = {
     ),
     "may_differ": ({"may_differ": ["train.epoch"]}, r"may_differ: 'train.epoch' is not a key.*train.epochs"),
     "may_differ in data": ({"may_differ": ["data.root"]}, r"may_differ: 'data.root' is the same in every variant"),
+    "another evaluation": ({"may_differ": ["data.eval_size"]}, r"may_differ: 'data.eval_size' is the same in every"),
     "no seeds": ({"seeds": []}, r"seeds: given \[\]"),
     "a list of variants": ({"variants": ["plain"]}, r"variants: given \['plain'\]"),
 }
