@@ -35,9 +35,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measure: rounds (default 7)")
     parser.add_argument("--batch", type=int, default=32, help="measure: images of a step (default 32)")
     options = parser.parse_intermixed_args()
-    for name in ("jobs", "rounds", "batch"):
-        if getattr(options, name) < 1 + (name == "rounds"):
-            raise InputError(f"--{name} is {getattr(options, name)}; it must be at least {1 + (name == 'rounds')}")
+    for name, least in (("jobs", 1), ("rounds", 2), ("batch", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
     index, shards = cells.parse_shard(options.shard)
     if options.action == "report":
         if options.overrides:
@@ -62,7 +62,8 @@ def main() -> None:
     done = sum(cell.finished for cell in study.cells())
     print(f"{study.folder}: {done} of {len(study.cells())} cells are finished", file=sys.stderr)
     if failed:
-        print(f"study.py: error: {len(failed)} cells failed: {', '.join(failed)}; the same command tries them again")
+        line = f"{len(failed)} cells failed: {', '.join(failed)}; the same command tries them again"
+        print(f"study.py: error: {line}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -60,8 +60,8 @@ def main() -> None:
     kind = choose_weights(payload, str(path), options.weights or (trained.train.rules if trained else None))
     ema = kind == "ema"
     network = identify(payload, str(path), ema)
-    replaced = f", downsampling {trained.model.downsampling}" if trained and trained.model.downsampling else ""
-    say(f"network   {network}{replaced}, {network.num_classes} classes")
+    changes = describe_changes(trained)
+    say(f"network   {network}{changes}, {network.num_classes} classes")
     model = network.build(trained)
     put_weights(model, payload, str(path), ema=ema)
     check_finite(model, str(path))
@@ -74,10 +74,10 @@ def main() -> None:
         say("accuracy  NOT checked: give --data DIR; everything else agrees")
     if export is not None and accepted:
         description = describe_export(payload, network, kind)
-        distributed.on_main(lambda: write(export, model, network, description, for_timm=not replaced))
+        distributed.on_main(lambda: write(export, model, network, description, for_timm=not changes))
         by_timm = f"timm.create_model('local-dir:{export}', pretrained=True) loads it"
         by_us = f"timm cannot build this network; eval.py and load_weights read {export}/model.safetensors"
-        say(f"exported  {export}: {by_us if replaced else by_timm}")
+        say(f"exported  {export}: {by_us if changes else by_timm}")
     if not accepted:
         sys.exit(1)
 
@@ -87,7 +87,7 @@ def check_accuracy(
 ) -> bool:
     """Evaluate, compare with the published counts and print both; False where they differ."""
     paper = load_paper(FIGURES)
-    of_paper = network.num_classes == paper.classes and not (trained and trained.model.downsampling)
+    of_paper = network.num_classes == paper.classes and not describe_changes(trained)
     row = paper.find(network.model, network.args) if of_paper else None
     published = row.correct if row else None
     images = paper.images if published else None
@@ -107,6 +107,13 @@ def check_accuracy(
     say("versions  " + ", ".join(f"{name} {environment[name]}" for name in names if environment[name]))
     say(f"verdict   {verdict}")
     return verdict != "differs"
+
+
+def describe_changes(trained: Config | None) -> str:
+    """The keys of a recipe that change a network in a way that timm's keywords do not, for a line; or empty."""
+    model = trained.model if trained else None
+    changes = {key: getattr(model, key, None) for key in ("downsampling", "circular_padding")}
+    return "".join(f", {key} {value}" for key, value in changes.items() if value)
 
 
 def describe(payload: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def main(options: Namespace) -> None:
 
 
 def train(config: Config, folder: Path, resume: str, interrupts: Interrupts, check: bool = False) -> None:
-    """Build data, network and optimizer; unless ``check``, open or continue the run in ``folder`` and train."""
+    """Build data and network; unless ``check``, open or continue the run in ``folder`` and train."""
     device = distributed.choose_device(config.train.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.precision == "tf32"
@@ -54,12 +54,12 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts, che
     registry.check_size(model, min(*config.data.sizes, config.data.eval_size))
     parts = config.optim.accumulate * (1 if config.train.sync_bn else distributed.world_size())
     registry.check_batch_norm(model, config.data.sizes[0], config.data.batch_size // parts)
-    if check:
-        return
     provenance = Provenance([distributed.world_size()], selection=selection)
     provenance.class_names = class_names(train_source, config.data.name)
     if config.model.weights and not distributed.on_main(lambda: run_folder.will_continue(folder, resume)):
         provenance.initial_weights = load_initial_weights(model, config.model, config.data, provenance.class_names)
+    if check:
+        return
     state = build_state(model, config, device)
 
     opened = distributed.on_main(lambda: run_folder.open_run(folder, config, resume))

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +97,8 @@ class PredictionLog:
         rows = self.gather()
         if not distributed.is_main():
             return
-        names = [os.fsdecode(name) for name in names_of(source)] if isinstance(source, Encoded) else None
+        encoded = names_of(source) if isinstance(source, Encoded) else []
+        names = [name.decode("utf-8", "backslashreplace") for name in encoded]
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(COLUMNS)

@@ -77,6 +77,7 @@ def build_row(
         "model": config.model.name,
         "args": config.model.args,
         "downsampling": config.model.downsampling,
+        "circular_padding": config.model.circular_padding,
         "checkpoint": source,
         "weights": "ema" if ema else "model",
         "selected_on_val": Path(source).name == "best.pt",

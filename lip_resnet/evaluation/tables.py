@@ -46,8 +46,8 @@ class Entry:
 
     @property
     def baseline(self) -> str | None:
-        """The model that a delta is computed against: the same without LIP, or with its own downsampling."""
-        if self.rows[0].get("downsampling"):
+        """The model that a delta is computed against: the same without LIP, or as it is without changes."""
+        if _is_changed(self.rows[0]):
             return self.model
         return self.model.removeprefix("lip_") if self.model.startswith("lip_") else None
 
@@ -61,7 +61,8 @@ class Entry:
 
 
 def keywords_of(row: dict[str, Any]) -> dict[str, Any]:
-    """A row's keywords of the network: ``model.args``, and ``model.downsampling`` with layers and placements."""
+    """A row's keywords of the network: ``model.args``, ``model.downsampling`` with layers and placements, and
+    ``model.circular_padding`` where it is on."""
     downsampling = row.get("downsampling") or {}
     if isinstance(downsampling, str):
         downsampling = {"downsampling": downsampling}
@@ -69,7 +70,13 @@ def keywords_of(row: dict[str, Any]) -> dict[str, Any]:
         site: " ".join(map(str, choice.values())) if isinstance(choice, dict) else choice
         for site, choice in downsampling.items()
     }
-    return {**(row.get("args") or {}), **layers}
+    padding = {"circular_padding": True} if row.get("circular_padding") else {}
+    return {**(row.get("args") or {}), **layers, **padding}
+
+
+def _is_changed(row: dict[str, Any]) -> bool:
+    """Whether the recipe changes layers of the network that ``model.name`` and ``model.args`` name."""
+    return bool(row.get("downsampling") or row.get("circular_padding"))
 
 
 def unpublished(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +102,7 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
             row["model"],
             row.get("args"),
             row.get("downsampling"),
+            bool(row.get("circular_padding")),
             row.get("weights"),
             row.get("selected_on_val"),
             row["images"],
@@ -180,7 +188,7 @@ def _delta(entry: Entry, entries: list[Entry], key: str, baseline: str | None) -
     if baseline is not None:
         partners = [other for other in on_set if baseline in (other.label, other.name)]
     else:
-        partners = [other for other in on_set if other.model == wanted and not other.rows[0].get("downsampling")]
+        partners = [other for other in on_set if other.model == wanted and not _is_changed(other.rows[0])]
     if wanted is None or entry in partners:
         return None, []
     where = f" on {entry.test_set}" if "test_set" in entry.protocol else ""

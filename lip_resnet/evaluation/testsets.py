@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lip_resnet.config import EvalDataConfig, InputError
-from lip_resnet.data.decode import read_file
 from lip_resnet.data.sources import build_sources
-from lip_resnet.data.sources.base import Encoded, LeftOut, say_left_out
+from lip_resnet.data.sources.base import Encoded, Files, LeftOut, name_sample, prefetch_samples, say_left_out
 from lip_resnet.data.sources.folder import Folder
 from lip_resnet.data.transforms import eval_transform
 from lip_resnet.evaluation.classes import indices_of, name_of_set
@@ -98,22 +97,12 @@ class Joined(Dataset):
         for number, index in map(self._locate, indices):
             batches.setdefault(number, []).append(index)
         for number, batch in batches.items():
-            source = self.sets[number][0]
-            if hasattr(source, "prefetch"):
-                source.prefetch(batch)
+            prefetch_samples(self.sets[number][0], batch)
 
     def path(self, index: int) -> str:
         """An image's name."""
         number, index = self._locate(index)
-        source = self.sets[number][0]
-        return source.path(index) if hasattr(source, "path") else f"sample {index}"
-
-
-class _Files(Encoded):
-    """Image files with given labels."""
-
-    def read(self, index: int) -> bytes:
-        return read_file(self.path(index))
+        return name_sample(self.sets[number][0], index)
 
 
 class RealLabels(Encoded):
@@ -330,7 +319,7 @@ def _open_corruptions(root: Path, config: EvalDataConfig, partial: bool) -> tupl
             f"--dataset imagenet-c: {fewest} has {sizes[fewest]:,} images and {most} {sizes[most]:,}; they must have "
             "the same number"
         )
-    source = _Files(root, known, samples)
+    source = Files(root, known, samples)
     source.left_out = LeftOut.sum(left_out)
     say_left_out(source)
     width, height = source[0][0].size

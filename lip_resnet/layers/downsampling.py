@@ -107,7 +107,7 @@ DOWNSAMPLING: dict[str, Layer] = {
         _lip, "learnt importance, with the site's published logit module (or the one asked for)", _GAO, _LIP_GAIN
     ),
     "lip_projection": Layer(
-        _projection, "learnt importance, logits from a 1x1 convolution and instance norm", _GAO, "-", "no gate"
+        _projection, "learnt importance, logits from a 1x1 convolution", _GAO, "-", "no norm, no gate"
     ),
     "lip_simplified": Layer(
         _simplified, "learnt importance, logits from a 3x3 convolution, norm and gate", _GAO, "-", "9 C^2 parameters"
@@ -262,8 +262,8 @@ def check_layer(name: str, site: str = "layer") -> str:
     """
     if name not in DOWNSAMPLING:
         near = difflib.get_close_matches(str(name), DOWNSAMPLING, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{site}: unknown downsampling layer {name!r}{hint} Known: {', '.join(DOWNSAMPLING)}")
+        hint = f", did you mean {near[0]}?" if near else ";"
+        raise ValueError(f"{site}: unknown downsampling layer {name!r}{hint} known: {', '.join(DOWNSAMPLING)}")
     return name
 
 

@@ -139,9 +139,11 @@ def replace_downsampling(
             report.kept[name] = reason or ""
             continue
         used.add(choice[0])
+        inputs = dict(plan.inputs)
         try:
             plan.modules += builder.build(name, old, site, choice[1])
         except ValueError as error:
+            plan.inputs = inputs  # without a trunk that nothing would use
             report.kept[name] = str(error)
             continue
         report.swapped[name] = f"{site}, {describe(old)} -> {builder.describe(site, choice[1])}"

@@ -86,7 +86,8 @@ def norm_forward_kernel(
         total += difference
         square += difference * difference
     offset = tl.sum(total, 0)[None, :] / area
-    variance = tl.maximum(tl.sum(square, 0)[None, :] / area - offset * offset, 0.0)
+    variance = tl.sum(square, 0)[None, :] / area - offset * offset
+    variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
     centre = reference.to(SUM) + offset
     inverse = 1.0 / tl.sqrt(variance + EPS)
     tl.store(mean + plane, centre, exists)

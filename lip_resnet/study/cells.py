@@ -80,7 +80,7 @@ def _report(future: Future[dict[str, Any]], cell: Cell, failed: dict[str, str], 
 
 def _run_cell(design: Design, cell: Cell, children: "Children") -> dict[str, Any]:
     """Train and evaluate one cell, and write its record."""
-    before = read_record(cell)
+    before, printed = read_record(cell), cell.log.stat().st_size if cell.log.is_file() else 0
     started = time.monotonic()
     status, message = "stopped", ""
     if not children.stopping:
@@ -95,7 +95,7 @@ def _run_cell(design: Design, cell: Cell, children: "Children") -> dict[str, Any
         if cell.finished:
             status = "done"
         elif not children.stopping and code != _STOPPED:
-            status, message = "failed", last_line(cell.log) or f"exit code {code}"
+            status, message = "failed", last_line(cell.log, printed) or f"exit code {code}"
     record = {
         "variant": cell.variant,
         "seed": cell.seed,
@@ -115,9 +115,9 @@ def read_record(cell: Cell) -> dict[str, Any]:
         return {}
 
 
-def last_line(log: Path) -> str:
-    """The last line that a command has printed, where an error stands."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def last_line(log: Path, start: int = 0) -> str:
+    """The last line that a command has printed, where an error stands; of the file from byte ``start`` on."""
+    lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
     errors = [line for line in lines if ": error: " in line]
     return (errors or [line for line in lines if line.strip()] or [""])[-1].strip()
 

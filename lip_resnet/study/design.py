@@ -21,8 +21,12 @@ from lip_resnet.recipe import apply_override, find_recipe, parse_config, parse_s
 
 CONFIRMATORY_SEEDS = 5
 """With fewer seeds every verdict is exploratory."""
-SAME_IMAGES = ("data.name", "data.root", "data.classes", "data.label_column", "data.images", "model.num_classes")
-"""Keys in which no two variants may differ: their predictions would be of other images or classes."""
+SAME_IMAGES = (
+    *("data.name", "data.root", "data.classes", "data.label_column", "data.images", "model.num_classes"),
+    *("data.eval_size", "data.eval_resize", "data.crop_mode", "data.interpolation", "data.mean", "data.std"),
+)
+"""Keys in which no two variants may differ: their predictions would be of other images or classes, or of images that
+are evaluated in another way, which a report does not compare."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 Fragment = dict[str, dict[str, JsonValue]]
@@ -162,7 +166,9 @@ def _resolve(study: Study, variant: str, overrides: Sequence[str], source: str) 
 
 def _update(tree: dict[str, Any], fragment: Fragment) -> None:
     for section, keys in fragment.items():
-        tree[section] = {**tree.get(section, {}), **keys}
+        before = tree.get(section, {})
+        if isinstance(before, dict):  # else it is refused with the whole recipe
+            tree[section] = {**before, **keys}
 
 
 def _check(study: Study, recipes: Mapping[str, Config], source: str) -> None:
@@ -192,7 +198,7 @@ def _check(study: Study, recipes: Mapping[str, Config], source: str) -> None:
                 continue
             what = f"{source}: variant {name} differs from {study.baseline} in {key}: {value} against {ours[key]}"
             raise InputError(
-                f"{what}; all variants have the same images and classes"
+                f"{what}; all variants have the same images, classes and evaluation"
                 if key in SAME_IMAGES
                 else f"{what}; only model may differ, and the keys that the study names under may_differ"
             )
@@ -224,17 +230,21 @@ def write_design(design: Design) -> None:
         InputError: the folder holds another study, or other files, or cannot be written.
     """
     folder, path = design.folder, design.folder / "study.yaml"
+    # Looked at first: another shard may write study.yaml meanwhile, by way of a hidden file.
+    occupied = folder.exists() and not (folder.is_dir() and all(each.name.startswith(".") for each in folder.iterdir()))
     if path.is_file():
         _check_same(design, load_record(folder))
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif occupied:
         raise InputError(f"--output {folder} exists and is not a study; choose another")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # First: a folder without it is not a study, to the same command after a kill and to other shards.
+        write_text(path, yaml.safe_dump(design.dump(), sort_keys=False))
         for name, recipe in design.recipes.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir(exist_ok=True)
             write_text(folder / name / "recipe.yaml", recipe.dump())
     except OSError as error:
         raise InputError(f"--output {folder}: cannot write there: {error.strerror}") from error
-    write_text(path, yaml.safe_dump(design.dump(), sort_keys=False))
 
 
 def load_record(folder: Path) -> Design:
@@ -247,8 +257,10 @@ def load_record(folder: Path) -> Design:
     if not path.is_file():
         raise InputError(f"{folder} holds no study; start it with: python scripts/study.py run STUDY.yaml")
     tree, source = read_tree(path)
-    trees = tree.pop("recipes", {})
+    trees = tree.pop("recipes", None)
     study = parse_section(tree, source, Study)
+    if not isinstance(trees, dict) or not trees.keys() >= study.variants.keys():
+        raise InputError(f"{path} is not the record of a study that was run: it lacks recipes; choose another --output")
     return Design(study, {name: parse_config(trees[name], source) for name in study.variants}, folder)
 
 

@@ -74,9 +74,10 @@ def _what_it_can_show(design: Design, images: int | None) -> list[str]:
             for what, p in kinds
         ]
         lines += ["", *render(header, rows).rstrip().splitlines(), ""]
-    lines.append(
-        f"smallest p of the exact sign-flip test with {seeds} seeds: {statistics.smallest_sign_flip(seeds):.3g}"
-    )
+    if seeds <= statistics.EXACT_SEEDS:
+        lines.append(
+            f"smallest p of the exact sign-flip test with {seeds} seeds: {statistics.smallest_sign_flip(seeds):.3g}"
+        )
     if images:
         error = statistics.deviation_of_images(DISAGREEMENT, images)
         lines.append(

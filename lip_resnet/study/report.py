@@ -17,6 +17,7 @@ from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
 from lip_resnet.study.pages import Section, format_interval, to_html, to_markdown
 from lip_resnet.study.probes import robustness_section
 from lip_resnet.study.results import Comparison, Result, compare, load_results, right
+from lip_resnet.study.statistics import Paired
 
 
 def write_report(design: Design) -> list[str]:
@@ -107,9 +108,9 @@ def _verdict(design: Design, comparisons: list[Comparison]) -> list[str]:
     fewest = min((len(each.seeds) for each in comparisons), default=0)
     if fewest < CONFIRMATORY_SEEDS:
         lines.append(
-            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to"
+            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to run "
+            "more seeds, not a result."
         )
-        lines[-1] += " run more seeds, not a result."
     if finished < len(cells):
         lines.append(
             f"**Not complete**: {finished} of {len(cells)} cells are finished; the table shows how many of each."
@@ -128,14 +129,22 @@ def sentence(comparison: Comparison, baseline: str) -> str:
         "not distinguishable": f"{comparison.variant} and {baseline} are not distinguishable",
     }.get(comparison.verdict, f"{comparison.variant} against {baseline}: too few seeds to say")
     text = f"**{words}**: {paired.mean:+.2f} points top-1"
-    if paired.interval is None or paired.p_t is None or paired.p_sign_flip is None:
+    if paired.interval is None or paired.p_t is None:
         return f"{text}, one seed."
     text += f", 95% interval {paired.interval[0]:+.2f} to {paired.interval[1]:+.2f} (paired t over {seeds} seeds, "
-    text += f"p = {_p(paired.p_t)}; exact sign-flip test p = {_p(paired.p_sign_flip)})."
-    if (paired.p_t < statistics.ALPHA) != (paired.p_sign_flip < statistics.ALPHA):
+    text += f"p = {_p(paired.p_t)}"
+    text += ")." if paired.p_sign_flip is None else f"; exact sign-flip test p = {_p(paired.p_sign_flip)})."
+    if _disagree(paired):
         least = statistics.smallest_sign_flip(seeds)
         text += f" The two tests disagree; the sign-flip test cannot go below {_p(least)} with {seeds} seeds."
     return text
+
+
+def _disagree(paired: Paired) -> bool:
+    """Whether one of the two tests rejects at 5% and the other does not."""
+    if paired.p_t is None or paired.p_sign_flip is None:
+        return False
+    return (paired.p_t < statistics.ALPHA) != (paired.p_sign_flip < statistics.ALPHA)
 
 
 def _failed(design: Design) -> list[str]:
@@ -148,13 +157,7 @@ def _accuracy_notes(comparisons: list[Comparison]) -> tuple[str, ...]:
         "Top-1 of the last weights: mean and standard deviation over seeds. Differences to the baseline are paired by "
         "seed, with 95% intervals by the paired t test."
     ]
-    disagree = [
-        each.variant
-        for each in comparisons
-        if each.paired.p_t is not None
-        and each.paired.p_sign_flip is not None
-        and (each.paired.p_t < statistics.ALPHA) != (each.paired.p_sign_flip < statistics.ALPHA)
-    ]
+    disagree = [each.variant for each in comparisons if _disagree(each.paired)]
     if disagree:
         notes.append(f"The t test and the sign-flip test disagree at 5% for {', '.join(disagree)}.")
     return tuple(notes)
@@ -208,7 +211,8 @@ def _cost_table(design: Design, done: dict[str, dict[int, Result]]) -> tuple[lis
     header = ["variant", "parameters (M)", "multiply-adds (G)", "training images/s", "minutes a cell"]
     path = design.folder / "costs.json"
     costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    header += [f"{kind} time / baseline" for kind in ("training", "inference") if kind in costs]
+    kinds = [kind for kind in ("training", "inference") if kind in costs]
+    header += [f"{kind} time / baseline" for kind in kinds]
     rows = []
     for name, of_seeds in done.items():
         first = next(iter(of_seeds.values()))
@@ -221,7 +225,8 @@ def _cost_table(design: Design, done: dict[str, dict[int, Result]]) -> tuple[lis
                 f"{_macs(of_seeds):.3f}",
                 f"{plain.median(speeds):.0f}" if speeds else "-",
                 f"{plain.fmean(seconds) / 60:.1f}" if seconds else "-",
-                *(f"{costs[kind][name]['ratio']:.2f}" for kind in ("training", "inference") if kind in costs),
+                # a variant that was added after the measurement has no times
+                *(f"{costs[kind][name]['ratio']:.2f}" if name in costs[kind] else "-" for kind in kinds),
             ]
         )
     return header, rows

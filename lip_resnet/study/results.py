@@ -1,6 +1,7 @@
 """What a study's finished cells show: rows, predictions and learning curves, checked to be comparable, and compared."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Result:
     row: dict[str, Any]
     predictions: Predictions
     curve: list[tuple[float, float]]
-    """(epoch, val top-1) at each evaluation in training."""
+    """(epoch, val top-1) at each evaluation in training; NaN where its logits were not finite."""
     images_per_second: float | None
     """Median of the training log; None where it has none."""
     seconds: float | None
@@ -84,7 +85,8 @@ def _load(cell: Cell) -> Result:
     if metrics.is_file():
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     speeds = [line["train/images_per_second"] for line in lines if "train/images_per_second" in line]
-    curve = [(line["epoch"], line["val/top1"]) for line in lines if "val/top1" in line]
+    tops = [(line["epoch"], line["val/top1"]) for line in lines if "val/top1" in line]
+    curve = [(epoch, math.nan if top1 is None else top1) for epoch, top1 in tops]  # null: logits were not finite
     speed = float(np.median(speeds)) if speeds else None
     return Result(cell, row, predictions, curve, speed, read_record(cell).get("seconds"))
 

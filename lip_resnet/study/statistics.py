@@ -38,7 +38,7 @@ class Paired:
     p_t: float | None
     """Two-sided p of the paired t test."""
     p_sign_flip: float | None
-    """Two-sided p of the exact sign-flip permutation test."""
+    """Two-sided p of the exact sign-flip permutation test; None for one seed, and for more than ``EXACT_SEEDS``."""
 
 
 def compare_paired(differences: Sequence[float]) -> Paired:
@@ -61,7 +61,8 @@ def compare_paired(differences: Sequence[float]) -> Paired:
         p_t = float(2 * stats.t.sf(abs(mean) / (deviation / math.sqrt(len(values))), len(values) - 1))
     else:
         p_t = 0.0 if mean else 1.0
-    return Paired(tuple(values.tolist()), mean, deviation, (mean - half, mean + half), p_t, sign_flip(values))
+    p_sign_flip = sign_flip(values) if len(values) <= EXACT_SEEDS else None
+    return Paired(tuple(values.tolist()), mean, deviation, (mean - half, mean + half), p_t, p_sign_flip)
 
 
 def sign_flip(differences: Sequence[float] | NDArray[np.floating]) -> float:

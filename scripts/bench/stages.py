@@ -204,10 +204,11 @@ def _evaluation(folder: Path, name: str, common: Row) -> list[Row]:
 
 def _tests(report: Path) -> list[Row]:
     """One row for each test that failed or was skipped, and one with the counts."""
-    if not report.is_file():
+    try:
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    except (FileNotFoundError, ElementTree.ParseError):  # not there yet, or being written
         return []
     rows: list[Row] = []
-    cases = list(ElementTree.parse(report).iter("testcase"))
     for case in cases:
         for kind in ("failure", "error", "skipped"):
             if (problem := case.find(kind)) is not None:

@@ -18,7 +18,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}" #
 # Without it a surviving torchrun (2.14) does not tell a machine that comes back where the store is.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # A wrong key or path ends here: torchrun would start it --max_restarts times again.
-python train.py --check --config "$recipe" "$@"
+python train.py --check --config "$recipe" --resume auto "$@"
 exec torchrun \
     --nnodes="${NODES:-2}" --nproc_per_node="${PROCESSES:-gpu}" --max_restarts=3 \
     --rdzv_backend=c10d --rdzv_endpoint="$NODE0:${PORT:-29500}" --rdzv_id="$(basename "$recipe" .yaml)" \

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lip_resnet.config import InputError
-from lip_resnet.data.sources.base import Arrays
+from lip_resnet.data.sources.base import Arrays, Files
 from lip_resnet.evaluation.predictions import PredictionLog, read_predictions
 
 
@@ -54,3 +54,11 @@ def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(InputError, match=r"not predictions of eval\.py"):
         read_predictions(tmp_path / "p.csv")
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    """Names of image files are bytes; those of another encoding are shown as in the other lists."""
+    log = PredictionLog()
+    log.add(range(1), torch.tensor([[0.0, 2.0]]), torch.tensor([1]))
+    log.write(tmp_path / "p.csv", Files("set", ["a", "b"], [("set/b/caf\udce9.png", 1)]))
+    assert read_predictions(tmp_path / "p.csv").images == ["b/caf\\xe9.png"]

@@ -218,6 +218,14 @@ def replaced(layer: str, top1: float, seed: int = 0) -> dict:
     return {**row("resnet50", top1, seed, **changes), "downsampling": {"main": layer}}
 
 
+def test_circular_padding_is_another_network():
+    rows = [row("resnet50", 97.0, seed) for seed in (0, 1)]
+    rows += [{**row("resnet50", 98.0, seed), "circular_padding": True} for seed in (0, 1)]
+    lines, _ = table(rows)
+    assert lines["resnet50"]["top-1 (%)"].startswith("97.00")
+    assert lines["resnet50 (circular_padding=True)"]["delta top-1"] == "+1.00"
+
+
 def test_any_row_can_be_the_baseline():
     rows = [replaced("lip", 98.0, 0), replaced("lip", 99.0, 1), replaced("max", 97.0), row("resnet50", 96.0)]
     lines, notes = table(rows)

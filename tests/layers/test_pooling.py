@@ -247,7 +247,7 @@ def test_feature_map_of_one_position():
     ("keywords", "message"),
     [
         ({"name": "lipp"}, "'lipp', did you mean lip"),
-        ({"name": "lip_"}, "Known: lip, lip_projection"),
+        ({"name": "lip_"}, "known: lip, lip_projection"),
         ({"name": "max", "kernel_size": 2, "padding": 2}, "kernel_size 2, stride 2, padding 2 do not fit"),
         ({"name": "strided", "kernel_size": 2, "padding": 1}, "do not fit"),
         ({"name": "blur", "kernel_size": 1, "padding": 0}, "do not fit"),

@@ -282,6 +282,15 @@ def test_a_window_smaller_than_its_stride_keeps_its_layer():
     assert replace_downsampling(model, "average", input_size=(3, 32, 32)).swapped
 
 
+def test_a_kept_layer_leaves_no_trunk_behind():
+    model = timm.create_model("resnet26")
+    before = model.state_dict().keys()
+    lip = {"layer": "lip", "placement": "instead_of_convolution", "kernel_size": 1}
+    report = replace_downsampling(model, {"main": lip})
+    assert "kernel_size 1 is smaller than stride 2" in report.kept["layer2.0.conv2"]
+    assert model.state_dict().keys() == before
+
+
 def test_models_without_parameters():
     assert replace_downsampling(nn.MaxPool2d(2)).kept == {"": "it is the model itself"}
     model = nn.Sequential(nn.MaxPool2d(2), nn.ReLU())

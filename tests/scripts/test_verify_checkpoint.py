@@ -155,14 +155,16 @@ def test_export_of_our_own_smaller_networks(run, capsys, monkeypatch, tmp_path, 
         "data__mean": [0.5] * 3,
     }
     batch, rows = images(2, 64, 64), {}
-    for number, (model, args, downsampling) in enumerate(
+    for number, (model, args, layers) in enumerate(
         (
             ("lip_densenet121", {"block_config": [1, 1], "gate_coefficient": 6.0}, {}),
-            ("test_resnet", {}, {"stem": "blur", "main": "max"}),
+            ("test_resnet", {}, {"model__downsampling": {"stem": "blur", "main": "max"}}),
+            ("test_resnet", {}, {"model__circular_padding": True}),
         )
     ):
-        config = small_config(**changes, model__name=model, model__args=args, model__downsampling=downsampling)
-        network, folder, export = registry.build_model(config.model), tmp_path / model, tmp_path / f"export{number}"
+        config = small_config(**changes, model__name=model, model__args=args, **layers)
+        network, folder = registry.build_model(config.model), tmp_path / f"run{number}"
+        export = tmp_path / f"export{number}"
         (folder / "checkpoints").mkdir(parents=True)
         payload = {"model": network.state_dict(), "ema": None, "step": 1, "processes": [1]}
         payload |= {"config": config.model_dump(mode="json"), "class_names": ["ant", "bee", "cat"]}
@@ -177,10 +179,11 @@ def test_export_of_our_own_smaller_networks(run, capsys, monkeypatch, tmp_path, 
             row = tmp_path / f"{number}{source.name}.json"
             assert call(capsys, monkeypatch, eval_command, "--checkpoint", source, "--output", row)[0] == 0
             rows[source] = json.loads(row.read_text())
-        same = ("model", "args", "downsampling", "correct1", "loss", "protocol", "step", "weights")
+        same = ("model", "args", "downsampling", "circular_padding", "correct1", "loss", "protocol", "step", "weights")
+        assert rows[weights]["circular_padding"] is config.model.circular_padding
         assert [rows[weights][key] for key in same] == [rows[folder][key] for key in same]
-        assert (export / "config.json").exists() is not bool(downsampling)  # timm could not build it
-        if not downsampling:
+        assert (export / "config.json").exists() is not bool(layers)  # timm could not build it
+        if not layers:
             loaded = timm.create_model(f"local-dir:{export}", pretrained=True).eval()
             torch.testing.assert_close(loaded(batch), network.eval()(batch), rtol=0, atol=0)
             assert loaded.pretrained_cfg["mean"] == [0.5] * 3

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lip_resnet.study import statistics
+from lip_resnet.study import report, statistics
+from lip_resnet.study.results import Comparison
 
 DIFFERENCES = [8.1, 8.9, 7.6, 9.3, -0.4, 8.5]
 
@@ -32,6 +33,15 @@ def test_sign_flip_reaches_its_smallest_p():
     for seeds, smallest in ((3, 0.25), (5, 0.0625), (6, 0.03125)):
         assert statistics.sign_flip([1.0 + index for index in range(seeds)]) == smallest
         assert statistics.smallest_sign_flip(seeds) == smallest
+
+
+def test_many_differences():
+    """The exact test would visit 2^21 patterns: the others remain."""
+    many = statistics.compare_paired([1.0 + index for index in range(statistics.EXACT_SEEDS + 1)])
+    assert many.p_sign_flip is None
+    assert many.p_t < 1e-6
+    words = report.sentence(Comparison("lip", list(range(21)), many, many.p_t, None, [], "better"), "plain")
+    assert words.endswith("(paired t over 21 seeds, p = <.0001).")
 
 
 def test_few_and_equal_differences():

@@ -107,6 +107,7 @@ REFUSED = {
     ),
     "may_differ": ({"may_differ": ["train.epoch"]}, r"may_differ: 'train.epoch' is not a key.*train.epochs"),
     "may_differ in data": ({"may_differ": ["data.root"]}, r"may_differ: 'data.root' is the same in every variant"),
+    "another evaluation": ({"may_differ": ["data.eval_size"]}, r"may_differ: 'data.eval_size' is the same in every"),
     "no seeds": ({"seeds": []}, r"seeds: given \[\]"),
     "a list of variants": ({"variants": ["plain"]}, r"variants: given \['plain'\]"),
 }
@@ -155,6 +156,15 @@ def test_cells_go_on_and_are_never_repeated(tmp_path, stand_ins):
     assert cells.read_record(study.cells()[0])["seconds"] > 0
 
 
+def test_the_message_of_a_failure_is_of_the_last_start(tmp_path, stand_ins):
+    (stand_ins / "train.py").write_text("import sys; sys.exit('RuntimeError: a bug')")
+    study = design.load_design(write(tmp_path), output=tmp_path / "out")
+    design.write_design(study)
+    cell = study.cells()[0]
+    cell.log.write_text("train.py: error: of an earlier start\n")
+    assert cells.run_cells(study, [cell], jobs=1) == {"plain/seed0": "RuntimeError: a bug"}
+
+
 def test_a_signal_stops_the_cells(tmp_path, stand_ins):
     (stand_ins / "train.py").write_text("import time; time.sleep(60)")
     study = design.load_design(write(tmp_path), output=tmp_path / "out")
@@ -184,6 +194,24 @@ def test_another_study_is_not_continued(tmp_path):
         design.write_design(design.load_design(write(tmp_path), output=tmp_path / "files"))
 
 
+def test_a_study_that_is_killed_while_it_begins_goes_on(tmp_path, monkeypatch):
+    study, write_text = design.load_design(write(tmp_path), output=tmp_path / "out"), design.write_text
+
+    def write_one(path, text):
+        monkeypatch.setattr(design, "write_text", stop)
+        write_text(path, text)
+
+    def stop(path, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(design, "write_text", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        design.write_design(study)
+    monkeypatch.setattr(design, "write_text", write_text)
+    design.write_design(study)
+    assert all((study.folder / name / "recipe.yaml").is_file() for name in study.recipes)
+
+
 @pytest.fixture
 def finished(tmp_path, stand_ins):
     study = design.load_design(write(tmp_path), output=tmp_path / "out")
@@ -194,6 +222,10 @@ def finished(tmp_path, stand_ins):
 
 def test_report(finished):
     pytest.importorskip("matplotlib")
+    measured = {"plain": {"ratio": 1.0}, "lip": {"ratio": 1.25}}  # before the variant average was added
+    (finished.folder / "costs.json").write_text(json.dumps({"training": measured}))
+    metrics = finished.cells()[0].folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"val/top1": 0.0', '"val/top1": null'))  # logits were not finite
     printed = report.write_report(design.load_record(finished.folder))
     assert "lip is better than plain" in printed[0]
     assert "Exploratory" in printed[1]  # three seeds
@@ -204,6 +236,9 @@ def test_report(finished):
     assert float(rows["lip"]["difference"]) == pytest.approx(np.mean(top1["lip"]) - np.mean(top1["plain"]))
     assert rows["average"]["verdict"] == "not distinguishable"
     page = (folder / "report.html").read_text()
+    costs = (folder / "report.md").read_text().split("## Cost")[1].split("##")[0]
+    cells = [line.split("|") for line in costs.splitlines() if "|" in line]
+    assert [row[-2].strip() for row in cells][2:] == ["1.00", "1.25", "-"]
     assert page.count("<svg") == 4
     assert not re.findall(r'(?:src|href)="(?!#)', page.replace('xlink:href="#', '"#'))
     first = page.encode(), (folder / "report.md").read_bytes()
@@ -275,6 +310,21 @@ def test_results_that_do_not_belong_together_are_refused(finished):
             results.load_results(finished)
         cell.predictions.write_text(before[0])
         cell.row.write_text(before[1])
+
+
+def test_a_study_file_in_its_own_output_is_not_overwritten(tmp_path):
+    path = write(tmp_path)
+    before = path.read_text()
+    study = design.load_design(path, output=tmp_path)
+    with pytest.raises(InputError, match="is not the record of a study that was run"):
+        design.write_design(study)
+    assert path.read_text() == before
+
+
+def test_a_base_without_its_sections(tmp_path):
+    (tmp_path / "base.yaml").write_text("model:\n")
+    with pytest.raises(InputError, match="data: missing; this key is required"):
+        design.load_design(write(tmp_path, base=str(tmp_path / "base.yaml"), recipe={"model": {"num_classes": 10}}))
 
 
 def test_nothing_finished(tmp_path):

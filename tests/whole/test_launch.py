@@ -176,11 +176,14 @@ def wait_for(condition, job: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("script", [SLURM, TWO_NODES], ids=lambda path: path.name)
 def test_a_wrong_recipe_is_not_restarted(stage, monkeypatch, script):
-    """The scripts check it first: torchrun would start a wrong one as often as --max_restarts says."""
+    """The scripts check it first: torchrun would start a wrong one as often as --max_restarts says.
+
+    With --resume auto, as training does: a run that continues needs neither model.weights nor data.classes.
+    """
     monkeypatch.setenv("NODE0", "10.0.0.1")
     monkeypatch.setenv("CHECK", "2")
     assert call("bash", script, RECIPE, "data.rot=/data").returncode == 2
-    assert words(stage / "check") == ["train.py", "--check", "--config", RECIPE, "data.rot=/data"]
+    assert words(stage / "check") == ["train.py", "--check", "--config", RECIPE, "--resume", "auto", "data.rot=/data"]
     assert not (stage / "torchrun").exists()
 
 

@@ -61,7 +61,11 @@ def test_batch_norm_of_one_value(capsys, monkeypatch, recipe, tmp_path, override
 def test_check_refuses_what_training_would_and_writes_nothing(capsys, monkeypatch, recipe, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert call(capsys, monkeypatch, train, "--config", recipe, "--check") == (0, "", "")
-    for wrong, words in (("optim.lrr=1", "did you mean optim.lr?"), ("model.num_classes=7", "the data has 10")):
+    for wrong, words in (
+        ("optim.lrr=1", "did you mean optim.lr?"),
+        ("model.num_classes=7", "the data has 10"),
+        ("model.weights=none.pt", "none.pt: no such file"),
+    ):
         assert words in refuse(capsys, monkeypatch, train, "--config", recipe, "--check", wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
