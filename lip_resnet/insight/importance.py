@@ -43,11 +43,14 @@ class SiteMaps:
 
 
 def sites_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Module name -> layer, of the layers of local weights that downsample, in the order of the network's modules."""
+    """Module name -> layer, of the layers of local weights that downsample, in the order of the network's modules.
+
+    Without pooling layers whose windows are not square, are dilated, or reach beyond the padding (``ceil_mode``).
+    """
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, WEIGHTED) and _window(module).stride > 1
+        if isinstance(module, WEIGHTED) and _is_plain(module) and _window(module).stride > 1
     }
 
 
@@ -171,6 +174,13 @@ def _entropy(weights: Tensor, size: Sequence[int], window: Window) -> Tensor:
     count = real.unfold(2, window.kernel_size, window.stride).unfold(3, window.kernel_size, window.stride).sum((-1, -2))
     entropy = -torch.special.xlogy(weights, weights).sum(-1)
     return torch.where(count > 1, entropy / count.clamp(min=2).log(), torch.ones_like(entropy))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's windows are square, without dilation, and inside the padded map."""
+    values: list[Any] = [getattr(layer, name, 1) for name in ("kernel_size", "stride", "padding", "dilation")]
+    square = all(isinstance(value, int) or len(set(value)) == 1 for value in values)
+    return square and values[3] in (1, (1, 1)) and not getattr(layer, "ceil_mode", False)
 
 
 def _window(layer: nn.Module) -> Window:

@@ -108,3 +108,10 @@ def test_networks_and_images_that_cannot_be_shown():
     for images in (PHOTOGRAPHS.float(), PHOTOGRAPHS[0], PHOTOGRAPHS[:, :1]):
         with pytest.raises(InputError, match=r"must be \(B, 3, H, W\) torch.uint8"):
             importance_maps(pooled_by(make_layer("max", 3)), images)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d((3, 2), 2), nn.MaxPool2d(2, 2, dilation=2)]
+)
+def test_windows_that_have_no_map_are_no_sites(layer):
+    assert not sites_of(pooled_by(layer))
