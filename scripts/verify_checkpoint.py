@@ -60,7 +60,8 @@ def main() -> None:
     kind = choose_weights(payload, str(path), options.weights or (trained.train.rules if trained else None))
     ema = kind == "ema"
     network = identify(payload, str(path), ema)
-    replaced = f", downsampling {trained.model.downsampling}" if trained and trained.model.downsampling else ""
+    changes = {key: getattr(trained.model, key) for key in ("downsampling", "circular_padding")} if trained else {}
+    replaced = "".join(f", {key} {value}" for key, value in changes.items() if value)
     say(f"network   {network}{replaced}, {network.num_classes} classes")
     model = network.build(trained)
     put_weights(model, payload, str(path), ema=ema)
@@ -69,7 +70,7 @@ def main() -> None:
     count = cost.count_parameters(model)
     say(f"mapped    {len(model.state_dict())} tensors, {count:,} parameters, all finite{averaged}")
 
-    accepted = options.data is None or check_accuracy(model, network, payload, trained, options)
+    accepted = options.data is None or check_accuracy(model, network, payload, trained, options, bool(replaced))
     if options.data is None:
         say("accuracy  NOT checked: give --data DIR; everything else agrees")
     if export is not None and accepted:
@@ -83,11 +84,15 @@ def main() -> None:
 
 
 def check_accuracy(
-    model: nn.Module, network: Network, payload: dict[str, Any], trained: Config | None, options: Any
+    model: nn.Module, network: Network, payload: dict[str, Any], trained: Config | None, options: Any, replaced: bool
 ) -> bool:
-    """Evaluate, compare with the published counts and print both; False where they differ."""
+    """Evaluate, compare with the published counts and print both; False where they differ.
+
+    Args:
+        replaced: whether the network has other downsampling or padding than the published one.
+    """
     paper = load_paper(FIGURES)
-    of_paper = network.num_classes == paper.classes and not (trained and trained.model.downsampling)
+    of_paper = network.num_classes == paper.classes and not replaced
     row = paper.find(network.model, network.args) if of_paper else None
     published = row.correct if row else None
     images = paper.images if published else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from lip_resnet import distributed
 from lip_resnet.config import InputError
 from lip_resnet.data.fingerprint import names_of
-from lip_resnet.data.sources.base import Arrays, Encoded
+from lip_resnet.data.sources.base import Arrays, Encoded, readable
 from lip_resnet.files import write_text
 
 COLUMNS = ("image", "label", "top1", "top5", "margin", "loss")
@@ -89,6 +89,8 @@ class PredictionLog:
     def write(self, path: Path, source: Encoded | Arrays) -> None:
         """Write the predictions of the whole set, in its order, on rank 0. A collective.
 
+        Bytes of a name that are not UTF-8 are written as ``\\xe9``, and line feeds as ``\\n``.
+
         Args:
             source: the set, which names its images.
 
@@ -107,7 +109,7 @@ class PredictionLog:
         ):
             image = names[index] if names else source.path(int(index))
             right = " ".join(str(label) for label in labels if label >= 0)
-            lines.writerow([image, right, top[0], " ".join(map(str, top)), f"{margin:.6g}", f"{loss:.6g}"])
+            lines.writerow([readable(image), right, top[0], " ".join(map(str, top)), f"{margin:.6g}", f"{loss:.6g}"])
         write_text(path, text.getvalue())
 
 

@@ -77,6 +77,7 @@ def build_row(
         "model": config.model.name,
         "args": config.model.args,
         "downsampling": config.model.downsampling,
+        "circular_padding": config.model.circular_padding,
         "checkpoint": source,
         "weights": "ema" if ema else "model",
         "selected_on_val": Path(source).name == "best.pt",
@@ -124,7 +125,7 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
         missing = [key for key in _REQUIRED if key not in row] if isinstance(row, dict) else list(_REQUIRED)
         if missing:
             raise InputError(f"{path}: not a row of eval.py; missing keys: {', '.join(missing)}")
-        for key in ("top1", "top5", "loss", "images", "params", "macs"):
+        for key in (*_REQUIRED[1:-1], *({"mce", "mean_error"} & row.keys())):
             if type(row[key]) not in (int, float) or not math.isfinite(row[key]):
                 raise InputError(
                     f"{path}: {key} is {row[key]!r}, not a finite number: the logits may not have been finite; "

@@ -47,7 +47,7 @@ class Entry:
     @property
     def baseline(self) -> str | None:
         """The model that a delta is computed against: the same without LIP, or with its own downsampling."""
-        if self.rows[0].get("downsampling"):
+        if _is_changed(self.rows[0]):
             return self.model
         return self.model.removeprefix("lip_") if self.model.startswith("lip_") else None
 
@@ -60,16 +60,28 @@ class Entry:
         return statistics.stdev(row[key] for row in self.rows) if len(self.rows) > 1 else None
 
 
+def _is_changed(row: dict[str, Any]) -> bool:
+    """Whether a row's network has other downsampling or padding than the model of its name."""
+    return bool(row.get("downsampling") or row.get("circular_padding"))
+
+
 def keywords_of(row: dict[str, Any]) -> dict[str, Any]:
-    """A row's keywords of the network: ``model.args``, and ``model.downsampling`` with layers and placements."""
+    """A row's keywords of the network: ``model.args``, ``model.downsampling`` with layers and placements, padding."""
     downsampling = row.get("downsampling") or {}
     if isinstance(downsampling, str):
         downsampling = {"downsampling": downsampling}
-    layers = {
-        site: " ".join(map(str, choice.values())) if isinstance(choice, dict) else choice
-        for site, choice in downsampling.items()
-    }
-    return {**(row.get("args") or {}), **layers}
+    layers = {site: _spell(choice) for site, choice in downsampling.items()}
+    padding = {"circular_padding": True} if row.get("circular_padding") else {}
+    return {**(row.get("args") or {}), **layers, **padding}
+
+
+def _spell(choice: str | dict[str, Any]) -> str:
+    """A layer, or a mapping with its placement and window, in one form whatever the order of the recipe's keys."""
+    if isinstance(choice, str):
+        return choice
+    window = choice.get("kernel_size")
+    parts = (choice["layer"], choice.get("placement"), window and f"kernel_size {window}")
+    return " ".join(part for part in parts if part)
 
 
 def unpublished(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +107,7 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
             row["model"],
             row.get("args"),
             row.get("downsampling"),
+            row.get("circular_padding", False),
             row.get("weights"),
             row.get("selected_on_val"),
             row["images"],
@@ -180,7 +193,7 @@ def _delta(entry: Entry, entries: list[Entry], key: str, baseline: str | None) -
     if baseline is not None:
         partners = [other for other in on_set if baseline in (other.label, other.name)]
     else:
-        partners = [other for other in on_set if other.model == wanted and not other.rows[0].get("downsampling")]
+        partners = [other for other in on_set if other.model == wanted and not _is_changed(other.rows[0])]
     if wanted is None or entry in partners:
         return None, []
     where = f" on {entry.test_set}" if "test_set" in entry.protocol else ""

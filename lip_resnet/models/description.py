@@ -106,5 +106,5 @@ def _difference(name: str, theirs: dict[str, Any] | None, ours: dict[str, Any] |
 
 
 def _spell(config: ModelConfig) -> str:
-    parts = {"args": config.args, "downsampling": config.downsampling}
+    parts = {key: getattr(config, key) for key in ("args", "downsampling", "circular_padding")}
     return ", ".join([config.name, *(f"model.{key}={value}" for key, value in parts.items() if value)])[:300]
