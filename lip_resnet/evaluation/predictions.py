@@ -135,7 +135,7 @@ def read_predictions(path: Path) -> Predictions:
     """Read a file that ``PredictionLog`` has written.
 
     Raises:
-        InputError: it cannot be read, or is not such a file.
+        InputError: it cannot be read, is not such a file, or an image has several right labels (ImageNet-ReaL).
     """
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -143,6 +143,8 @@ def read_predictions(path: Path) -> Predictions:
         if tuple(header) != COLUMNS or not rows:
             raise InputError(f"{path}: not predictions of eval.py; its columns must be {','.join(COLUMNS)}")
         images, labels, top1, top5 = (list(column) for column in zip(*(row[:4] for row in rows), strict=True))
+        if several := next((image for image, label in zip(images, labels, strict=True) if " " in label), None):
+            raise InputError(f"{path}: {several} has several right labels; a file with one for each image is needed")
         return Predictions(
             images,
             np.array(labels, dtype=np.int64),

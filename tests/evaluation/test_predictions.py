@@ -47,6 +47,8 @@ def test_several_right_labels_and_few_classes(tmp_path):
     log.write(tmp_path / "p.csv", Arrays("made", pixels, [1, 2], ["a", "b", "c"]))
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
     assert [(row["label"], row["top5"], row["margin"]) for row in rows] == [("1 2", "1 2 0", "2"), ("2", "0 1 2", "-2")]
+    with pytest.raises(InputError, match=r"p\.csv: made\[0\] has several right labels"):
+        read_predictions(tmp_path / "p.csv")
     assert float(rows[0]["loss"]) == pytest.approx(-math.log((math.e**2 + math.e) / (1 + math.e + math.e**2)), rel=1e-5)
 
 

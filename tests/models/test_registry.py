@@ -157,7 +157,7 @@ def test_placements_of_a_recipe():
         ({"transition": "max"}, "has nothing to replace at transition"),
         (
             {"stem": "max", "main": {"layer": "lip", "kernel_size": 1}},
-            r"at main; layer2\.0\.conv1: LIP: kernel_size 1 ",
+            "main; layer2.0.conv1: LIP: kernel_size 1 ",
         ),
         ("zhang2018", "unknown downsampling layer 'zhang2018'"),
     ):
