@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from lip_resnet import distributed
-from lip_resnet.config import Config, InputError
+from lip_resnet.config import Config, InputError, ModelConfig
 from lip_resnet.data import describe_source
 from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, protocol
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.testsets import EvalSet
 from lip_resnet.files import to_json, write_text
+from lip_resnet.recipe import parse_section
 
 _REQUIRED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
@@ -131,6 +132,10 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
                     f"{path}: {key} is {row[key]!r}, not a finite number: the logits may not have been finite; "
                     "evaluate the network again"
                 )
+        if not isinstance(row["protocol"], dict):
+            raise InputError(f"{path}: not a row of eval.py; protocol is {row['protocol']!r}")
+        network = {"name": row["model"], **{key: row[key] for key in ("args", "downsampling") if row.get(key)}}
+        parse_section(network, f"{path}: model", ModelConfig)
         if row["protocol"].get("training"):
             row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"])
         rows.append(row)

@@ -80,7 +80,7 @@ def _spell(choice: str | dict[str, Any]) -> str:
     if isinstance(choice, str):
         return choice
     window = choice.get("kernel_size")
-    parts = (choice["layer"], choice.get("placement"), window and f"kernel_size {window}")
+    parts = (choice.get("layer"), choice.get("placement"), window and f"kernel_size {window}")
     return " ".join(part for part in parts if part)
 
 

@@ -296,6 +296,9 @@ def test_bad_rows(tmp_path):
         ("a.json", "no json", "not JSON"),
         ("b.json", "[1]", "not a row"),
         ("c.json", json.dumps({"model": "x"}), "missing keys: top1"),
+        ("d.json", json.dumps({**good, "protocol": None}), "not a row of eval.py; protocol is None"),
+        ("e.json", json.dumps({**good, "model": 3}), "model: name: given 3"),
+        ("f.json", json.dumps({**good, "downsampling": {"main": 3}}), "downsampling: given {'main': 3}; it must be"),
         *(
             (f"{key}-{value}.json", json.dumps({**good, key: value}), f"{key} is {value!r}, not a finite number")
             for key, value in (("top1", math.nan), ("loss", math.inf), ("loss", None), ("top5", "x"), ("mce", math.nan))
