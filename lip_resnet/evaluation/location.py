@@ -72,8 +72,8 @@ def locate(data: str, test_set: str | None = None, several: bool = False, kind: 
     split = "val"
     if not (root / "val").is_dir():
         present = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if present and set(present) <= _SPLITS:
-            choice = next((name for name in present if not name.startswith("train")), present[0])
+        if present and {name.lower() for name in present} <= _SPLITS:
+            choice = next((name for name in present if not name.lower().startswith("train")), present[0])
             held = ", ".join(f"{name}/" for name in present)
             raise InputError(f"--data {root} has no val/ but {held}: give one of these, such as --data {root / choice}")
         root, split = root.resolve().parent, root.resolve().name

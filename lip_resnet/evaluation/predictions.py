@@ -13,7 +13,7 @@ from torch import Tensor
 from lip_resnet import distributed
 from lip_resnet.config import InputError
 from lip_resnet.data.fingerprint import names_of
-from lip_resnet.data.sources.base import Arrays, Encoded
+from lip_resnet.data.sources.base import Arrays, Encoded, readable
 from lip_resnet.files import write_text
 
 COLUMNS = ("image", "label", "top1", "top5", "margin", "loss")
@@ -88,6 +88,8 @@ class PredictionLog:
     def write(self, path: Path, source: Encoded | Arrays) -> None:
         """Write the predictions of the whole set, in its order, on rank 0. A collective.
 
+        Bytes of a name that are not UTF-8 are written as ``\\xe9``, and line feeds as ``\\n``.
+
         Args:
             source: the set, which names its images.
 
@@ -107,7 +109,7 @@ class PredictionLog:
         ):
             image = names[index] if names else source.path(int(index))
             right = " ".join(str(label) for label in labels if label >= 0)
-            lines.writerow([image, right, top[0], " ".join(map(str, top)), f"{margin:.6g}", f"{loss:.6g}"])
+            lines.writerow([readable(image), right, top[0], " ".join(map(str, top)), f"{margin:.6g}", f"{loss:.6g}"])
         write_text(path, text.getvalue())
 
 
@@ -133,7 +135,7 @@ def read_predictions(path: Path) -> Predictions:
     """Read a file that ``PredictionLog`` has written.
 
     Raises:
-        InputError: it cannot be read, or is not such a file.
+        InputError: it cannot be read, is not such a file, or an image has several right labels (ImageNet-ReaL).
     """
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -141,6 +143,8 @@ def read_predictions(path: Path) -> Predictions:
         if tuple(header) != COLUMNS or not rows:
             raise InputError(f"{path}: not predictions of eval.py; its columns must be {','.join(COLUMNS)}")
         images, labels, top1, top5 = (list(column) for column in zip(*(row[:4] for row in rows), strict=True))
+        if several := next((image for image, label in zip(images, labels, strict=True) if " " in label), None):
+            raise InputError(f"{path}: {several} has several right labels; a file with one for each image is needed")
         return Predictions(
             images,
             np.array(labels, dtype=np.int64),

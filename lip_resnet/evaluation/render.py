@@ -7,6 +7,13 @@ from collections.abc import Sequence
 STYLES = ("md", "csv", "latex")
 
 
+_LATEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "%_&#${}"}
+    | {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+"""Letters of cells that LaTeX reads as commands, and how they are written."""
+
+
 class Measured(str):
     """A cell of a table, such as 98.50 ± 0.71 (+2.00): in ``csv`` its numbers are columns of their own.
 
@@ -61,10 +68,11 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence
         csv.writer(buffer, lineterminator="\n").writerows(_split_measured(lines))
         return buffer.getvalue()
     if style == "latex":
-        escape = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$"})
-        body = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in lines]
+        body = [" & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in lines]
         body = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\hline", body[0], r"\hline", *body[1:]]
         return "\n".join([*body, r"\hline", r"\end{tabular}", *(f"% {note}" for note in notes)]) + "\n"
+    header, *rows = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     rule = ["-" * (widths[0])] + ["-" * (width - 1) + ":" for width in widths[1:]]
     table = []

@@ -186,7 +186,7 @@ def read_boxes(path: Path) -> dict[str, float]:
     """
     columns = ", ".join(BOX_COLUMNS)
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header, *rows = csv.reader(file, delimiter="\t")
     except OSError as error:
         raise InputError(

@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from lip_resnet import distributed
-from lip_resnet.config import Config, InputError
+from lip_resnet.config import Config, InputError, ModelConfig
 from lip_resnet.data import describe_source
 from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, protocol
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.testsets import EvalSet
 from lip_resnet.files import to_json, write_text
+from lip_resnet.recipe import parse_section
 
 _REQUIRED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
 
@@ -125,12 +126,16 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
         missing = [key for key in _REQUIRED if key not in row] if isinstance(row, dict) else list(_REQUIRED)
         if missing:
             raise InputError(f"{path}: not a row of eval.py; missing keys: {', '.join(missing)}")
-        for key in ("top1", "top5", "loss", "images", "params", "macs"):
+        for key in (*_REQUIRED[1:-1], *({"mce", "mean_error"} & row.keys())):
             if type(row[key]) not in (int, float) or not math.isfinite(row[key]):
                 raise InputError(
                     f"{path}: {key} is {row[key]!r}, not a finite number: the logits may not have been finite; "
                     "evaluate the network again"
                 )
+        if not isinstance(row["protocol"], dict):
+            raise InputError(f"{path}: not a row of eval.py; protocol is {row['protocol']!r}")
+        network = {"name": row["model"], **{key: row[key] for key in ("args", "downsampling") if row.get(key)}}
+        parse_section(network, f"{path}: model", ModelConfig)
         if row["protocol"].get("training"):
             row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"])
         rows.append(row)

@@ -60,23 +60,28 @@ class Entry:
         return statistics.stdev(row[key] for row in self.rows) if len(self.rows) > 1 else None
 
 
+def _is_changed(row: dict[str, Any]) -> bool:
+    """Whether a row's network has other downsampling or padding than the model of its name."""
+    return bool(row.get("downsampling") or row.get("circular_padding"))
+
+
 def keywords_of(row: dict[str, Any]) -> dict[str, Any]:
-    """A row's keywords of the network: ``model.args``, ``model.downsampling`` with layers and placements, and
-    ``model.circular_padding`` where it is on."""
+    """A row's keywords of the network: ``model.args``, ``model.downsampling`` with layers and placements, padding."""
     downsampling = row.get("downsampling") or {}
     if isinstance(downsampling, str):
         downsampling = {"downsampling": downsampling}
-    layers = {
-        site: " ".join(map(str, choice.values())) if isinstance(choice, dict) else choice
-        for site, choice in downsampling.items()
-    }
+    layers = {site: _spell(choice) for site, choice in downsampling.items()}
     padding = {"circular_padding": True} if row.get("circular_padding") else {}
     return {**(row.get("args") or {}), **layers, **padding}
 
 
-def _is_changed(row: dict[str, Any]) -> bool:
-    """Whether the recipe changes layers of the network that ``model.name`` and ``model.args`` name."""
-    return bool(row.get("downsampling") or row.get("circular_padding"))
+def _spell(choice: str | dict[str, Any]) -> str:
+    """A layer, or a mapping with its placement and window, in one form whatever the order of the recipe's keys."""
+    if isinstance(choice, str):
+        return choice
+    window = choice.get("kernel_size")
+    parts = (choice.get("layer"), choice.get("placement"), window and f"kernel_size {window}")
+    return " ".join(part for part in parts if part)
 
 
 def unpublished(keywords: dict[str, Any]) -> dict[str, Any]:

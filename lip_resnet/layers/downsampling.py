@@ -7,7 +7,7 @@ are in ``pooling`` (weighted windows, LIP among them), ``antialiasing``, ``stati
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -254,14 +254,14 @@ DOWNSAMPLING: dict[str, Layer] = {
 }
 
 
-def check_layer(name: str, site: str = "layer") -> str:
+def check_layer(name: str, site: str = "layer", presets: Iterable[str] = ()) -> str:
     """Return ``name`` if it is a key of ``DOWNSAMPLING``.
 
     Raises:
-        ValueError: it is not; the message names the nearest key and all keys.
+        ValueError: it is not; the message names the nearest key, or one of ``presets``, and all keys.
     """
     if name not in DOWNSAMPLING:
-        near = difflib.get_close_matches(str(name), DOWNSAMPLING, n=1)
+        near = difflib.get_close_matches(str(name), [*DOWNSAMPLING, *presets], n=1)
         hint = f", did you mean {near[0]}?" if near else ";"
         raise ValueError(f"{site}: unknown downsampling layer {name!r}{hint} known: {', '.join(DOWNSAMPLING)}")
     return name

@@ -98,7 +98,7 @@ def parse_choices(layers: str | Mapping[str, Any]) -> Choices:
     """
     if isinstance(layers, str):
         if layers not in PRESETS:
-            check_layer(layers, f"layer (or preset: {', '.join(PRESETS)})")
+            check_layer(layers, f"layer (or preset: {', '.join(PRESETS)})", PRESETS)
         layers = PRESETS.get(layers) or dict.fromkeys(SITES[1:], layers)
     choices = {}
     for key, value in layers.items():

@@ -52,8 +52,10 @@ class Replacements:
     """Name -> its site, the old layer -> the new layer and its placement."""
     kept: dict[str, str] = field(default_factory=dict)
     """Name -> the reason why it was not replaced."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Those of ``kept`` for which a layer was chosen that cannot stand there."""
     unused: list[str] = field(default_factory=list)
-    """Keys of a mapping ``layers`` for which the network has nothing to replace."""
+    """Keys of a mapping ``layers`` by which nothing was replaced."""
 
     @property
     def left(self) -> dict[str, str]:
@@ -138,14 +140,14 @@ def replace_downsampling(
         if choice is None or reason is not None:
             report.kept[name] = reason or ""
             continue
-        used.add(choice[0])
         inputs = dict(plan.inputs)
         try:
             plan.modules += builder.build(name, old, site, choice[1])
         except ValueError as error:
             plan.inputs = inputs  # without a trunk that nothing would use
-            report.kept[name] = str(error)
+            report.kept[name] = report.refused[name] = str(error)
             continue
+        used.add(choice[0])
         report.swapped[name] = f"{site}, {describe(old)} -> {builder.describe(site, choice[1])}"
     if not isinstance(layers, str):  # a layer or preset is for every site that there is
         report.unused = [key for key in choices.by_key if key not in used]

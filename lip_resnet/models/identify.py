@@ -104,7 +104,7 @@ def identify(payload: dict[str, Any], source: str, ema: bool = False) -> Network
 
 
 def check_finite(model: nn.Module, source: str) -> None:
-    """Check that no parameter or buffer of a network holds NaN or infinity.
+    """Check that no parameter or buffer of a network holds NaN or infinity, and no variance is negative.
 
     Raises:
         FloatingPointError: one does; the message says how many and names the first.
@@ -112,3 +112,6 @@ def check_finite(model: nn.Module, source: str) -> None:
     bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise FloatingPointError(f"{source}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}")
+    bad = [key for key, value in model.state_dict().items() if key.endswith("running_var") and (value < 0).any()]
+    if bad:
+        raise FloatingPointError(f"{source}: {len(bad)} variances have negative values, the first is {bad[0]}")

@@ -114,7 +114,8 @@ def build_model(config: ModelConfig, **keywords: Any) -> nn.Module:
             raise InputError(f"model.downsampling: {error}") from error
         if report.unused or not report.swapped:
             where = f" at {', '.join(report.unused)}" if report.unused else ""
-            raise InputError(f"model.downsampling: {config.name} has nothing to replace{where}")
+            why = "".join(f"; {name}: {reason}" for name, reason in list(report.refused.items())[:1])
+            raise InputError(f"model.downsampling: {config.name} has nothing to replace{where}{why}")
     if config.circular_padding:
         use_circular_padding(model)
     return model

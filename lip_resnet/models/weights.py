@@ -172,6 +172,7 @@ def put_weights(
         ("of another shape", [key for key in expected if key in state and state[key].shape != expected[key].shape]),
         # load_state_dict would discard the imaginary parts
         ("complex", [key for key in expected if key in state and state[key].is_complex()]),
+        ("sparse or without data", [key for key in expected if key in state and not _is_dense(state[key])]),
     ):
         if keys:
             problems.append(f"{len(keys)} keys {label} ({_sample(keys)})")
@@ -183,6 +184,10 @@ def put_weights(
     if not convert:
         check_network(model, payload, path, heads)
     model.load_state_dict(state)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def _sample(keys: Iterable[Any]) -> str:

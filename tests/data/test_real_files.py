@@ -314,7 +314,11 @@ def test_flat_and_misnamed_splits(root, tmp_path):
     assert f"{flat} has no val/; it must hold train/ and val/; rename or link validation/" in refusal(
         folder_config(flat), 3, ("train", "val")
     )
-    (flat / "validation").rename(flat / "val")
+    (flat / "validation").rename(flat / "Val")
+    assert "has no val/; it must hold train/ and val/; rename or link Val/" in refusal(
+        folder_config(flat), 3, ("train", "val")
+    )
+    (flat / "Val").rename(flat / "val")
     (flat / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(encoded("JPEG"))
     words = "val holds no class folders; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
     assert refusal(folder_config(flat), 3, ("train", "val")).endswith(words)

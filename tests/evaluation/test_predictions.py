@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import types
 
 import numpy as np
@@ -46,7 +47,29 @@ def test_several_right_labels_and_few_classes(tmp_path):
     log.write(tmp_path / "p.csv", Arrays("made", pixels, [1, 2], ["a", "b", "c"]))
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
     assert [(row["label"], row["top5"], row["margin"]) for row in rows] == [("1 2", "1 2 0", "2"), ("2", "0 1 2", "-2")]
+    with pytest.raises(InputError, match=r"p\.csv: made\[0\] has several right labels"):
+        read_predictions(tmp_path / "p.csv")
     assert float(rows[0]["loss"]) == pytest.approx(-math.log((math.e**2 + math.e) / (1 + math.e + math.e**2)), rel=1e-5)
+
+
+NAMES = {
+    b"a,b.jpg": "a,b.jpg",
+    b'q"uote.jpg': 'q"uote.jpg',
+    b"two\nlines.jpg": r"two\nlines.jpg",
+    b"Icon\r.jpg": r"Icon\r.jpg",
+    b"caf\xe9.jpg": r"caf\xe9.jpg",
+    "snow ☃.jpg".encode(): "snow ☃.jpg",
+}
+
+
+def test_any_file_name_is_written_in_one_line_and_read_again(tmp_path):
+    folder = tmp_path / "val"
+    images = Files(folder, ["a"], [(f"{folder}/a/{os.fsdecode(name)}", 0) for name in NAMES])
+    log = PredictionLog()
+    log.add(range(len(NAMES)), torch.zeros(len(NAMES), 2), torch.zeros(len(NAMES), dtype=torch.int64))
+    log.write(tmp_path / "p.csv", images)
+    assert read_predictions(tmp_path / "p.csv").images == [f"a/{name}" for name in NAMES.values()]
+    assert len((tmp_path / "p.csv").read_text(encoding="utf-8").split("\n")) == len(NAMES) + 2
 
 
 @pytest.mark.parametrize("text", ["", "image,label\na,1\n", "image,label,top1,top5,margin,loss\n", "\0"])

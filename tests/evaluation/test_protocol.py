@@ -237,5 +237,9 @@ def test_refusals(capsys, monkeypatch, image_folder, tmp_path):
         f"{folder} has no val/ but train/, validation/: give one of these, such as --data {folder}/validation"
         in line(*given, folder)
     )
+    (folder / "validation").rename(folder / "Val")
+    assert f"{folder} has no val/ but Val/, train/: give one of these, such as --data {folder}/Val" in line(
+        *given, folder
+    )
     square = line("--model", "vit_base_patch16_sapiens2.fb", "--data", image_folder)
     assert "vit_base_patch16_sapiens2.fb: timm evaluates it on 1024x768 images of 3 channels" in square

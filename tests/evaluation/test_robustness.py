@@ -1,6 +1,7 @@
 """Robustness probes against counts by hand, on networks whose answers are known."""
 
 import json
+import os
 
 import numpy as np
 import probe
@@ -214,6 +215,11 @@ def test_bad_input(weights, dots, tmp_path, capsys, monkeypatch):
     assert "images of 24x24 do not fit this VisionTransformer" in refuse(
         capsys, monkeypatch, probe, "sizes", *vit, "--sizes", 24
     )
+
+
+def test_boxes_of_names_that_are_not_utf8(tmp_path):
+    (tmp_path / "boxes.tsv").write_bytes(b"\xef\xbb\xbffile\tx0\ty0\tx1\ty1\ncaf\xe9.jpg\t1\t1\t3\t4\n")
+    assert read_boxes(tmp_path / "boxes.tsv") == {os.fsdecode(b"caf\xe9.jpg"): 6.0}
 
 
 @pytest.mark.parametrize(

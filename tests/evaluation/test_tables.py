@@ -250,6 +250,33 @@ def test_any_row_can_be_the_baseline():
         table(rows, "max")
 
 
+def test_circular_padding_is_part_of_the_network():
+    """Not a mean over seeds with the plain network's rows, nor the published network, nor its baseline."""
+    circular = [{**row("lip_resnet50", top1, seed), "circular_padding": True} for top1, seed in ((99.0, 0), (98.0, 1))]
+    lines, _ = table([*circular, row("lip_resnet50", 97.0, 2), {**row("resnet50", 95.0), "circular_padding": False}])
+    assert [line["top-1 (%)"] for line in lines.values()] == ["98.50 ± 0.71", "97.00", "95.00"]
+    assert list(lines) == ["lip_resnet50 (circular_padding=True)", "lip_resnet50", "resnet50"]
+    lines, _ = table([{**row("resnet50", 96.0), "circular_padding": True}, row("resnet50", 95.0)])
+    assert [line["delta top-1"] for line in lines.values()] == ["+1.00", "-"]
+
+
+def test_layers_are_named_in_one_form():
+    choice = {"kernel_size": 2, "placement": "after_activation", "layer": "max"}
+    rows = [{**row("resnet50", 90.0), "downsampling": downsampling} for downsampling in ({"main": choice}, "zhang2019")]
+    assert list(table(rows)[0]) == [
+        "resnet50 (main=max after_activation kernel_size 2)",
+        "resnet50 (downsampling=zhang2019)",
+    ]
+
+
+def test_letters_that_a_format_reads_as_its_own():
+    header, rows = ["model"], [[r"a|b {c: $1}~^\d"]]
+    assert render(header, rows) == "| model            |\n| ---------------- |\n" + r"| a\|b {c: $1}~^\d |" + "\n"
+    latex = r"a|b \{c: \$1\}\textasciitilde{}\textasciicircum{}\textbackslash{}d \\"
+    assert latex in render(header, rows, style="latex").splitlines()
+    assert list(csv.reader(io.StringIO(render(header, rows, style="csv")))) == [header, *rows]
+
+
 def test_rows_of_other_training_have_labels_of_their_own():
     rows = [
         row("resnet50", 97.0),
@@ -277,9 +304,12 @@ def test_bad_rows(tmp_path):
         ("a.json", "no json", "not JSON"),
         ("b.json", "[1]", "not a row"),
         ("c.json", json.dumps({"model": "x"}), "missing keys: top1"),
+        ("d.json", json.dumps({**good, "protocol": None}), "not a row of eval.py; protocol is None"),
+        ("e.json", json.dumps({**good, "model": 3}), "model: name: given 3"),
+        ("f.json", json.dumps({**good, "downsampling": {"main": 3}}), "downsampling: given {'main': 3}; it must be"),
         *(
             (f"{key}-{value}.json", json.dumps({**good, key: value}), f"{key} is {value!r}, not a finite number")
-            for key, value in (("top1", math.nan), ("loss", math.inf), ("loss", None), ("top5", "x"))
+            for key, value in (("top1", math.nan), ("loss", math.inf), ("loss", None), ("top5", "x"), ("mce", math.nan))
         ),
     ):
         (tmp_path / name).write_text(text)

@@ -174,7 +174,7 @@ REFUSED = {
     "key": ({"main": {"layer": "blur", "place": "x"}}, "must be a layer or a mapping of layer, placement, kernel_size"),
     "no layer": ({"main": {"placement": "after_activation"}}, "must be a layer or a mapping"),
     "kernel": ({"main": {"layer": "blur", "kernel_size": 0}}, "kernel_size 0; it must be an integer of at least 1"),
-    "preset": ("zhang2018", r"unknown downsampling layer 'zhang2018'.*|preset: zhang2019"),
+    "preset": ("zhang2018", r"preset: zhang2019.* unknown downsampling layer 'zhang2018', did you mean zhang2019\?"),
     "type": ({"main": 3}, "must be a layer or a mapping"),
 }
 

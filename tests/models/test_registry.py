@@ -155,6 +155,10 @@ def test_placements_of_a_recipe():
     for downsampling, line in (
         ({"stage7.main": "max"}, "has nothing to replace at stage7.main"),
         ({"transition": "max"}, "has nothing to replace at transition"),
+        (
+            {"stem": "max", "main": {"layer": "lip", "kernel_size": 1}},
+            "main; layer2.0.conv1: LIP: kernel_size 1 ",
+        ),
         ("zhang2018", "unknown downsampling layer 'zhang2018'"),
     ):
         with pytest.raises(InputError, match=line):

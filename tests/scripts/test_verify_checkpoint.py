@@ -154,11 +154,12 @@ def test_export_of_our_own_smaller_networks(run, capsys, monkeypatch, tmp_path, 
         "model__num_classes": 3,
         "data__mean": [0.5] * 3,
     }
+    placed = {"layer": "max", "placement": "after_activation"}
     batch, rows = images(2, 64, 64), {}
     for number, (model, args, layers) in enumerate(
         (
             ("lip_densenet121", {"block_config": [1, 1], "gate_coefficient": 6.0}, {}),
-            ("test_resnet", {}, {"model__downsampling": {"stem": "blur", "main": "max"}}),
+            ("test_resnet", {}, {"model__downsampling": {"stem": "blur", "main": placed}}),
             ("test_resnet", {}, {"model__circular_padding": True}),
         )
     ):
@@ -187,6 +188,26 @@ def test_export_of_our_own_smaller_networks(run, capsys, monkeypatch, tmp_path, 
             loaded = timm.create_model(f"local-dir:{export}", pretrained=True).eval()
             torch.testing.assert_close(loaded(batch), network.eval()(batch), rtol=0, atol=0)
             assert loaded.pretrained_cfg["mean"] == [0.5] * 3
+
+
+def test_export_of_circular_padding(run, tmp_path):
+    """timm builds the network without it from the same weights: the export has no config.json."""
+    config = small_config(model__circular_padding=True)
+    payload = {"model": registry.build_model(config.model).state_dict(), "config": config.model_dump(mode="json")}
+    checkpoint.save(tmp_path / "last.pt", payload)
+    code, out, err = run(tmp_path / "last.pt", "--export", tmp_path / "export")
+    assert (code, "circular_padding True, 10 classes" in out) == (0, True), (out, err)
+    assert [file.name for file in (tmp_path / "export").iterdir()] == ["model.safetensors"]
+
+
+def test_a_negative_variance_is_not_exported(run, tmp_path):
+    state = timm.create_model("test_resnet").state_dict()
+    state["layer1.0.bn1.running_var"][:2] = -1
+    config = small_config(model__name="test_resnet", model__num_classes=1000)
+    checkpoint.save(tmp_path / "last.pt", {"model": state, "config": config.model_dump(mode="json")})
+    code, _, err = run(tmp_path / "last.pt", "--export", tmp_path / "export")
+    assert (code, "the first is layer1.0.bn1.running_var" in err) == (1, True), err
+    assert not (tmp_path / "export").exists()
 
 
 def test_export_of_a_plain_network_describes_the_reference_protocol(tmp_path):

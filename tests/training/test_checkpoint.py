@@ -91,6 +91,8 @@ def test_wrong_weights_are_counted_and_change_nothing(model, tmp_path):
     state["extra"] = torch.zeros(1)
     state["fc.bias"] = torch.zeros(3)
     state["bn1.num_batches_tracked"] = torch.tensor(1 + 1j)
+    state["conv1.0.weight"] = state["conv1.0.weight"].to("meta")
+    state["fc.weight"] = state["fc.weight"].to_sparse()
     torch.save(state, tmp_path / "wrong.pth")
     with pytest.raises(InputError) as caught:
         load_weights(model, tmp_path / "wrong.pth")
@@ -99,6 +101,7 @@ def test_wrong_weights_are_counted_and_change_nothing(model, tmp_path):
         "1 keys unknown (extra)",
         "1 keys of another shape (fc.bias)",
         "1 keys complex (bn1.num_batches_tracked)",
+        "2 keys sparse or without data (conv1.0.weight, fc.weight)",
     ):
         assert words in str(caught.value)
     assert same(model, before)

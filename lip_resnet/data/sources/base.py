@@ -56,6 +56,11 @@ def prefetch_samples(samples: Samples, indices: Sequence[int]) -> None:
         prefetch(indices)
 
 
+def readable(name: str) -> str:
+    """A file name in one line that any encoding of Unicode can hold."""
+    return one_line(os.fsencode(name).decode("utf-8", "backslashreplace"))
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """Files of a split that no image is read from: of formats that PIL does not decode, labels without an image, ..."""
@@ -68,8 +73,7 @@ class LeftOut:
     def of(cls, names: Iterable[str]) -> "LeftOut":
         """From the names of all."""
         names = list(names)
-        first = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in names[:3])
-        return cls(len(names), tuple(map(one_line, first)))
+        return cls(len(names), tuple(map(readable, names[:3])))
 
     @classmethod
     def sum(cls, parts: Iterable["LeftOut"]) -> "LeftOut":

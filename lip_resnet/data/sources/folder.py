@@ -167,7 +167,8 @@ def folder_sources(
         raise InputError(f"data.root: {root} is not a directory; it must hold train/ and val/")
     for split in splits:
         if not (root / split).is_dir():
-            other = next((name for name in _SIMILAR.get(split, ()) if (root / name).is_dir()), None)
+            present = {entry.name.lower(): entry.name for entry in root.iterdir() if entry.is_dir()}
+            other = next((present[name] for name in (split, *_SIMILAR.get(split, ())) if name in present), None)
             hint = f"; rename or link {other}/" if other else ""
             raise InputError(
                 f"data.root: {root} has no {split}/; it must hold {' and '.join(s + '/' for s in splits)}{hint}"
