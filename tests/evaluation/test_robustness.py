@@ -20,6 +20,7 @@ from lip_resnet.evaluation.robustness import (
     figures,
     measure_objects,
     measure_shift,
+    read_boxes,
     read_probe,
     shift_of,
     wilson,

@@ -182,9 +182,9 @@ def folder_sources(
     classes = folders[splits[0]]
     if names is not None and set(classes) <= set(names):
         classes = list(names)
-    for split, present in folders.items():
-        if set(present) - set(classes):
-            raise InputError(f"data.root: {explain_difference(f'{splits[0]}/', classes, f'{split}/', present)}")
+    for split, own in folders.items():
+        if set(own) - set(classes):
+            raise InputError(f"data.root: {explain_difference(f'{splits[0]}/', classes, f'{split}/', own)}")
     sources = [
         Folder(root / split, classes, images if split == "train" else None, incomplete=split != "train")
         for split in splits
