@@ -34,6 +34,7 @@ def enable_grad_checkpointing(model: nn.Module) -> None:
     try:
         set_grad_checkpointing: Any = model.set_grad_checkpointing
         set_grad_checkpointing()
+    # timm's models without it have no such method, assert that it is not asked for, or raise NotImplementedError.
     except (AttributeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"train.grad_checkpointing: {type(model).__name__} does not have it; leave it out") from error
 

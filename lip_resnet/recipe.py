@@ -133,7 +133,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
-    """The mapping in a YAML file, found by ``find_recipe``, before it is validated; and the file's name for errors.
+    """Read a YAML file, found by ``find_recipe``, without validation: its mapping, and its name for errors.
 
     Raises:
         InputError: the file cannot be read, or is not a mapping.

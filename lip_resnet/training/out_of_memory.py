@@ -1,4 +1,4 @@
-"""What to change in a recipe whose training step does not fit into the device's memory, found by trying it."""
+"""Advice for a training step that runs out of memory: settings that fit, each tried before it is suggested."""
 
 import contextlib
 import math

@@ -21,7 +21,8 @@ from lip_resnet.files import write_atomically
 FILE = "index.npz"
 """The index's name beside the shards; numpy arrays, nothing pickled."""
 _SEPARATOR = b"\0"  # which a name in a tar file cannot contain
-_NOT_AN_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)  # as zipfile has it
+_NOT_AN_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+"""What ``zipfile`` raises for a damaged, compressed in an unknown way, or encrypted archive."""
 _HIGHEST_LABEL = (1 << 31) - 1
 _LONGEST_LABEL = 64  # bytes of a label that are read
 
