@@ -9,8 +9,10 @@ from lip_resnet import distributed
 from lip_resnet.commands.initial_weights import load_initial_weights
 from lip_resnet.config import Config, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, class_names
+from lip_resnet.data.photographs import sample_images
 from lip_resnet.environment import describe_environment
 from lip_resnet.errors import InputError, OutOfMemory, Stopped
+from lip_resnet.insight.monitor import build_monitor
 from lip_resnet.layers.pooling import logit_parameters
 from lip_resnet.models import registry
 from lip_resnet.recipe import find_recipe, load_config
@@ -58,6 +60,10 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts, che
     provenance.class_names = class_names(train_source, config.data.name)
     if config.model.weights and not distributed.on_main(lambda: run_folder.will_continue(folder, resume)):
         provenance.initial_weights = load_initial_weights(model, config.model, config.data, provenance.class_names)
+    observe = None
+    if config.train.log_images:
+        images = [(each.name, each.pixels) for each in sample_images(val_source, config.data, config.train.log_images)]
+        observe = build_monitor(model, images, config.data.mean, config.data.std)
     if check:
         return
     state = build_state(model, config, device)
@@ -81,7 +87,7 @@ def train(config: Config, folder: Path, resume: str, interrupts: Interrupts, che
                 f"warning: trained by {provenance.processes} processes in turn: batch norm's batch size has changed"
             )
         norm_excludes = list(logit_parameters(state.model))
-        run = Run(config, state, loader, val_loader, checkpoints, log, total, provenance, norm_excludes)
+        run = Run(config, state, loader, val_loader, checkpoints, log, total, provenance, norm_excludes, observe)
         if run.finished:
             log.say(f"{folder}: already trained to step {state.step}")
         else:

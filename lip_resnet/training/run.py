@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,9 @@ class Run:
     provenance: Provenance
     norm_excludes: list[nn.Parameter]
     """As for ``train_one_epoch``."""
+    observe: Callable[[nn.Module], runlog.Observed] | None = None
+    """Called on rank 0 after each evaluation, with the network whose top-1 selects the best; TensorBoard shows the
+    result. It must not change the network or the state of random numbers."""
 
     @property
     def finished(self) -> bool:
@@ -220,6 +224,9 @@ class Run:
         values = self.validate()
         self.log.log(state.step, (state.step - 1) // len(self.loader), values)
         prefix = "val_ema" if self.config.train.rules == "ema" else "val"
+        if (observe := self.observe) is not None:
+            network = state.model if state.ema is None or prefix == "val" else state.ema.module
+            self.log.show(state.step, lambda: observe(network))
         top1 = values[f"{prefix}/top1"]
         improved, state.best = top1 > state.best, max(state.best, top1)
         state.evaluated = state.step
