@@ -1,6 +1,7 @@
 """Which pixels of a photograph count: the importance of all sites as one map, Grad-CAM, and the strength of edges."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lip_resnet.errors import InputError
-from lip_resnet.insight.importance import SiteMaps, importance_maps
+from lip_resnet.insight.importance import choose_sites, layer_name, visit_sites, window_of
+from lip_resnet.insight.weights import sum_over_windows, window_weights
+from lip_resnet.layers.window import Window
 
 BY_CONTENT = ("lip", "softpool", "detail_preserving", "max")
 """Layers whose weights depend on the features."""
@@ -18,42 +21,79 @@ SMALLEST_MAP = 4
 _LUMINANCE = (0.299, 0.587, 0.114)
 
 
-def pixel_importance(maps: Sequence[SiteMaps], size: Sequence[int]) -> NDArray[np.float32]:
-    """The maps of a network's sites as one map of the pixels: the product of their relative weights, (B, H, W).
+class SiteWeights(NamedTuple):
+    """The weights of one layer for a batch."""
 
-    A site's output is a weighted mean of its input. So a pixel's share in the output of a chain of sites is the product
-    of the weights on its way, as far as the convolutions between them keep positions. Relative weights leave out how
-    many windows contain a position: average pooling gives 1 everywhere. Sites that read maps of one size, such as a
-    block's main path and its shortcut, are parallel; their mean is taken. Maps are resampled bilinearly.
-
-    Args:
-        maps: the mean over channels, as ``importance_maps`` returns by default.
-        size: (H, W) of the photographs.
-    """
-    by_size: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
-    for each in maps:
-        weight = np.nan_to_num(each.relative_weight)
-        by_size.setdefault(weight.shape[-2:], []).append(weight)
-    product = np.ones((), dtype=np.float32)
-    for parallel in by_size.values():
-        mean = torch.from_numpy(np.mean(parallel, axis=0))
-        product = product * F.interpolate(mean, tuple(size), mode="bilinear", align_corners=False)[:, 0].numpy()
-    return product
+    name: str
+    """Of the module."""
+    window: Window
+    size: tuple[int, int]
+    """(H, W) of its input."""
+    weights: Tensor
+    """(B, 1, h, w, k * k): the weights of every window, the mean over channels."""
 
 
-def content_maps(model: nn.Module, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[SiteMaps]:
-    """``importance_maps`` of the sites whose weights depend on the features.
+def site_weights(model: nn.Module, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[SiteWeights]:
+    """The weights of all sites that weigh by content, for uint8 photographs (B, 3, H, W).
 
     Raises:
-        InputError: the network has none, or ``images`` are not uint8 photographs.
+        InputError: the network has no such site, or ``images`` are not uint8 photographs.
     """
-    maps = importance_maps(model, images, mean=mean, std=std)
-    if kept := [each for each in maps if each.layer in BY_CONTENT]:
-        return kept
-    present = ", ".join(sorted({each.layer for each in maps}))
-    raise InputError(
-        f"{type(model).__name__} has no layer that weighs by content ({', '.join(BY_CONTENT)}); it has {present}"
-    )
+    present = choose_sites(model, None)
+    chosen = {name: layer for name, layer in present.items() if layer_name(layer) in BY_CONTENT}
+    if not chosen:
+        kinds = ", ".join(sorted({layer_name(layer) for layer in present.values()}))
+        raise InputError(
+            f"{type(model).__name__} has no layer that weighs by content ({', '.join(BY_CONTENT)}); it has {kinds}"
+        )
+    sites: list[SiteWeights] = []
+
+    def visit(name: str, layer: nn.Module, features: Tensor, logits: Tensor) -> None:
+        window = window_of(layer)
+        weights = window_weights(layer_name(layer), logits, window).mean(1, keepdim=True)
+        sites.append(SiteWeights(name, window, (logits.shape[2], logits.shape[3]), weights))
+
+    visit_sites(model, images, chosen, visit, mean, std)
+    return sites
+
+
+def pixel_importance(sites: Sequence[SiteWeights], size: Sequence[int]) -> NDArray[np.float32]:
+    """The weight of every pixel in the network's last average, over its weight if all sites averaged: (B, H, W).
+
+    A site's output is a weighted mean of its input. So the weight of a position in a chain of sites is the sum, over
+    the windows that contain it, of its weight there times the weight of the window further on: the weights are rolled
+    out from the last site, whose windows count the same, to the first. Convolutions between sites are taken to keep
+    positions. Sites with inputs of one size, as in a block's main path and its shortcut, are parallel: their mean is
+    taken. The map is 1 everywhere where all sites average, and resampled bilinearly to the pixels.
+
+    Args:
+        size: (H, W) of the photographs.
+
+    Source: attention rollout, Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, with windows
+    in the place of attention.
+    """
+    by_size: dict[tuple[int, int], list[SiteWeights]] = {}
+    for site in sites:
+        by_size.setdefault(site.size, []).append(site)
+    first = sites[0].weights
+    own, equal = first.new_ones(len(first), 1, 1, 1), first.new_ones(1, 1, 1, 1)
+    for level in sorted(by_size):
+        own = torch.stack([_spread(site, site.weights, own) for site in by_size[level]]).mean(0)
+        equal = torch.stack([_spread(site, _equal_weights(site), equal) for site in by_size[level]]).mean(0)
+    relative = (own / equal).nan_to_num()  # 0 / 0 where no window reaches
+    return F.interpolate(relative, tuple(size), mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
+
+
+def _spread(site: SiteWeights, weights: Tensor, outputs: Tensor) -> Tensor:
+    """The weights of a site's outputs (B, 1, h', w') -> those of its inputs (B, 1, H, W)."""
+    h, w = weights.shape[2:4]
+    if outputs.shape[-2:] != (h, w):  # something other than a site downsamples in between
+        outputs = F.interpolate(outputs, (h, w), mode="bilinear", align_corners=False)
+    return sum_over_windows(weights * outputs[..., None], site.size, site.window)
+
+
+def _equal_weights(site: SiteWeights) -> Tensor:
+    return window_weights("average", site.weights.new_zeros(1, 1, *site.size), site.window)
 
 
 def edge_strength(images: Tensor) -> NDArray[np.float32]:

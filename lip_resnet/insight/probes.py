@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lip_resnet import seeding
-from lip_resnet.insight.importance import SiteMaps
-from lip_resnet.insight.pixels import content_maps, edge_strength, grad_cam, has_captum, pixel_importance
+from lip_resnet.insight.pixels import SiteWeights, edge_strength, grad_cam, has_captum, pixel_importance, site_weights
 
 GRID = 8
 """Deletion removes cells of an even grid of GRID x GRID."""
@@ -50,16 +49,20 @@ def deletion_curves(
     inputs = _normalize(images, mean, std)
     with torch.no_grad():
         classes = model(inputs).argmax(1)
-    maps = _methods(model, images, inputs, classes, content_maps(model, images, mean, std))
+    maps = _methods(model, images, inputs, classes, site_weights(model, images, mean, std))
     random = np.stack([np.random.default_rng(seeding.derive("deletion", each)).random(GRID * GRID) for each in indices])
     maps["random"] = np.zeros(maps["importance"].shape, dtype=np.float32)
     return {name: _curve(model, inputs, classes, _ranks(each, random)) for name, each in maps.items()}
 
 
 def _ranks(maps: NDArray[np.float32], random: NDArray[np.float64]) -> Tensor:
-    """Maps (B, H, W) -> (B, GRID, GRID): a cell's place in the order of removal, 0 first; ties in the random order."""
+    """Maps (B, H, W) -> (B, GRID, GRID): a cell's place in the order of removal, 0 first; ties in the random order.
+
+    Values that differ by less than 1e-5 of the largest are ties.
+    """
     cells = F.adaptive_avg_pool2d(torch.from_numpy(maps), GRID).flatten(1).numpy()
-    order = np.lexsort((random, -cells), axis=1)
+    rounded = (cells / cells.max(1, keepdims=True).clip(min=1e-30)).round(5)
+    order = np.lexsort((random, -rounded), axis=1)
     return torch.from_numpy(np.argsort(order, axis=1)).view(-1, GRID, GRID)
 
 
@@ -100,7 +103,7 @@ def localisation_scores(
     its tolerance, and the energy of Wang et al., "Score-CAM", CVPR Workshops 2020.
     """
     inputs = _normalize(images, mean, std)
-    sites = content_maps(model, images, mean, std)
+    sites = site_weights(model, images, mean, std)
     maps = _methods(model, images, inputs, labels.to(inputs.device), sites)
     maps["mirrored"] = maps["importance"][..., ::-1]
     for site in sites:
@@ -123,7 +126,7 @@ def localise(maps: NDArray[np.float32], masks: NDArray[np.bool_]) -> NDArray[np.
 
 
 def _methods(
-    model: nn.Module, images: Tensor, inputs: Tensor, classes: Tensor, sites: Sequence[SiteMaps]
+    model: nn.Module, images: Tensor, inputs: Tensor, classes: Tensor, sites: Sequence[SiteWeights]
 ) -> dict[str, NDArray[np.float32]]:
     """Method -> maps (B, H, W)."""
     maps = {"importance": pixel_importance(sites, images.shape[-2:]), "edges": edge_strength(images)}
