@@ -1,7 +1,7 @@
 """Which pixels of a photograph count: the importance of all sites as one map, Grad-CAM, and the strength of edges."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -138,11 +138,12 @@ def grad_cam(model: nn.Module, inputs: Tensor, classes: Tensor) -> NDArray[np.fl
 @torch.no_grad()
 def _last_stage(model: nn.Module, inputs: Tensor) -> nn.Module:
     sides: dict[str, int] = {}
+    stages: Any = model.feature_info
     handles = [
         model.get_submodule(info["module"]).register_forward_hook(
             lambda layer, inputs, out, name=info["module"]: sides.update({name: min(out.shape[-2:])})
         )
-        for info in model.feature_info
+        for info in stages
     ]
     try:
         model(inputs)

@@ -312,7 +312,7 @@ def test_boxes_go_the_way_of_their_images(dots, tmp_path):
     config = config_of(dots, eval_resize=32)
     assert measure(probing, Answers(strongest_channel), config, tmp_path / "boxes.tsv").result["outside"] == 13
     write_boxes(tmp_path / "boxes.tsv", [(name, 0, 0, 2, 2) for name in names])
-    with pytest.raises(InputError, match="all boxes of .* lie outside the crop of 28 pixels"):
+    with pytest.raises(InputError, match=r"all boxes of .* lie outside the crop of 28 pixels"):
         measure(probing, Answers(strongest_channel), config, tmp_path / "boxes.tsv")
 
 
@@ -322,32 +322,29 @@ def test_maps_by_command(dots, tmp_path, capsys, monkeypatch, name):
     boxes = [(f"{CLASSES[index % 3]}/{index:02}.png", 4, 4, 20, 20) for index in range(40)]
     write_boxes(tmp_path / "boxes.tsv", boxes)
     option = ("--every", 8) if name == "deletion" else ("--boxes", tmp_path / "boxes.tsv")
-    for model in ("lip_resnet18", "resnet18"):
-        recipe = tmp_path / f"{model}.yaml"
-        stem = ", downsampling: {stem: strided}" if model == "resnet18" else ""
+    for layer in ("lip_projection", "strided"):
+        recipe, file = tmp_path / "recipe.yaml", tmp_path / f"{layer}.pt"
         recipe.write_text(
-            f"model: {{name: {model}, num_classes: 3{stem}}}\n"
-            f"data: {{name: folder, root: {dots}, batch_size: 8, size: 32, eval_size: 32, eval_resize: 32, workers: 0}}\n"
+            f"model: {{name: test_resnet, num_classes: 3, downsampling: {{stem: {layer}}}}}\n"
+            f"data: {{name: folder, root: {dots}, batch_size: 8, size: 32, eval_size: 32, eval_resize: 32}}\n"
             "optim: {lr: 0.1}\ntrain: {epochs: 1}\n"
         )
-        network = create_model(model, num_classes=3)
-        if stem:
-            replace_downsampling(network, {"stem": "strided"})
-        torch.save(network.state_dict(), tmp_path / f"{model}.pt")
-        arguments = (name, tmp_path / f"{model}.pt", "--config", recipe, *option, "--output", tmp_path / "row.json")
-        if stem:
-            (tmp_path / "row.json").unlink()
+        network = create_model("test_resnet", num_classes=3)
+        replace_downsampling(network, {"stem": layer})
+        torch.save(network.state_dict(), file)
+        arguments = (name, file, "--config", recipe, "--workers", 0, *option, "--output", tmp_path / f"{layer}.json")
+        if layer == "strided":
             assert "has no layer that weighs by content" in refuse(capsys, monkeypatch, probe, *arguments)
             continue
         code, out, error = call(capsys, monkeypatch, probe, *arguments)
         assert code == 0, error
-        row = read_probe(tmp_path / "row.json")
+        row = read_probe(tmp_path / f"{layer}.json")
         assert row["images"] == (5 if name == "deletion" else 40)
         if name == "localisation":
             chance = row["localisation"]["chance"]["energy"]
             assert chance == pytest.approx(100 * 16**2 / 32**2)
             assert row["localisation"]["importance"]["energy"] == pytest.approx(chance, rel=1e-3)  # equal logits
-            assert f"energy in the box, importance {chance:.3f}%" in out
+            assert f"energy in the box, chance {chance:.3f}%" in out
         else:
             assert row["deletion"]["importance"]["auc"] == row["deletion"]["random"]["auc"]
     assert "--every belongs to the probe deletion, not to sizes" in refuse(
