@@ -136,7 +136,8 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, EvalConfig, st
         ema = choose_weights(payload, options.checkpoint, kind) == "ema"
         model = build(config, asked, payload, ema)
         step = f", step {payload['step']}" if isinstance(payload.get("step"), int) else ""
-        title = f"{config.model.name} from {options.checkpoint}{step}{', averaged weights' if ema else ''}"
+        short = Path(*Path(options.checkpoint).resolve().parts[-3:])
+        title = f"{config.model.name} from {short}{step}{', averaged weights' if ema else ''}"
     registry.check_size(model, config.data.eval_resize)
     return model.to(device), config, title
 

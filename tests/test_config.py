@@ -11,7 +11,7 @@ from helpers import small_config
 from pydantic import ValidationError
 
 from lip_resnet import DOWNSAMPLING
-from lip_resnet.commands.train import regularisers
+from lip_resnet.commands.classification import regularisers
 from lip_resnet.config import EFFECTS, Config, Effect, InputError
 from lip_resnet.data.transforms import TrainTransform
 from lip_resnet.models.registry import build_model
@@ -102,7 +102,7 @@ FREE = {
         *("model.weights", "data.root", "data.download", "data.classes", "data.eval_batch_size", "data.workers"),
         *("train.eval_every", "train.checkpoint_steps", "train.checkpoint_minutes", "train.keep"),
         *("train.on_write_error", "train.on_nonfinite", "train.nonfinite_limit", "train.hang_minutes"),
-        *("train.log_every", "train.profile", "train.device", "train.grad_checkpointing"),
+        *("train.log_every", "train.log_images", "train.profile", "train.device", "train.grad_checkpointing"),
         *("data.on_error", "model.convert"),
     },
 }

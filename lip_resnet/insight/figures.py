@@ -68,7 +68,7 @@ def draw_maps(photograph: NDArray[np.uint8], maps: Sequence[SiteMaps], index: in
         order = [divmod(1 + number, columns) for number in range(len(maps))]
     side, labels = (1.25, 0.3) if layers else (1.8, 0.42)
     height = side * min(photograph.shape[0] / photograph.shape[1], 2.5)
-    figure = Figure(figsize=(side * columns, (height + labels) * rows + 1.4), layout="constrained")
+    figure = Figure(figsize=(max(side * columns, 6.6), (height + labels) * rows + 1.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for each in axes.flat:
         each.set_axis_off()
@@ -76,12 +76,13 @@ def draw_maps(photograph: NDArray[np.uint8], maps: Sequence[SiteMaps], index: in
     axes[0, 0].imshow(photograph, extent=extent)
     _label(axes[0, 0], "photograph", f"first row: {_shown(layers[0])}" if layers else "")
     for (row, column), each in zip(order, maps, strict=True):
-        _paint_map(axes[row, column], grey, each.relative_weight[index, 0], extent)
+        each_axes = axes[row, column]
+        _paint_map(each_axes, grey, each.relative_weight[index, 0], extent)
         title = _in_lines(each.name) if row == 0 or not layers else ""
         entropy = f"entropy {each.entropy[index].mean():.2f}"
-        _label(axes[row, column], title, entropy if layers else f"{_shown(each.layer)}, {entropy}")
-        if column == 1 and row and layers:
-            axes[row, 0].text(0.97, 0.5, _shown(each.layer), ha="right", va="center", transform=axes[row, 0].transAxes)
+        _label(each_axes, title, entropy if layers else f"{_shown(each.layer)}, {entropy}")
+        if layers and column == 1 and row:
+            each_axes.text(-0.05, 0.5, _shown(each.layer), ha="right", va="center", transform=each_axes.transAxes)
     _draw_scale(figure, list(axes.flat), SCALE_LABEL)
     _head(figure, heading, note)
     return figure
@@ -124,6 +125,7 @@ def _label(axes: Axes, title: str, below: str) -> None:
 
 
 def _head(figure: Figure, heading: str, note: str) -> None:
+    figure.set_layout_engine("constrained", h_pad=0.08)
     figure.suptitle(heading, fontsize="medium", fontweight="bold", parse_math=False)
     figure.supxlabel(note, fontsize="x-small", parse_math=False)
 
@@ -146,7 +148,7 @@ def draw_window(photograph: NDArray[np.uint8], example: ExampleWindow, heading: 
     Call it, and save its figure, within ``style``; arguments as for ``draw_maps``.
     """
     columns = 2 + len(example.weights)
-    figure = Figure(figsize=(1.3 * columns, 2.9), layout="constrained")
+    figure = Figure(figsize=(1.3 * columns, 2.75), layout="constrained")
     axes = figure.subplots(1, columns)
     for each in axes:
         each.set_axis_off()
@@ -157,7 +159,7 @@ def draw_window(photograph: NDArray[np.uint8], example: ExampleWindow, heading: 
     corner = (example.left * right - 0.5, example.top * down - 0.5)
     for colour, line in (("white", 2.6), ("C1", 1.4)):
         axes[0].add_patch(Rectangle(corner, size * right, size * down, fill=False, ec=colour, lw=line, clip_on=False))
-    _label(axes[0], "window in\nthe photograph", "")
+    _label(axes[0], "the window", "")
     _grid(axes[1], example.features, None, "features")
     for each, (layer, weights) in zip(axes[2:], example.weights.items(), strict=True):
         _grid(each, weights, weights * size**2, f"weights: {_shown(layer)}")

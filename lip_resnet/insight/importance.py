@@ -218,17 +218,15 @@ def _maps(name: str, layer: str, window: Window, values: Tensor, channels: Seque
     importance = torch.exp(values - values.amax((2, 3), keepdim=True))
     if layer in ("strided", "blur"):
         importance = torch.full_like(importance, torch.nan)
-    entropy = window_entropy(layer, weights, values, window)
-    weight = sum_over_windows(weights, values.shape[-2:], window)
-    arrays = (_to_array(part, channels is None) for part in (importance, weight, entropy))
     if layer in ("max", "strided", "blur"):
         logit_mean = logit_std = math.nan
-    return SiteMaps(name, window, *arrays, logit_mean=logit_mean, logit_std=logit_std, layer=layer)
 
+    def array(part: Tensor) -> NDArray[np.float32]:
+        return (part.mean(1, keepdim=True) if channels is None else part).cpu().numpy()
 
-def _to_array(part: Tensor, of_all: bool) -> NDArray[np.float32]:
-    """(B, C, ...) -> the same on the CPU, or with ``of_all`` (B, 1, ...), the mean over channels."""
-    return (part.mean(1, keepdim=True) if of_all else part).cpu().numpy()
+    size = values.shape[-2:]
+    weight, entropy = sum_over_windows(weights, size, window), window_entropy(layer, weights, size, window)
+    return SiteMaps(name, window, array(importance), array(weight), array(entropy), logit_mean, logit_std, layer)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -238,6 +236,8 @@ def _is_plain(layer: nn.Module) -> bool:
     if isinstance(layer, nn.AvgPool2d):
         padded = values[2] not in (0, (0, 0)) and layer.count_include_pad
         square = square and not padded and layer.divisor_override is None
+    if isinstance(layer, BlurPool2d):
+        square = square and layer.pad_mode == "reflect"
     return square and values[3] in (1, (1, 1)) and not getattr(layer, "ceil_mode", False)
 
 

@@ -54,11 +54,11 @@ def _statistics(maps_of_images: Sequence[Sequence[SiteMaps]]) -> dict[str, float
     """Tag -> number, over all images, which are equally large; without those that a layer does not have."""
     numbers: dict[str, float] = {}
     for of_site in zip(*maps_of_images, strict=True):
-        mean = float(np.mean([maps.logit_mean for maps in of_site]))
-        square = float(np.mean([maps.logit_std**2 + maps.logit_mean**2 for maps in of_site]))
+        means, deviations = (np.array([getattr(maps, key) for maps in of_site]) for key in ("logit_mean", "logit_std"))
+        variance = np.mean(deviations**2) + np.var(means)
         numbers |= {
             f"lip/entropy/{of_site[0].name}": float(np.mean([maps.entropy.mean() for maps in of_site])),
-            f"lip/logit_mean/{of_site[0].name}": mean,
-            f"lip/logit_std/{of_site[0].name}": math.sqrt(max(0.0, square - mean**2)),
+            f"lip/logit_mean/{of_site[0].name}": float(means.mean()),
+            f"lip/logit_std/{of_site[0].name}": float(np.sqrt(variance)),
         }
     return {name: value for name, value in numbers.items() if math.isfinite(value)}

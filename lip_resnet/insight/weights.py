@@ -30,10 +30,9 @@ def window_weights(layer: str, values: Tensor, window: Window) -> Tensor:
     size, stride, padding = window
     if layer in ("strided", "blur"):
         h, w = map(window.out, values.shape[-2:])
-        line = torch.zeros(size) if layer == "strided" else torch.tensor([math.comb(size - 1, k) for k in range(size)])
-        if layer == "strided":
-            line[(size - 1) // 2] = 1
-        kernel = torch.outer(line, line).flatten().to(values)
+        binomial, centre = [math.comb(size - 1, k) for k in range(size)], (size - 1) // 2
+        line = values.new_tensor(binomial if layer == "blur" else [k == centre for k in range(size)])
+        kernel = torch.outer(line, line).flatten()
         return (kernel / kernel.sum()).expand(*values.shape[:2], h, w, size * size)
     if layer == "average":
         values = torch.zeros_like(values)
@@ -59,15 +58,15 @@ def sum_over_windows(weights: Tensor, size: Sequence[int], window: Window) -> Te
     return total
 
 
-def window_entropy(layer: str, weights: Tensor, values: Tensor, window: Window) -> Tensor:
+def window_entropy(layer: str, weights: Tensor, size: Sequence[int], window: Window) -> Tensor:
     """(B, C, h, w, k * k) -> (B, C, h, w): entropy over that of equal weights on the window's positions inside the map.
 
     Args:
         layer: as for ``window_weights``; of blur, the positions in the padding count too.
-        values: the map, (B, C, H, W).
+        size: (H, W) of the map.
     """
-    size, stride, padding = window
-    inside = F.pad(torch.ones_like(values[:1, :1]), [padding] * 4, value=float(layer == "blur"))
-    count = inside.unfold(2, size, stride).unfold(3, size, stride).sum((-1, -2))
+    kernel_size, stride, padding = window
+    inside = F.pad(weights.new_ones(tuple(size)), [padding] * 4, value=float(layer == "blur"))
+    count = inside.unfold(0, kernel_size, stride).unfold(1, kernel_size, stride).sum((-1, -2))
     entropy = torch.special.entr(weights).sum(-1) / count.clamp(min=2).log()
     return torch.where(count > 1, entropy, torch.ones_like(entropy))

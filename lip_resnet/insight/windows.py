@@ -81,7 +81,7 @@ def _choose(
     size, stride, padding = window
     weights = {own: window_weights(own, logits, window)}
     weights |= {other: window_weights(other, features, window) for other in compare if other != own}
-    entropy = window_entropy(own, weights[own], logits, window)[0]
+    entropy = window_entropy(own, weights[own], logits.shape[-2:], window)[0]
     first = -(-padding // stride)  # windows before it reach into the padding
     ends = [(side + padding - size) // stride + 1 for side in features.shape[-2:]]
     if min(ends) <= first:
