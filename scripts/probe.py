@@ -27,7 +27,7 @@ from lip_resnet.evaluation.compatibility import check_normalization, check_set, 
 from lip_resnet.evaluation.location import KINDS
 from lip_resnet.evaluation.protocol import adapt
 from lip_resnet.evaluation.testsets import EvalSet, open_set
-from lip_resnet.insight import probes
+from lip_resnet.insight import pixels, probes
 from lip_resnet.models import registry
 from lip_resnet.models.weights import choose_weights
 
@@ -83,6 +83,8 @@ def main() -> None:
         todo = [path for path in todo if path not in done]
         if done and distributed.is_main():
             print(f"note: {len(done)} of {len(options.checkpoints)} runs have a {file} already", file=sys.stderr)
+    if options.probe in ("deletion", "localisation") and distributed.is_main() and not pixels.has_captum():
+        print('note: without Grad-CAM: pip install "lip-resnet[insight]"', file=sys.stderr)
     outputs = {path: rows.row_path(path, options.output, options.probe, False, kind="probe") for path in todo}
     for path, output in outputs.items():
         probe(path, output, options)

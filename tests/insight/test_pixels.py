@@ -1,6 +1,7 @@
 """Maps of the pixels and their scores, on networks whose importance is known."""
 
 import functools
+import sys
 
 import numpy as np
 import pytest
@@ -160,3 +161,10 @@ def test_grad_cam_of_a_linear_network():
     maps = pixels.grad_cam(model, inputs, classes)
     channel = model.conv(inputs)[torch.arange(2), classes].detach().numpy()
     np.testing.assert_allclose(maps, channel.clip(0) / 36, rtol=1e-4, atol=1e-7)
+
+
+def test_grad_cam_is_left_out_without_captum(monkeypatch):
+    images, masks = dots(1, 32)
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    scores = probes.localisation_scores(Chain(1.0, 2), images, torch.zeros(1).long(), masks, *NO_SCALING)
+    assert {name for name in scores if not name.startswith("site ")} == {"importance", "edges", "mirrored", "chance"}
