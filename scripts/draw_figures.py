@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,6 +142,29 @@ def importance() -> bytes:
     return buffer.getvalue()
 
 
+# ---- do maps mean anything ----
+
+
+def deletion() -> bytes:
+    """The probability of the predicted class as cells are removed in the order of each method."""
+    from lip_resnet.study import figures
+
+    methods = json.loads((RESULTS / "probes" / "deletion.json").read_text(encoding="utf-8"))["deletion"]
+
+    def paint(axes: Any) -> None:
+        for name, colour in {"Grad-CAM": "C2", "edges": "C4", "importance": "C1", "random": "0.6"}.items():
+            curve, area = methods[name]["curve"], methods[name]["auc"]
+            share = np.linspace(0, 100, len(curve))
+            axes.plot(share, curve, "o-", ms=3.5, color=colour, label=f"{name}: area {area:.1f}%")
+        axes.set_xlabel("cells of the photograph that are removed (%), in the order of")
+        axes.set_ylabel("probability of the class (%)")
+        axes.set_xlim(0, 100)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper right")
+
+    return figures.draw_file(paint, "svg", 8.0, 3.4)
+
+
 # ---- a run that was killed ----
 
 
@@ -243,39 +265,7 @@ def speed_operator() -> bytes:
     return figures.draw_file(paint, "svg", 8.0, 3.4)
 
 
-# ---- accuracy against cost ----
-
-CELLS = RESULTS / "studies" / "tiny_imagenet_100" / "cells.jsonl"
-
-
-def study_points() -> dict[str, tuple[float, float, float | None]]:
-    """Variant -> (multiply-adds of one image in G, mean top-1 in percent, its standard deviation over seeds)."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for line in CELLS.read_text(encoding="utf-8").splitlines():
-        cell = json.loads(line)
-        if cell["status"] == "done":
-            rows.setdefault(cell["variant"], []).append(cell["row"])
-    points = {}
-    for variant, of_seeds in rows.items():
-        tops = [row["top1"] for row in of_seeds]
-        deviation = statistics.stdev(tops) if len(tops) > 1 else None
-        points[variant] = of_seeds[0]["macs"] / 1e9, statistics.fmean(tops), deviation
-    return points
-
-
-def accuracy_cost() -> bytes:
-    """Top-1 over multiply-adds, of the study's finished cells."""
-    from lip_resnet.study import figures
-
-    return figures.accuracy_against_cost(study_points(), "multiply-adds of one image (G)").encode()
-
-
-def accuracy_alt() -> str:
-    points = [f"{name} {top1:.1f}% at {macs:.2f} G" for name, (macs, top1, _) in study_points().items()]
-    return f"Top-1 over multiply-adds of one image on 100 classes of Tiny-ImageNet: {', '.join(points)}."
-
-
-DRAWINGS = [
+DRAWINGS = (
     Drawing(
         "importance.png",
         "Two photographs, of a cat and of a cup of coffee, and over them the weights that LIP gives to positions at "
@@ -284,6 +274,14 @@ DRAWINGS = [
         "the cup and the spoon, and the lower and right borders two and three times the weight of average pooling.",
         tuple(itertools.chain.from_iterable((path, path.with_suffix(".npz")) for path in PHOTOGRAPHS)),
         importance,
+    ),
+    Drawing(
+        "deletion.svg",
+        "Probability of the predicted class over the share of a photograph that is removed, in four orders: by "
+        "Grad-CAM, by the strength of edges, by LIP's importance, and at random. The lower a curve, the more its order "
+        "counts.",
+        (RESULTS / "probes" / "deletion.json",),
+        deletion,
     ),
     Drawing(
         "resume.svg",
@@ -307,9 +305,7 @@ DRAWINGS = [
         (RESULTS / "op_cpu.jsonl",),
         speed_operator,
     ),
-]
-if CELLS.is_file():
-    DRAWINGS.append(Drawing("accuracy_cost.svg", accuracy_alt(), (CELLS,), accuracy_cost))
+)
 
 
 def main() -> None:

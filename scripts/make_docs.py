@@ -5,6 +5,7 @@ A generated part is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,43 @@ def faults() -> str:
     )
 
 
+def map_probes() -> str:
+    """What the probes deletion and localisation have measured of one network, with 95% intervals over the images."""
+    folder = ROOT / "results" / "probes"
+    rows = {
+        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("deletion", "localisation")
+    }
+    deletion, localisation = rows["deletion"]["deletion"], rows["localisation"]["localisation"]
+
+    def cell(measured: dict[str, Any], key: str, interval: str) -> str:
+        if key not in measured:
+            return "-"
+        low, high = measured[interval]
+        return f"{measured[key]:.1f} ({low:.1f} to {high:.1f})"
+
+    header = ["map", "deletion: area (%)", "energy in the box (%)", "pointing game (%)"]
+    lines = []
+    for name in ("importance", "mirrored", "edges", "Grad-CAM", "random", "chance"):
+        inside = localisation.get(name, {})
+        cells = (cell(inside, key, f"{key}_interval") for key in ("energy", "pointing"))
+        lines.append([name, cell(deletion.get(name, {}), "auc", "interval"), *cells])
+    for name, inside in localisation.items():
+        if name.startswith("site "):
+            cells = (cell(inside, key, f"{key}_interval") for key in ("energy", "pointing"))
+            lines.append([f"`{name.removeprefix('site ')}` alone", "-", *cells])
+    row, less = rows["localisation"], rows["localisation"]["importance_less"]
+    counts = f"{rows['deletion']['images']:,} images for deletion, {row['images']:,} for localisation"
+    paired = [f"{name} {cell(less[name], 'energy', 'energy_interval')}" for name in ("chance", "mirrored")]
+    machine = (
+        f"{row['environment']['hardware']}, torch {row['environment']['torch']}, {row['environment']['date'][:10]}"
+    )
+    commands = "; ".join(f"`{shlex.join(each['environment']['command'])}`" for each in rows.values())
+    return (
+        f"{render(header, lines)}\n{row['model']}, step {row['step']}, seed {row['seed']}; {counts}. Energy of the "
+        f"importance less that of: {', '.join(paired)}, paired by image. {machine}; {commands}"
+    )
+
+
 def recipe_keys() -> str:
     """Every key of a recipe: its type, default, docstring and effect."""
     effects = "\n".join(f"- *{effect.name.lower()}*: {effect.value}" for effect in Effect)
@@ -175,6 +213,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/performance.md": {"performance": tables.performance},
     "docs/data.md": {"data": tables.loaders, "bad-images": bad_images},
     "docs/faults.md": {"faults": faults},
+    "docs/gallery.md": {"map-probes": map_probes},
 }
 
 

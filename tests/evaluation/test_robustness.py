@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import eval as eval_command
-from lip_resnet import seeding
+from lip_resnet import distributed, seeding
 from lip_resnet.config import EvalDataConfig, InputError, ModelConfig
 from lip_resnet.evaluation.attribution import measure_deletion, measure_localisation
 from lip_resnet.evaluation.protocol import EvalConfig
@@ -267,7 +267,7 @@ def map_scores(network, images, labels, about, mean, std):
     return {"importance": np.stack([hit, 2 * area], 1), "chance": np.stack([area, area], 1)}
 
 
-def test_deletion_by_hand(dots):
+def test_deletion_by_hand(dots, monkeypatch):
     score = {"score": map_scores}
     for every, batch in ((None, 7), (3, 5)):
         config = config_of(dots, eval_batch_size=batch)
@@ -285,6 +285,9 @@ def test_deletion_by_hand(dots):
             "deletion AUC, random": pytest.approx(50.0),
         }
         assert measured.settings == {"name": "deletion", "every": every or 1, "methods": ["importance", "random"]}
+    one = measure(functools.partial(measure_deletion, **score), Answers(strongest_channel), config, None).result
+    monkeypatch.setattr(distributed, "gather_objects", lambda parts: [parts[1::2], parts[::2]])  # of two processes
+    assert measure(functools.partial(measure_deletion, **score), Answers(strongest_channel), config, None).result == one
     with pytest.raises(InputError, match="--every is 0; it must be at least 1"):
         measure(functools.partial(measure_deletion, **score), Answers(strongest_channel), config, 0)
 
