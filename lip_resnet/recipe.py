@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lip_resnet.config import EFFECTS, Config, Section
+from lip_resnet.config.optim import optimizer_problem
 from lip_resnet.errors import InputError
 
 T = TypeVar("T", bound=Section)
@@ -123,7 +124,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         apply_override(tree, override)
     config = parse_config(tree, source)
-    # Not a rule of Config: checkpoints of earlier versions may hold such a schedule.
+    # Not rules of Config: checkpoints may hold such a schedule, or be of another version of timm.
+    if problem := optimizer_problem(config.optim.name):
+        raise _refusal(f"{source}: optim.name: {problem}")
     if never := [epoch for epoch, _ in config.data.size_schedule if epoch >= config.train.epochs]:
         raise _refusal(
             f"{source}: data.size_schedule changes at epoch {never[0]}, which is never reached; epochs count from 0 "
