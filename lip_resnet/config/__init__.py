@@ -40,6 +40,10 @@ class Config(Section):
             raise ValueError(f"optim.milestones are {list(optim.milestones)}; they must be below train.epochs {epochs}")
         if optim.warmup_epochs >= epochs:
             raise ValueError(f"optim.warmup_epochs is {optim.warmup_epochs:g}; it must be below train.epochs {epochs}")
+        if train.freeze_epochs > epochs:
+            raise ValueError(f"train.freeze_epochs is {train.freeze_epochs}; it must be at most train.epochs {epochs}")
+        if train.freeze_epochs and self.model.weights is None:
+            raise ValueError("train.freeze_epochs needs model.weights: without, random layers would stay as they are")
         if train.compile and train.compile_mode != "default" and optim.accumulate > 1:
             raise ValueError(
                 f"train.compile_mode {train.compile_mode} with optim.accumulate {optim.accumulate}: CUDA graphs cannot "

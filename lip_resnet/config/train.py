@@ -14,6 +14,9 @@ class TrainConfig(Section):
     """Length of the run, and of the learning-rate schedule."""
     seed: Trains[Annotated[int, Field(ge=0, lt=2**32)]] = 0
     """Seed of all randomness: initial weights, order of the images, augmentation, dropout."""
+    freeze_epochs: Trains[Count] = 0
+    """Head first, for fine-tuning: in this many first epochs the classifier alone trains, and batch norm keeps the
+    statistics of `model.weights`. As many as `epochs`: linear probing."""
     max_steps: Trains[Positive | None] = None
     """Stop after this many optimizer steps; the schedule still spans `epochs`. It may change on resume."""
     device: Neutral[Literal["auto", "cuda", "mps", "cpu"]] = "auto"
