@@ -58,7 +58,7 @@ def draw_maps(photograph: NDArray[np.uint8], maps: Sequence[SiteMaps], index: in
     """
     sites = list(dict.fromkeys(each.name for each in maps))
     layers = list(dict.fromkeys(each.layer for each in maps if [m.name for m in maps].count(each.name) > 1))
-    grey = np.interp(photograph @ np.array([0.299, 0.587, 0.114]), (0, 255), _GREYS)
+    grey = to_grey(photograph)
     if layers:
         rows, columns = len(maps) // len(sites), 1 + len(sites)
         order = [(row, 1 + sites.index(each.name)) for row, each in _rows(maps, sites)]
@@ -77,13 +77,13 @@ def draw_maps(photograph: NDArray[np.uint8], maps: Sequence[SiteMaps], index: in
     _label(axes[0, 0], "photograph", f"first row: {_shown(layers[0])}" if layers else "")
     for (row, column), each in zip(order, maps, strict=True):
         each_axes = axes[row, column]
-        _paint_map(each_axes, grey, each.relative_weight[index, 0], extent)
+        paint_map(each_axes, grey, each.relative_weight[index, 0], extent)
         title = _in_lines(each.name) if row == 0 or not layers else ""
         entropy = f"entropy {each.entropy[index].mean():.2f}"
         _label(each_axes, title, entropy if layers else f"{_shown(each.layer)}, {entropy}")
         if layers and column == 1 and row:
             each_axes.text(-0.05, 0.5, _shown(each.layer), ha="right", va="center", transform=each_axes.transAxes)
-    _draw_scale(figure, list(axes.flat), SCALE_LABEL)
+    draw_scale(figure, list(axes.flat), SCALE_LABEL)
     _head(figure, heading, note)
     return figure
 
@@ -98,7 +98,12 @@ def _rows(maps: Sequence[SiteMaps], sites: Sequence[str]) -> list[tuple[int, Sit
     return rows
 
 
-def _paint_map(axes: Axes, grey: NDArray, values: NDArray, extent: tuple[float, float, float, float]) -> None:
+def to_grey(photograph: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(H, W, 3) -> the luminance (H, W) between ``_GREYS``."""
+    return np.interp(photograph @ np.array([0.299, 0.587, 0.114]), (0, 255), _GREYS)
+
+
+def paint_map(axes: Axes, grey: NDArray, values: NDArray, extent: tuple[float, float, float, float]) -> None:
     """Relative weights (h, w) as colours over a grey photograph (H, W) in [0, 1], one rectangle a position."""
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
     clipped = np.clip(values, 1 / LIMIT, LIMIT)  # a weight of 0 has no logarithm
@@ -130,7 +135,7 @@ def _head(figure: Figure, heading: str, note: str) -> None:
     figure.supxlabel(note, fontsize="x-small", parse_math=False)
 
 
-def _draw_scale(figure: Figure, axes: Sequence[Axes], label: str, tint: float = TINT) -> None:
+def draw_scale(figure: Figure, axes: Sequence[Axes], label: str, tint: float = TINT) -> None:
     """The colour bar, in the colours that the maps have over a medium grey."""
     colours = matplotlib.colormaps["coolwarm"](np.linspace(0, 1, 256))
     colours[:, :3] = tint * colours[:, :3] + (1 - tint) * np.mean(_GREYS)
@@ -164,7 +169,7 @@ def draw_window(photograph: NDArray[np.uint8], example: ExampleWindow, heading: 
     for each, (layer, weights) in zip(axes[2:], example.weights.items(), strict=True):
         _grid(each, weights, weights * size**2, f"weights: {_shown(layer)}")
         _label(each, each.get_title(), f"output {example.output(layer):.2f}")
-    _draw_scale(figure, axes, f"weight, as a multiple of 1/{size**2}, that of average pooling", tint=1.0)
+    draw_scale(figure, axes, f"weight, as a multiple of 1/{size**2}, that of average pooling", tint=1.0)
     _head(figure, heading, note)
     return figure
 

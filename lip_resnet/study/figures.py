@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,19 +17,29 @@ STYLE = Path(__file__).parents[1] / "figures.mplstyle"
 
 
 def draw(paint: Callable[[Axes], None], width: float = 6.4, height: float = 3.4) -> str:
-    """An SVG image of one pair of axes; the same bytes every time.
+    """An SVG image of one pair of axes, as text; arguments as for ``draw_file``."""
+    text = draw_file(paint, "svg", width, height).decode()
+    return text[text.index("<svg") :]
+
+
+def draw_file(paint: Callable[[Axes], None], kind: str, width: float, height: float) -> bytes:
+    """An image of one pair of axes as a svg, png or pdf file; the same bytes every time.
+
+    A pdf is for paper: its text is dark, and its fonts are embedded as TrueType, which publishers require.
 
     Args:
         paint: draws into the axes.
-        width, height: in inches; 100 pixels an inch.
+        width, height: in inches; 100 pixels of an SVG an inch.
     """
-    with matplotlib.rc_context(fname=STYLE):
+    paper: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "0.1")
+    paper |= {"axes.edgecolor": "0.3", "pdf.fonttype": 42}
+    with matplotlib.rc_context(paper if kind == "pdf" else None, fname=STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure.subplots())
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+        buffer = io.BytesIO()
+        undated = {"svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer"), "png": ("Software",)}
+        figure.savefig(buffer, format=kind, dpi=200, metadata=dict.fromkeys(undated[kind]))
+    return buffer.getvalue()
 
 
 def differences(comparisons: Sequence[Comparison], baseline: str) -> str:

@@ -13,7 +13,7 @@ from torchvision.datasets import SVHN
 from lip_resnet.config import InputError
 from lip_resnet.data import build_sources
 
-OPTIONAL = {"aiohttp", "datasets", "fsspec", "nvidia", "s3fs", "scipy", "sklearn"}
+OPTIONAL = {"aiohttp", "captum", "datasets", "fsspec", "nvidia", "s3fs", "scipy", "sklearn"}
 
 
 def test_no_module_imports_them_at_its_top():
