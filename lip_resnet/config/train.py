@@ -74,6 +74,9 @@ class LoopConfig(Section):
 class TrainConfig(LoopConfig):
     """The training loop, and the loss and regularisation of a classifier."""
 
+    freeze_epochs: Trains[Count] = 0
+    """Head first, for fine-tuning: in this many first epochs the classifier alone trains, and batch norm keeps the
+    statistics of `model.weights`. As many as `epochs`: linear probing."""
     loss: Trains[Literal["cross_entropy", "binary_cross_entropy"]] = "cross_entropy"
     """The loss: cross entropy over the classes, or binary cross entropy of each class."""
     target_threshold: Trains[Rate | None] = None
