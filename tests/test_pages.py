@@ -65,6 +65,10 @@ def test_python_blocks_run():
         exec(compile(block, "docs/layers.md", "exec"), values)
     assert values["report"].swapped
     assert values["y"].shape == values["pool"](values["x"]).shape == (2, 256, 7, 7)
+    (block,) = re.findall(r"```python\n(.*?)```", TEXTS["docs/insight.md"], re.DOTALL)
+    values = {}
+    exec(compile(block, "docs/insight.md", "exec"), values)
+    assert values["maps"].relative_weight.shape == (2, 1, 4, 6)
     (block,) = re.findall(r"```python\n(.*?)```", TEXTS["docs/api.md"], re.DOTALL)
     values = {}
     exec(compile(block.replace('"digits"', '"synthetic", images=64'), "docs/api.md", "exec"), values)
