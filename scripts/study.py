@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from bench import costs
+from bench.timing import CLOCKS
 
 from lip_resnet import cli
 from lip_resnet.config import InputError
@@ -36,6 +37,9 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="+", default=[], metavar="MODEL", help="measure: networks to time beside")
     parser.add_argument("--rounds", type=int, default=7, help="measure: rounds (default 7)")
     parser.add_argument("--batch", type=int, default=32, help="measure: images of a step (default 32)")
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall", help="measure: cpu counts one thread's time on a busy machine"
+    )
     options = parser.parse_intermixed_args()
     for name, least in (("jobs", 1), ("rounds", 2), ("batch", 1)):
         if getattr(options, name) < least:
@@ -63,7 +67,7 @@ def main() -> None:
         print(plan.describe(study, options.jobs, measure=not options.no_measure))
         return
     if options.action == "measure":
-        row = costs.measure(study, options.candidates, options.rounds, options.batch)
+        row = costs.measure(study, options.candidates, options.rounds, options.batch, options.clock)
         if (study.folder / "study.yaml").is_file():
             write_text(study.folder / "costs.json", to_json(row, indent=2) + "\n")
         print("\n".join(costs.summarize(study, row)))

@@ -4,7 +4,6 @@ import json
 import math
 import statistics as plain
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from lip_resnet.config import InputError
@@ -21,16 +20,18 @@ NEAR = 0.25
 Results = dict[str, dict[int, Result]]
 
 
-def read_costs(folder: Path) -> dict[str, Any] | None:
+def read_costs(design: Design) -> dict[str, Any] | None:
     """costs.json of a study's folder, checked; None if it has none.
 
     Raises:
         InputError: it cannot be read, or is not what ``study.py measure`` writes.
     """
-    path = folder / COSTS
+    path, baseline = design.folder / COSTS, design.study.baseline
     try:
         costs = json.loads(path.read_text(encoding="utf-8"))
         for kind in KINDS:
+            if baseline not in costs[kind]:
+                raise ValueError(f"no {kind} time of the baseline {baseline}")
             for name, row in costs[kind].items():
                 for key in ("ms", "ratio"):
                     if type(row[key]) not in (int, float) or not 0 < row[key] < math.inf:
@@ -50,7 +51,7 @@ def measures(design: Design, results: Results) -> dict[str, dict[str, float]]:
     """What a variant costs, by each measure: ``multiply-adds`` of one image (G), ``inference`` (ms an image), and
     ``training`` of a whole run (minutes); measure -> variant -> cost, of the finished variants that have one.
     """
-    costs = read_costs(design.folder) or {kind: {} for kind in KINDS}
+    costs = read_costs(design) or {kind: {} for kind in KINDS}
     values: dict[str, dict[str, float]] = {"multiply-adds": {}, "inference": {}, "training": {}}
     for name, of_seeds in results.items():
         if not of_seeds:
@@ -61,19 +62,20 @@ def measures(design: Design, results: Results) -> dict[str, dict[str, float]]:
             values["inference"][name] = costs["inference"][name]["ms"]
         if name in costs["training"] and row.get("step"):
             images = row["step"] * design.recipes[name].data.batch_size
-            values["training"][name] = images * costs["training"][name]["ms"] / 6e4
+            ms = costs["training"][name]["ratio"] * costs["training"][design.study.baseline]["ms"]
+            values["training"][name] = images * ms / 6e4
     return values
 
 
 def cost_table(design: Design, results: Results) -> tuple[list[str], list[list[str]]]:
     """Sizes, measured times, and the fronts of accuracy against each measure on which a variant stands."""
-    costs, of_measure = read_costs(design.folder), measures(design, results)
+    costs, of_measure = read_costs(design), measures(design, results)
     baseline = design.study.baseline
     fronts = {name: pareto(points(costs, results)) for name, costs in of_measure.items() if len(costs) > 1}
     header = ["variant", "parameters (M)", "multiply-adds (G)"]
     if costs:
-        header += ["training ms/image", "/ baseline", "inference ms/image", "/ baseline", "a whole training / baseline"]
-    header += ["training log: images/s", "minutes a cell", "Pareto front"]
+        header += ["training step (ms/image)", "inference (ms/image)", "whole training (min)"]
+    header += ["log (images/s)", "cell (min)", "Pareto front"]
     rows = []
     for name in [baseline, *design.compared]:
         if not results[name]:
@@ -83,13 +85,27 @@ def cost_table(design: Design, results: Results) -> tuple[list[str], list[list[s
         if costs:
             for kind in KINDS:  # a variant that was added after the measurement has no times
                 time = costs[kind].get(name)
-                row += [f"{time['ms']:.3f}", f"{time['ratio']:.2f}"] if time else ["-", "-"]
-            row.append(relative(of_measure["training"], name, baseline))
+                row.append(f"{time['ms']:.2f} ({time['ratio']:.2f})" if time else "-")
+            minutes = of_measure["training"]
+            row.append(f"{minutes[name]:.1f} ({relative(minutes, name, baseline)})" if name in minutes else "-")
         row.append(_show(plain.median, [result.images_per_second for result in results[name].values()], "{:.0f}"))
         row.append(_show(plain.fmean, [(result.seconds or 0) / 60 for result in results[name].values()], "{:.1f}"))
         row.append(", ".join(measure for measure, front in fronts.items() if name in front) or "-")
         rows.append(row)
     return header, rows
+
+
+def cost_notes(design: Design) -> tuple[str, ...]:
+    """What the columns of ``cost_table`` mean."""
+    text = "Multiply-adds are of one image."
+    if costs := read_costs(design):
+        clock = {"cpu": ", CPU time of one thread", "gpu": ", between CUDA events"}.get(costs.get("clock"), "")
+        text += (
+            " A training step and inference were measured by study.py measure, all networks in turn"
+            f"{clock}; a whole training is the images of a run at that speed; in brackets: relative to the baseline."
+        )
+    text += " Speed in the training log and minutes of a cell change with other work on the machine."
+    return (f"{text} Pareto front: no variant has as much top-1 at less cost, by the means alone.",)
 
 
 def relative(costs: dict[str, float], name: str, other: str) -> str:

@@ -47,7 +47,7 @@ def export(design: Design, folder: Path) -> str:
             lines.append(about | {"status": "done"} | _describe(result))
         elif str(cell) in failed:
             lines.append(about | {"status": "failed", "message": without_folders(failed[str(cell)])})
-    costs = read_costs(design.folder)
+    costs = read_costs(design)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -65,7 +65,7 @@ def accuracy_against_cost(points: Mapping[str, tuple[float, float, float | None]
         for name, (x, y, deviation) in points.items():
             colour = "C1" if name in front else "C0"
             axes.errorbar([x], [y], yerr=deviation, fmt="o", ms=7, color=colour, capsize=3)
-            axes.annotate(name, (x, y), xytext=(8, 5), textcoords="offset points", fontsize="small")
+            axes.annotate(name, (x, y), xytext=(8, -11), textcoords="offset points", fontsize="small")
         line = sorted(points[name][:2] for name in front)
         axes.plot([x for x, _ in line], [y for _, y in line], "-", lw=1, color="C1", label="Pareto front")
         axes.set_xlabel(cost)
@@ -76,8 +76,17 @@ def accuracy_against_cost(points: Mapping[str, tuple[float, float, float | None]
     return draw(paint, height=4.0)
 
 
-def learning_curves(results: Mapping[str, Mapping[int, Result]], minutes: bool = False) -> str:
-    """Validation top-1 over epochs, or over minutes of training: the mean of the seeds, and one standard deviation."""
+def learning_curves(
+    results: Mapping[str, Mapping[int, Result]], label: str = "epoch", minutes: Mapping[str, float] | None = None
+) -> str:
+    """Validation top-1 over epochs, or over minutes of training: the mean of the seeds, and one standard deviation.
+
+    Args:
+        results: variant -> seed -> result.
+        label: of the axis.
+        minutes: variant -> minutes of its whole training; those that it lacks are taken from the training log. None:
+            over epochs.
+    """
 
     def paint(axes: Axes) -> None:
         for number, (name, of_seeds) in enumerate(results.items()):
@@ -86,13 +95,17 @@ def learning_curves(results: Mapping[str, Mapping[int, Result]], minutes: bool =
                 continue
             length = min(map(len, curves))
             top1 = np.array([[each.top1 for each in curve[:length]] for curve in curves])
-            along = np.mean([[each.minutes if minutes else each.epoch + 1 for each in c[:length]] for c in curves], 0)
+            along = np.array([each.epoch + 1 for each in curves[0][:length]])
+            if minutes is not None and name in minutes:
+                along = along * minutes[name] / (curves[0][-1].epoch + 1)
+            elif minutes is not None:
+                along = np.mean([[each.minutes for each in curve[:length]] for curve in curves], axis=0)
             seeds = f"{len(curves)} seed" + "s" * (len(curves) > 1)
             axes.plot(along, top1.mean(0), "o-", ms=3, color=f"C{number}", label=f"{name} ({seeds})")
             if len(curves) > 1:
                 low, high = (top1.mean(0) + sign * top1.std(0, ddof=1) for sign in (-1, 1))
                 axes.fill_between(along, low, high, alpha=0.2, color=f"C{number}", lw=0)
-        axes.set_xlabel("minutes of training" if minutes else "epoch")
+        axes.set_xlabel(label)
         axes.set_ylabel("validation top-1 (%)")
         axes.legend(loc="lower right")
 

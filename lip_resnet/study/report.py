@@ -59,18 +59,14 @@ def build_sections(design: Design, results: Results, comparisons: list[Compariso
     sections.append(
         Section(
             "Cost",
-            (
-                "Multiply-adds are of one image. Times of an image, in a training step and in inference, are measured "
-                "in turn by study.py measure; those of the training log change with other work on the machine. "
-                "Pareto front: no variant has as much top-1 at less cost, by the means alone.",
-            ),
+            costs.cost_notes(design),
             costs.cost_table(design, results),
             tuple(draw_costs(design, results)),
         )
     )
     if (equal := costs.equal_costs(design, results)) is not None:
         sections.append(equal)
-    if curves := draw_curves(results):
+    if curves := draw_curves(design, results):
         sections.append(Section("Learning curves", figures=tuple(curves)))
     if (robustness := robustness_section(design, results)) is not None:
         sections.append(robustness)
@@ -87,7 +83,7 @@ def draw_costs(design: Design, results: Results) -> list[tuple[str, str, str]]:
     axes = {
         "multiply-adds": ("accuracy_against_cost", "multiply-adds of one image (G)"),
         "inference": ("accuracy_against_latency", "inference time (ms an image)"),
-        "training": ("accuracy_against_training", "time of a whole training (minutes, measured step)"),
+        "training": ("accuracy_against_training", "time of a whole training (minutes at the measured step)"),
     }
     drawn = []
     for measure, of_variants in costs.measures(design, results).items():
@@ -100,19 +96,23 @@ def draw_costs(design: Design, results: Results) -> list[tuple[str, str, str]]:
     return drawn
 
 
-def draw_curves(results: Results) -> list[tuple[str, str, str]]:
+def draw_curves(design: Design, results: Results) -> list[tuple[str, str, str]]:
     """Learning curves over epochs and over minutes; none where no cell has two validations."""
     from lip_resnet.study import figures
 
     done = {name: of_seeds for name, of_seeds in results.items() if of_seeds}
     if not any(len(result.curve) > 1 for of_seeds in done.values() for result in of_seeds.values()):
         return []
+    minutes, how = costs.measures(design, results)["training"], "at the measured time of a step"
+    if not minutes.keys() >= done.keys():
+        minutes, how = {}, "by the training log"
+    label = f"minutes of training ({how})"
     return [
         ("learning_curves", "Validation top-1 over epochs", figures.learning_curves(done)),
         (
             "learning_curves_minutes",
-            "Validation top-1 over minutes of training, by the training log",
-            figures.learning_curves(done, minutes=True),
+            f"Validation top-1 over {label}",
+            figures.learning_curves(done, label, minutes),
         ),
     ]
 

@@ -22,19 +22,18 @@ def results_page(folders: Sequence[Path], studies: Sequence[Path], figures: str)
     parts = [_study(folder, designs.get(folder.name), figures) for folder in folders]
     names = {folder.name for folder in folders}
     planned = [
-        [f"`{name}`", design.study.question, f"{len(design.cells())}"]
+        f"- `{name}` ({len(design.cells())} cells): {design.study.question}"
         for name, design in designs.items()
         if name not in names
     ]
-    parts.append("## Planned\n\nNo cell of these is finished.\n\n" + render(["study", "question", "cells"], planned))
-    return "\n".join(parts)
+    return "\n".join([*parts, "## Planned", "", "No cell of these has been run.", "", *planned])
 
 
 def draw_figures(folder: Path) -> dict[str, str]:
     """File name -> SVG, of an exported study."""
     design = load_record(folder)
     results = load_results(design)
-    drawn = [*draw_costs(design, results), *draw_curves(results)]
+    drawn = [*draw_costs(design, results), *draw_curves(design, results)]
     return {f"{folder.name}-{name}.svg": svg for name, _, svg in drawn}
 
 
@@ -61,7 +60,7 @@ def small_table(folder: Path) -> str:
                 str(len(results[name])),
             ]
         )
-    header = ["network", "MACs (G)", "training time", "top-1 (%)", "difference", "95% interval", "seeds"]
+    header = ["network", "MACs (G)", "relative training time", "top-1 (%)", "difference", "95% interval", "seeds"]
     return f"{_state(design, sum(map(len, results.values())), list(comparisons.values()))}\n\n{render(header, rows)}"
 
 
@@ -88,10 +87,11 @@ def _study(folder: Path, shipped: Design | None, figures: str) -> str:
     lines = [f"## {folder.name}", "", *([question, ""] if question else [])]
     for line in verdict_lines(design, results, comparisons):
         lines += [line, ""] if line != question else []
-    lines += [render(*accuracy_table(design, results, comparisons)), render(*costs.cost_table(design, results))]
+    lines += [render(*accuracy_table(design, results, comparisons)), *costs.cost_notes(design), ""]
+    lines += [render(*costs.cost_table(design, results))]
     if (equal := costs.equal_costs(design, results)) and equal.table:
         lines += [*equal.text, "", render(*equal.table)]
-    for name, alternative, _ in [*draw_costs(design, results), *draw_curves(results)]:
+    for name, alternative, _ in [*draw_costs(design, results), *draw_curves(design, results)]:
         lines += [f"![{alternative}]({figures}/{folder.name}-{name}.svg)", ""]
     lines += [
         f"- **Protocol**: {design.study.base}, {recipe.train.epochs} epochs, batch {recipe.data.batch_size}, "
@@ -102,7 +102,7 @@ def _study(folder: Path, shipped: Design | None, figures: str) -> str:
         f"- **What it can show**: {_limits(comparisons, row['images'])}",
         "- **Command**: "
         + (f"`python scripts/study.py run configs/studies/{folder.name}.yaml`" if shipped else "the study's own file")
-        + f"; everything of it: `python scripts/study.py report results/studies/{folder.name}`.",
+        + f"; the full report: `python scripts/study.py report results/studies/{folder.name}`.",
         "",
     ]
     return "\n".join(lines)
@@ -123,6 +123,6 @@ def _limits(comparisons: list[Comparison], images: int) -> str:
         return f"{text}. One seed has no interval."
     shown = statistics.detectable_difference(each.paired.deviation, len(each.seeds))
     return (
-        f"{text}. With {len(each.seeds)} seeds, whose differences deviate by {each.paired.deviation:.2f} points so far, "
+        f"{text}. With {len(each.seeds)} seeds, whose differences deviate by {each.paired.deviation:.2f} points, "
         f"the declared test shows a true difference of {shown:.1f} points with 80% power."
     )
