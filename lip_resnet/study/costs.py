@@ -99,7 +99,7 @@ def cost_notes(design: Design) -> tuple[str, ...]:
     """What the columns of ``cost_table`` mean."""
     text = "Multiply-adds are of one image."
     if costs := read_costs(design):
-        clock = {"cpu": ", CPU time of one thread", "gpu": ", between CUDA events"}.get(costs.get("clock"), "")
+        clock = {"cpu": ", CPU time of one thread", "gpu": ", between CUDA events"}.get(costs.get("clock", ""), "")
         text += (
             " A training step and inference were measured by study.py measure, all networks in turn"
             f"{clock}; a whole training is the images of a run at that speed; in brackets: relative to the baseline."

@@ -20,7 +20,7 @@ except ImportError as error:
 
 ALPHA = 0.05
 """Level of every two-sided test; intervals cover 1 - ALPHA."""
-BOOTSTRAP_COVERAGE = {}
+BOOTSTRAP_COVERAGE: dict[int, float] = {}
 """Seeds -> percent of 1,000 simulated studies whose ``crossed_bootstrap`` interval holds the truth
 (tests/study/test_statistics.py)."""
 EXACT_SEEDS = 20

@@ -163,6 +163,37 @@ def test_cells_go_on_and_are_never_repeated(tmp_path, stand_ins):
     assert cells.read_record(study.cells()[0])["seconds"] > 0
 
 
+def test_cells_that_run_together_have_gpus_of_their_own(tmp_path, stand_ins, monkeypatch):
+    """By the environment of the started processes; the first waits for the second, the third takes what is free."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5")
+    (stand_ins / "train.py").write_text(
+        "import os, pathlib, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r}) / 'gpus'\n"
+        "(folder / str(os.getpid())).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "while len(list(folder.iterdir())) < 2: time.sleep(0.01)\n"
+    )
+    (stand_ins / "eval.py").write_text("")
+    (tmp_path / "gpus").mkdir()
+    study = design.load_design(write(tmp_path), output=tmp_path / "out")
+    design.write_design(study)
+    cells.run_cells(study, study.cells()[:3], jobs=2)
+    used = [path.read_text() for path in (tmp_path / "gpus").iterdir()]
+    assert len(used) == 3
+    assert set(used) == {"4", "5"}
+
+
+def test_gpus_of_jobs(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,GPU-2,3,4")
+    assert cells.assign_gpus(3, 2) == ["0,1", "GPU-2,3", "0,1"]  # shared, for there are too few
+    assert cells.assign_gpus(1, 2) == cells.assign_gpus(1, 1) == [None]
+    assert cells.assign_gpus(2, 4) == [None, None]  # one group
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cells.assign_gpus(2, 1) == [None, None]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(cells.torch.cuda, "device_count", lambda: 3)
+    assert cells.assign_gpus(4, 1) == ["0", "1", "2", "0"]
+
+
 def test_the_message_of_a_failure_is_of_the_last_start(tmp_path, stand_ins):
     (stand_ins / "train.py").write_text("import sys; sys.exit('RuntimeError: a bug')")
     study = design.load_design(write(tmp_path), output=tmp_path / "out")
