@@ -35,6 +35,15 @@ def test_generated_parts_are_current():
     assert make_docs.FIGURE.read_text(encoding="utf-8") == draw_operator.draw()
 
 
+def test_figures_of_studies_are_current():
+    """Their texts: the lines themselves differ between versions of matplotlib."""
+    drawn = make_docs.study_figures()
+    assert set((make_docs.FIGURES / "studies").glob("*.svg")) == drawn.keys()
+    for path, svg in drawn.items():
+        written, now = (re.findall(r"<text[^>]*>([^<]*)<", text) for text in (path.read_text(encoding="utf-8"), svg))
+        assert written == now, path.name
+
+
 def test_picture_agrees_with_the_formula():
     values = re.findall(r'class="middle bold">([\d.]+)</text>', draw_operator.draw())
     features = [x for row in draw_operator.FEATURES for x in row]
