@@ -13,6 +13,7 @@ from lip_resnet import checkpoint, distributed, memory
 from lip_resnet.config import Config, Effect, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, describe_source
 from lip_resnet.errors import InputError, Stopped
+from lip_resnet.evaluation.baselines import judge, row_of
 from lip_resnet.evaluation.compatibility import check_class_names, recorded_classes
 from lip_resnet.evaluation.evaluate import evaluate
 from lip_resnet.training import run_folder, runlog
@@ -225,6 +226,8 @@ class Run:
         state.evaluated = state.step
         if state.step >= self.total:
             self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in ("top1", "top5")})
+            if verdict := judge(row_of(self.config, len(self.val_loader.source), top1)):
+                self.log.say(verdict)
         self.save(best=improved)
         return interrupts.synchronize() == STOP
 
