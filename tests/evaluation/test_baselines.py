@@ -12,7 +12,7 @@ from helpers.training import run_train
 from lip_resnet.evaluation.baselines import Baseline, Figure, judge, load_baselines, row_of
 from lip_resnet.evaluation.protocol import EvalConfig, describe_protocol, describe_training
 from lip_resnet.recipe import load_config, shipped_recipes
-from lip_resnet.training import run
+from lip_resnet.training import classification
 
 RECIPES = shipped_recipes()
 BASELINES = {
@@ -143,7 +143,7 @@ def test_a_run_says_it_at_its_end(capsys, monkeypatch, tmp_path):
     recipe = tmp_path / "small.yaml"
     config = small_config(train__epochs=1, data__name="synthetic", data__images=60, data__batch_size=30)
     recipe.write_text(config.dump())
-    monkeypatch.setattr(run, "judge", lambda row: f"judged {row['model']} {row['images']} {row['top1']:.3f}")
+    monkeypatch.setattr(classification, "judge", lambda row: f"judged {row['model']} {row['images']} {row['top1']:.3f}")
     run_train(monkeypatch, "--config", recipe, "--output", tmp_path / "run")
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"judged test_resnet 6 {last['val/top1']:.3f}" in capsys.readouterr().err
