@@ -5,6 +5,6 @@ weights are evaluated (``EvalConfig``), ``location``, ``testsets`` and ``classes
 counts parameters and multiply-adds. ``rows`` writes and reads results, ``tables`` groups and compares them, ``render``
 makes any table a text, and ``paper`` compares results with the published figures. ``robustness`` measures how a
 network's answers change with shifts, test resolution and object size, and ``attribution`` averages the scores of maps
-of the pixels, which are handed in. ``predictions`` writes and reads the answers to every image, and ``compatibility`` says
-whether weights belong to an evaluation.
+of the pixels, which are handed in. ``predictions`` writes and reads the answers to every image, and ``compatibility``
+says whether weights belong to an evaluation.
 """
