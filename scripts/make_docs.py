@@ -17,6 +17,7 @@ from reproduce_paper import count_networks
 
 from lip_resnet import cli
 from lip_resnet.config import EFFECTS, Config, Effect, InputError
+from lip_resnet.evaluation.baselines import load_baselines
 from lip_resnet.evaluation.cost import count_parameters, macs_of_map
 from lip_resnet.evaluation.paper import load_paper, render_table
 from lip_resnet.evaluation.render import render
@@ -93,6 +94,16 @@ def networks() -> str:
         counts = f"{row.params.value / 1e6:.2f}", f"{row.macs.value:.2f}"
         lines.append([row.label, f"`{row.model}`", *counts, published])
     return render(header, lines)
+
+
+def baselines() -> str:
+    """What is known of the accuracy of the shipped recipes without LIP."""
+    lines = ["| recipe | healthy top-1 (%) | images | figures |", "|---|---|--:|---|"]
+    for name, baseline in load_baselines().items():
+        low, high = baseline.range
+        figures = "; ".join(f"{figure.top1:.2f} {figure.source} ({figure.kind})" for figure in baseline.figures)
+        lines.append(f"| `{name}` | {low:.2f} to {high:.2f} | {baseline.images:,} | {figures} |")
+    return "\n".join(lines)
 
 
 def bad_images() -> str:
@@ -236,7 +247,7 @@ def study_figures() -> dict[Path, str]:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"networks": networks, "study": first_study},
     "docs/results.md": {"results": study_results},
-    "docs/recipes.md": {"recipe-keys": recipe_keys},
+    "docs/recipes.md": {"recipe-keys": recipe_keys, "baselines": baselines},
     "docs/layers.md": {"zoo": layers},
     "docs/downsampling.md": {"criteria": criteria, "costs": layer_costs},
     "docs/paper.md": {"paper-report": paper},

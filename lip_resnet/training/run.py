@@ -247,6 +247,8 @@ class Run:
         if state.step >= self.total:
             names = [name for name in state.task.metrics if name != "loss"]
             self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in names})
+            if remark := state.task.remark(value):
+                self.log.say(remark)
         self.save(best=improved)
         return interrupts.synchronize() == STOP
 
