@@ -79,7 +79,7 @@ def main() -> None:
         maps = importance_maps(model, photograph.pixels[None], sites=sites, compare=compare, **normalization)
         name = Path(photograph.name).name
         size, (_, height, width) = photograph.size, photograph.pixels.shape
-        scaled = f"a photograph of {size[0]}x{size[1]} pixels, read by the network as {width}x{height}"
+        scaled = f"an image of {size[0]}x{size[1]} pixels, read by the network as {width}x{height}"
         with figures.style():
             if not pictures:
                 example = example_window(model, photograph.pixels, sites[0], **normalization)
@@ -89,7 +89,8 @@ def main() -> None:
                     figure = figures.draw_window(photograph.shown, example, "One window and its nine weights", note)
                     pictures.append(save(options.output, f"window.{kind}", note, figures.to_bytes(figure, kind)))
                     files.add("window")
-            figure = figures.draw_maps(photograph.shown, maps, 0, name, f"{scaled}. {title}")
+            heading = name if options.checkpoint else f"{name}, by an untrained network"
+            figure = figures.draw_maps(photograph.shown, maps, 0, heading, f"{scaled}. {title}")
             stem = unused_stem(photograph.name, files)
             text = f"{name}, {scaled}, and its maps at {', '.join(sites)}. {title}"
             pictures.append(save(options.output, f"{stem}.{kind}", text, figures.to_bytes(figure, kind)))

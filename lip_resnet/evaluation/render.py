@@ -76,7 +76,7 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence
         return _latex(lines, notes)
     header, *rows = ([cell.replace("|", r"\|") for cell in line] for line in lines)
     lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    widths = [max(2, *(len(line[column]) for line in lines)) for column in range(len(header))]  # ":" is no rule
     rule = ["-" * (widths[0])] + ["-" * (width - 1) + ":" for width in widths[1:]]
     table = []
     for line in [header, rule, *rows]:

@@ -281,11 +281,27 @@ def read_probe(path: Path) -> dict[str, Any]:
     """
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not a row of probe.py: {error}") from error
+    return check_probe(row, str(path))
+
+
+def check_probe(row: Any, source: str) -> dict[str, Any]:
+    """A probe's row as it was given.
+
+    Args:
+        row: parsed JSON.
+        source: its file, for messages.
+
+    Raises:
+        InputError: it is no such row.
+    """
+    try:
         values = figures(row).values()
         if values and all(map(math.isfinite, values)) and isinstance(row["protocol"], dict):
             return row
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a row of probe.py: {error}") from error
-    raise InputError(f"{path}: not a row of probe.py")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{source}: not a row of probe.py: {error}") from error
+    raise InputError(f"{source}: not a row of probe.py")

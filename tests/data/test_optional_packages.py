@@ -3,10 +3,10 @@
 import ast
 import sys
 
-import prepare_imagenet
 import pytest
 from helpers import ROOT
 from helpers.sets import folder_config
+from prepare import archives
 from scipy.io import savemat
 from torchvision.datasets import SVHN
 
@@ -53,4 +53,4 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path, module, root, name
 def test_the_devkit_needs_scipy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(InputError, match=r"scipy: pip install \"lip-resnet\[data\]\""):
-        prepare_imagenet.read_devkit(tmp_path / "devkit.tar.gz")
+        archives.read_devkit(tmp_path / "devkit.tar.gz")

@@ -44,7 +44,7 @@ def test_a_picture_of_every_photograph_and_a_page(capsys, monkeypatch, tmp_path,
     code, out, err = call(capsys, monkeypatch, show_importance, *arguments, "--compare", "max", "average", "max")
     assert code == 0
     assert sorted(path.name for path in output.iterdir()) == ["cat-2.png", "cat.png", "index.html", "window.png"]
-    assert f"{output}/cat.png: a photograph of 60x40 pixels, read by the network as 48x32" in out
+    assert f"{output}/cat.png: an image of 60x40 pixels, read by the network as 48x32" in out
     assert err == f"skipped: {photographs}/broken.jpg: cannot decode this image: PIL knows no such format\n"
     page = (output / "index.html").read_text(encoding="utf-8")
     inside = [base64.b64decode(text) for text in re.findall(r"data:image/png;base64,([^\"]+)", page)]
@@ -72,7 +72,7 @@ def test_an_untrained_network_is_called_so(capsys, monkeypatch, tmp_path):
     page = (output / "index.html").read_text(encoding="utf-8")
     assert "<td>1.000</td>" in page
     picture = (output / "val-0.svg").read_text(encoding="utf-8")
-    assert "UNTRAINED" in picture
+    assert "val[0], by an untrained network" in picture
     assert "entropy 1.00" in picture
 
 
