@@ -15,7 +15,6 @@ from tqdm import tqdm
 from lip_resnet import distributed
 from lip_resnet.config import InputError
 from lip_resnet.data.decode import one_line
-from lip_resnet.data.sources.base import Samples
 from lip_resnet.data.workers import BufferPool, DeferredBatchSampler, InFlightSamples, start_loader
 
 
@@ -47,7 +46,7 @@ class StepLoader(ABC):
 
     def __init__(
         self,
-        source: Samples,
+        source: Any,
         sampler: Any,
         dataset: Dataset,
         in_flight: InFlightSamples,
@@ -127,7 +126,7 @@ def check_batch_size(config: Any, samples: int, accumulate: int, least: int) -> 
         )
 
 
-def read_packets(loader: DataLoader, in_flight: InFlightSamples, source: Samples) -> Iterator[Any]:
+def read_packets(loader: DataLoader, in_flight: InFlightSamples, source: Any) -> Iterator[Any]:
     """The workers' packets.
 
     Raises:

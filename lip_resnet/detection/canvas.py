@@ -5,7 +5,14 @@ canvas of an image in evaluation is a function of the image alone, and only imag
 """
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+
+from lip_resnet.data import normalize, to_device
+
+Sizes = list[tuple[int, int]]
+"""Height and width of the valid area of every image of a batch, from the upper left corner, pixels."""
 
 STRIDE = 32
 """Sides of a canvas are multiples of this, the largest stride of a backbone."""
@@ -64,3 +71,14 @@ def aspect_groups(sizes: np.ndarray, k: int) -> np.ndarray:
     if not k:
         return np.zeros(len(sizes), dtype=np.int64)
     return np.digitize(sizes[:, 1] / sizes[:, 0], 2.0 ** np.linspace(-1, 1, 2 * k + 1))
+
+
+def prepare(
+    images: Tensor, sizes: Sizes, device: torch.device, channels_last: bool, mean: Tensor, std: Tensor
+) -> Tensor:
+    """images (B, 3, H, W) uint8 -> on ``device`` in the network's layout, normalised, zero outside the valid areas."""
+    images = normalize(to_device(images, device, channels_last), mean, std)
+    for image, (height, width) in zip(images, sizes, strict=True):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return images

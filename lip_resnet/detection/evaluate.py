@@ -11,6 +11,7 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 
 from lip_resnet import distributed
+from lip_resnet.detection.canvas import prepare
 from lip_resnet.detection.loaders import DetectionEvalLoader
 from lip_resnet.detection.samples import DetectionSource
 from lip_resnet.evaluation.evaluate import autocast
@@ -29,8 +30,6 @@ def evaluate(
     std: Sequence[float],
 ) -> dict[str, float]:
     """``METRICS`` in percent over every image once; NaN where no box is of that size."""
-    from lip_resnet.detection.task import prepare
-
     if distributed.world_size() > 1:
         distribute_bn(model, distributed.world_size(), reduce=False)
     device = next(model.parameters()).device
@@ -46,7 +45,7 @@ def evaluate(
             detections += to_coco(loader.source, index, height, width, result)
     model.train(was_training)
     gathered = [each for part in distributed.gather_objects(detections) for each in part]
-    return distributed.broadcast_object(compute(loader.source.ground_truth(), gathered)) if True else {}
+    return distributed.on_main(lambda: compute(loader.source.ground_truth(), gathered))
 
 
 def to_coco(source: DetectionSource, index: int, height: int, width: int, result: dict[str, Tensor]) -> list[dict]:

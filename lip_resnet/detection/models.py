@@ -17,10 +17,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from lip_resnet.compat import tree_map_only
 from lip_resnet.config import BackboneConfig, DetectorConfig, InputError, ModelConfig
+from lip_resnet.detection.canvas import Sizes
 from lip_resnet.models import registry
 
-Sizes = list[tuple[int, int]]
-"""Height and width of the valid area of every image of a batch, from the upper left corner, pixels."""
 STRIDES = (4, 8, 16, 32)
 GROUPS = 32
 _RATIOS = (0.5, 1.0, 2.0)
@@ -72,7 +71,8 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        features = self.body.forward_intermediates(images, indices=self.indices, intermediates_only=True)
+        forward_intermediates: Any = self.body.forward_intermediates
+        features = forward_intermediates(images, indices=self.indices, intermediates_only=True)
         return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
 
 

@@ -95,7 +95,7 @@ class Scenes:
 
     def ground_truth(self) -> dict[str, Any]:
         """All annotations in COCO's form."""
-        annotations = []
+        annotations: list[dict[str, Any]] = []
         for index, image in enumerate(self.image_ids):
             boxes, labels = self.annotations(index)
             for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist(), strict=True):

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from lip_resnet import distributed, seeding
 from lip_resnet.config import DetectionConfig
-from lip_resnet.data import normalize, to_device
+from lip_resnet.data import to_device
+from lip_resnet.detection.canvas import prepare
 from lip_resnet.detection.evaluate import METRICS, evaluate
 from lip_resnet.detection.loaders import DetectionEvalLoader
-from lip_resnet.detection.models import Detector, Sizes
+from lip_resnet.detection.models import Detector
 from lip_resnet.evaluation.evaluate import autocast
 
 
@@ -108,14 +109,3 @@ class Detection:
             mean=data.mean,
             std=data.std,
         )
-
-
-def prepare(
-    images: Tensor, sizes: Sizes, device: torch.device, channels_last: bool, mean: Tensor, std: Tensor
-) -> Tensor:
-    """images (B, 3, H, W) uint8 -> on ``device`` in the network's layout, normalised, zero outside the valid areas."""
-    images = normalize(to_device(images, device, channels_last), mean, std)
-    for image, (height, width) in zip(images, sizes, strict=True):
-        image[:, height:] = 0
-        image[:, :, width:] = 0
-    return images
