@@ -45,12 +45,20 @@ class Backbone(nn.Module):
         self, body: nn.Module, config: BackboneConfig, channels: int, strides: tuple[int, ...], extra: nn.Module
     ) -> None:
         super().__init__()
-        stages = find_stages(body, config.name)
+        stages, unused = find_stages(body, config.name)
         if config.norm == "group":
             use_group_norm(body)
         self.indices = [index for stride, (index, _, _) in zip(STRIDES, stages, strict=True) if stride in strides]
         widths = [width for stride, (_, _, width) in zip(STRIDES, stages, strict=True) if stride in strides]
-        self.fixed = tuple(fixed_modules(body, config.frozen, [module for _, module, _ in stages]))
+        for name in unused:
+            body.get_parameter(name).requires_grad_(False)
+        members = stage_modules(body, [module for _, module, _ in stages])
+        if config.frozen and not all(members.values()):
+            raise InputError(
+                f"model.backbone.frozen: {config.name} does not say which modules are its stem and stages 1 to 4; leave "
+                "it out"
+            )
+        self.fixed = tuple(name for stage in config.frozen for name in members[stage])
         for name in self.fixed:
             body.get_submodule(name).requires_grad_(False)
         if config.norm == "frozen":
@@ -82,8 +90,9 @@ def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
     return (each for each in module.modules() if isinstance(each, kinds))
 
 
-def find_stages(body: nn.Module, name: str) -> list[tuple[int, str, int]]:
-    """The features of a network at ``STRIDES``: index in ``forward_intermediates``, name of the module, channels.
+def find_stages(body: nn.Module, name: str) -> tuple[list[tuple[int, str, int]], list[str]]:
+    """The features of a network at ``STRIDES``: index in ``forward_intermediates``, name of the module, channels; and
+    the names of the parameters that none of them depends on.
 
     Raises:
         InputError: it has none there.
@@ -96,34 +105,34 @@ def find_stages(body: nn.Module, name: str) -> list[tuple[int, str, int]]:
         raise InputError(f"model.backbone.name: {name} has features at {strides}; {allowed}")
     stages = [by_stride[stride] for stride in STRIDES]
     try:
-        trial: Any = copy.deepcopy(body).to("meta").eval()
+        trial: Any = copy.deepcopy(body).to("meta")
         indices = [index for index, _, _ in stages]
-        features = trial.forward_intermediates(
-            torch.empty(1, 3, 128, 64, device="meta"), indices=indices, intermediates_only=True
-        )
+        images = torch.empty(2, 3, 128, 64, device="meta")
+        features = trial.forward_intermediates(images, indices=indices, intermediates_only=True)
     except AttributeError as error:
         raise InputError(f"model.backbone.name: {name} does not return its features; {allowed}") from error
     expected = [(width, 128 // stride, 64 // stride) for stride, (_, _, width) in zip(STRIDES, stages, strict=True)]
     if [tuple(feature.shape[1:]) for feature in features] != expected:
         raise InputError(f"model.backbone.name: {name} has features of other sizes at its strides; {allowed}")
-    return stages
+    torch.autograd.backward([feature.sum() for feature in features])
+    return stages, [name for name, parameter in trial.named_parameters() if parameter.grad is None]
 
 
-def fixed_modules(body: nn.Module, frozen: Sequence[str], ends: Sequence[str]) -> Iterator[str]:
-    """Names of the modules with parameters that belong to the stages ``frozen``: stem, stage1 to stage4.
+def stage_modules(body: nn.Module, ends: Sequence[str]) -> dict[str, list[str]]:
+    """Stage (stem, stage1 to stage4) -> names of its modules that have parameters of their own.
 
     The stem is all before the first of ``ends``, the modules that are or end stages 1 to 4: its pooling too, and so the
-    logits of LIP there. What is between two of them belongs to the later one.
+    logits of LIP there. What is between two of them belongs to the later one, what is after the last to none.
     """
-    last = 0
+    members: dict[str, list[str]] = {stage: [] for stage in ("stem", "stage1", "stage2", "stage3", "stage4", "head")}
+    stages, last = list(members), 0
     for name, module in body.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
-        inside = [number for number, end in enumerate(ends, start=1) if f"{name}.".startswith(f"{end}.")]
-        stage = inside[0] if inside else last and last + 1
-        last = max(last, *inside, 0)
-        if (f"stage{stage}" if stage else "stem") in frozen:
-            yield name
+        if any(True for _ in module.parameters(recurse=False)):
+            inside = [number for number, end in enumerate(ends, start=1) if f"{name}.".startswith(f"{end}.")]
+            stage = inside[0] if inside else last and last + 1
+            last = max(last, *inside, 0)
+            members[stages[stage]].append(name)
+    return {stage: members[stage] for stage in stages[:-1]}
 
 
 def use_group_norm(body: nn.Module) -> None:
