@@ -18,6 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from lip_resnet.compat import tree_map_only
 from lip_resnet.config import BackboneConfig, DetectorConfig, InputError, ModelConfig
 from lip_resnet.detection.canvas import Sizes
+from lip_resnet.layers.logits import InstanceNorm2d
 from lip_resnet.models import registry
 
 STRIDES = (4, 8, 16, 32)
@@ -55,8 +56,7 @@ class Backbone(nn.Module):
         members = stage_modules(body, [module for _, module, _ in stages])
         if config.frozen and not all(members.values()):
             raise InputError(
-                f"model.backbone.frozen: {config.name} does not say which modules are its stem and stages 1 to 4; leave "
-                "it out"
+                f"model.backbone.frozen: {config.name} does not say which modules are its stem and stages; leave it out"
             )
         self.fixed = tuple(name for stage in config.frozen for name in members[stage])
         for name in self.fixed:
@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         if config.norm == "frozen":
             for module in batch_norms(body):
                 module.requires_grad_(False)
-        self.all_norms_fixed = config.norm == "frozen"
+        self.all_norms_fixed, self.valid_only = config.norm == "frozen", config.valid_statistics
         self.body = body
         self.out_channels = channels
         self.fpn = FeaturePyramidNetwork(widths, channels, extra)
@@ -78,7 +78,13 @@ class Backbone(nn.Module):
                 norm.eval()
         return self
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+    def instance_norms(self) -> list[InstanceNorm2d]:
+        """The instance norms that take their statistics from the valid areas alone."""
+        return [each for each in self.body.modules() if isinstance(each, InstanceNorm2d)] if self.valid_only else []
+
+    def forward(self, images: Tensor, sizes: Sizes | None = None) -> OrderedDict[str, Tensor]:
+        for norm in self.instance_norms():
+            norm.valid_area = None if sizes is None else (images.shape[-2], sizes)
         forward_intermediates: Any = self.body.forward_intermediates
         features = forward_intermediates(images, indices=self.indices, intermediates_only=True)
         return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
@@ -206,7 +212,7 @@ class FasterRCNN(Detector):
     def forward(
         self, images: Tensor, sizes: Sizes, targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        features = self.backbone(images)
+        features = self.backbone(images, sizes)
         proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, targets)
         detections, losses = self.roi_heads(features, proposals, sizes, targets)
         return {**losses, **rpn_losses} if self.training else detections
@@ -226,7 +232,7 @@ class RetinaNet(Detector):
     def forward(
         self, images: Tensor, sizes: Sizes, targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        network, features = self.network[0], list(self.backbone(images).values())
+        network, features = self.network[0], list(self.backbone(images, sizes).values())
         outputs = self.head(features)
         anchors = network.anchor_generator(ImageList(images, sizes), features)
         if self.training:
