@@ -39,7 +39,7 @@ def load_initial_weights(
     payload, digest = distributed.on_main(lambda: (checkpoint.load(path), sha256(path)))
     if (task := task_of(payload.get("config"))) != "classification":
         raise InputError(
-            f"{source} is of task: {checkpoint.printable(task)}; a network starts from weights of a classification"
+            f"{source} is of task: {checkpoint.printable(task)}; a network starts from the weights of a classification"
         )
     if not (config.convert and config.downsampling and put_converted(model, config, payload, source)):
         put_weights(model, payload, source, new_head=config.new_head, convert=config.convert)
