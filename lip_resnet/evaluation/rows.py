@@ -123,20 +123,33 @@ def read_rows(paths: list[str]) -> list[dict[str, Any]]:
             raise InputError(f"{path}: cannot read: {error.strerror}") from error
         except ValueError as error:
             raise InputError(f"{path}: not JSON") from error
-        missing = [key for key in _REQUIRED if key not in row] if isinstance(row, dict) else list(_REQUIRED)
-        if missing:
-            raise InputError(f"{path}: not a row of eval.py; missing keys: {', '.join(missing)}")
-        for key in (*_REQUIRED[1:-1], *({"mce", "mean_error"} & row.keys())):
-            if type(row[key]) not in (int, float) or not math.isfinite(row[key]):
-                raise InputError(
-                    f"{path}: {key} is {row[key]!r}, not a finite number: the logits may not have been finite; "
-                    "evaluate the network again"
-                )
-        if not isinstance(row["protocol"], dict):
-            raise InputError(f"{path}: not a row of eval.py; protocol is {row['protocol']!r}")
-        network = {"name": row["model"], **{key: row[key] for key in ("args", "downsampling") if row.get(key)}}
-        parse_section(network, f"{path}: model", ModelConfig)
-        if row["protocol"].get("training"):
-            row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"])
-        rows.append(row)
+        rows.append(check_row(row, str(path)))
     return rows
+
+
+def check_row(row: Any, source: str) -> dict[str, Any]:
+    """A row as this version writes it.
+
+    Args:
+        row: parsed JSON.
+        source: its file, for messages.
+
+    Raises:
+        InputError: it is not a row of eval.py, or a figure is not finite.
+    """
+    missing = [key for key in _REQUIRED if key not in row] if isinstance(row, dict) else list(_REQUIRED)
+    if missing:
+        raise InputError(f"{source}: not a row of eval.py; missing keys: {', '.join(missing)}")
+    for key in (*_REQUIRED[1:-1], *({"mce", "mean_error"} & row.keys())):
+        if type(row[key]) not in (int, float) or not math.isfinite(row[key]):
+            raise InputError(
+                f"{source}: {key} is {row[key]!r}, not a finite number: the logits may not have been finite; "
+                "evaluate the network again"
+            )
+    if not isinstance(row["protocol"], dict):
+        raise InputError(f"{source}: not a row of eval.py; protocol is {row['protocol']!r}")
+    network = {"name": row["model"], **{key: row[key] for key in ("args", "downsampling") if row.get(key)}}
+    parse_section(network, f"{source}: model", ModelConfig)
+    if row["protocol"].get("training"):
+        row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"])
+    return row

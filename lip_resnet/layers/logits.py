@@ -4,6 +4,7 @@ Each maps features (B, C, H, W) to logits (B, C', H, W) at the same resolution, 
 pooled. The last convolution of each is called ``conv``.
 
     projection   conv 1x1
+    attention    patches 4x4 -> self-attention -> bilinear upsampling -> conv 1x1 -> sigmoid  (not in the paper)
     simplified   conv 3x3 -> norm -> gate                                    (published: in the stem)
     bottleneck   trunk: conv 1x1 to the width -> norm -> ReLU -> conv 3x3 -> norm -> ReLU
                  head:  conv 1x1 to C' -> norm -> gate                       (published: width 128)
@@ -11,6 +12,8 @@ pooled. The last convolution of each is called ``conv``.
 In a stride-2 block of LIP-ResNet two heads share one trunk, so trunk and head are also classes of their own.
 Source: paper section 4; reference ``imagenet/lip_resnet.py``.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -162,3 +165,31 @@ class BottleneckLogits(BottleneckTrunk):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(super().forward(x)), self.gate)
+
+
+@register_notrace_module  # forward needs the map's size, which torch.fx cannot trace
+class AttentionLogits(nn.Module):
+    """Logits (B, C, H, W) from x (B, C, H, W): sigmoid of a map that every patch of the input attends to.
+
+    Patches of 4x4 become ``width`` channels, self-attention mixes them all (four heads, no position embedding, so that
+    any size works), and bilinear upsampling and a 1x1 convolution restore H, W and C. Source: Chen et al.,
+    "Self-Attentive Pooling for Efficient Deep Learning", WACV 2023.
+    """
+
+    patch = 4
+
+    def __init__(self, channels: int, width: int = 128, device=None, dtype=None) -> None:
+        factory_kwargs = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.heads = math.gcd(width, 4)
+        self.embed = nn.Conv2d(channels, width, self.patch, stride=self.patch, **factory_kwargs)
+        self.qkv = nn.Conv2d(width, 3 * width, 1, bias=False, **factory_kwargs)
+        self.conv = nn.Conv2d(width, channels, 1, **factory_kwargs)
+        self.gate = Gate(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(F.pad(x, (0, self.patch - 1, 0, self.patch - 1)))  # (B, width, h, w)
+        query, key, value = self.qkv(y).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, heads, h * w, width / heads)
+        y = mixed.transpose(-1, -2).flatten(1, 2).unflatten(2, y.shape[2:])
+        return self.gate(self.conv(F.interpolate(y, size=x.shape[2:], mode="bilinear")))
