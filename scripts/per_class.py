@@ -58,8 +58,10 @@ def main() -> None:
 
 
 def classes_of(row: dict[str, Any] | None) -> list[str] | None:
-    """The class names that the row's checkpoint holds, where it is still there; not of a set with fewer classes."""
-    if row is None or row["protocol"].get("classes") or not Path(row["checkpoint"]).exists():
+    """The class names that the row's checkpoint holds, where it is still there; None for a set with other classes."""
+    if row is None or not Path(row["checkpoint"]).exists():
+        return None
+    if (row.get("dataset") or {}).get("classes") != row["protocol"].get("classes"):
         return None
     return recorded_classes(checkpoint.load(checkpoint.resolve(row["checkpoint"])))
 

@@ -36,7 +36,7 @@ class Confusions:
         return 100 * self.matrix.diagonal() / np.where(self.images > 0, self.images, np.nan)
 
     def pairs(self, count: int) -> list[tuple[int, int, int]]:
-        """The most frequent errors: (position of the right class, of the predicted class, images), at most ``count``."""
+        """The most frequent errors, at most ``count``: positions of the right and the predicted class, images."""
         wrong = self.matrix - np.diag(self.matrix.diagonal())
         order = np.argsort(-wrong, axis=None, kind="stable")[:count]
         pairs = [tuple(map(int, divmod(int(cell), len(self.classes)))) for cell in order]
@@ -69,6 +69,9 @@ def read_result(path: Path, predictions: Path | None = None) -> tuple[Prediction
         if predictions is not None:
             raise InputError(f"--predictions {predictions} is for a row; {path} is taken as a predictions file")
         return read_predictions(path), None
+    if path.is_dir() and not (path / "eval.json").is_file():
+        command = f"python eval.py --checkpoint {path} --predictions {path / PREDICTIONS}"
+        raise InputError(f"{path} holds no eval.json; make it, and the predictions, with: {command}")
     if path.is_dir():
         path = path / "eval.json"
     (row,) = read_rows([str(path)])

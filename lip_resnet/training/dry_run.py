@@ -1,6 +1,7 @@
 """A dry run: a recipe's first steps, timed, and the time of the whole run computed from them; nothing is written."""
 
 import datetime
+import math
 import statistics
 
 import torch
@@ -41,11 +42,12 @@ def describe_run(config: Recipe, built: Built, device: torch.device) -> list[str
             rate, wait = _measure(state, loader, steps_config, first)
             step = config.data.batch_size / rate
             seconds += step * steps
-            at = f" at {size} pixels" if size else ""
-            lines.append(f"speed     {rate:,.1f} images/s{at}: {step:.3f} s a step, {wait:.0%} of it waiting for images")
+            speed = f"{rate:,.1f} images/s" + (f" at {size} pixels" if size else "")
+            lines.append(f"speed     {speed}: {step:.3f} s a step, {wait:.0%} of it waiting for images")
     if used := memory.describe_peak(device):
         lines.append(f"memory    {used}")
-    evaluations = -(--(-total // epoch) // config.train.eval_every) * (1 if state.ema is None else 2)
+    epochs = math.ceil(total / epoch)
+    evaluations = math.ceil(epochs / config.train.eval_every) * (1 if state.ema is None else 2)
     seconds += evaluations * datasets["val"]["images"] / 3 / rate
     clock = datetime.timedelta(seconds=round(seconds))
     lines.append(f"time      {seconds / 3600:,.2f} hours ({clock}) for all steps and {evaluations:,} evaluations")
@@ -56,7 +58,7 @@ def _steps_by_size(config: Recipe, epoch: int, total: int) -> dict[int, tuple[in
     """Side of the training images -> the first epoch that has it, and all steps at this size; 0: of any size."""
     size_at = getattr(config.data, "size_at", lambda _: 0)
     sizes: dict[int, tuple[int, int]] = {}
-    for number in range(-(-total // epoch)):
+    for number in range(math.ceil(total / epoch)):
         first, steps = sizes.get(size := size_at(number), (number, 0))
         sizes[size] = first, steps + min(epoch, total - number * epoch)
     return sizes

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from lip_resnet import distributed
@@ -22,6 +21,7 @@ from lip_resnet.compat import is_tensorboard_thread
 from lip_resnet.config import Recipe
 from lip_resnet.errors import InputError
 from lip_resnet.files import to_json, write_text
+from lip_resnet.training.hyperparameters import summarize
 from lip_resnet.training.messages import describe_epoch
 from lip_resnet.training.task import Task
 
@@ -86,8 +86,8 @@ class RunLog:
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else 0)
             self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
             prefix = "val_ema" if config.train.rules == "ema" else "val"
-            shown = dict.fromkeys((f"{prefix}/best_{self.task.best}", f"{prefix}/{self.task.best}"), 0.0)
-            *start, self.session_end = hparams(_hyperparameters(config), shown)
+            metrics = [f"{prefix}/best_{self.task.best}", f"{prefix}/{self.task.best}"]
+            *start, self.session_end = summarize(config, self.folder, metrics)
             for summary in start:
                 self.writer.file_writer.add_summary(summary)
             self.writer.flush()
@@ -260,18 +260,6 @@ def _excepthook_without_tensorboard(args: threading.ExceptHookArgs) -> None:
     """No traceback for an OSError in TensorBoard's thread: the writer raises it again in the main thread."""
     if not (issubclass(args.exc_type, OSError) and is_tensorboard_thread(args.thread)):
         threading.__excepthook__(args)
-
-
-def _hyperparameters(config: Recipe) -> dict[str, bool | int | float | str]:
-    """``section.key`` -> value, in the order of TensorBoard's columns: those in which runs differ most come first."""
-    keys = {
-        f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
-        for section, values in config.model_dump(mode="json").items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }
-    first = ("model.name", "model.downsampling", "train.seed", "optim.lr")
-    return {key: keys[key] for key in first if key in keys} | keys
 
 
 def _brief(values: dict[str, float]) -> str:
