@@ -28,8 +28,8 @@ RECIPE = "configs/imagenet/lip_resnet50_step90.yaml"
 
 # What the launch files call, replaced: it writes down how it was called.
 FAKES = {
-    "torchrun": 'code=0; case " $* " in *" --dry-run "*) name=dry_run code=${DRY_RUN:-0};; *" eval.py "*) name=evaluate;;'
-    ' *) name=torchrun; env > "$RECORD/env";; esac; printf "%s\\n" "$@" > "$RECORD/$name"; exit $code',
+    "torchrun": 'code=0; case " $* " in *" --dry-run "*) name=dry_run code=${DRY_RUN:-0};; *eval.py*) name=evaluate;; '
+    '*) name=torchrun; env > "$RECORD/env";; esac; printf "%s\\n" "$@" > "$RECORD/$name"; exit $code',
     # srun: its own options end where the command begins. It passes USR1 on; a TERM it answers by killing its tasks.
     "srun": 'printf "%s\\n" "$@" > "$RECORD/srun"; while [ "${1#-}" != "$1" ]; do shift; done; "$@" & task=$!; '
     'trap "kill -USR1 $task" USR1; trap "kill -KILL $task" TERM; '
