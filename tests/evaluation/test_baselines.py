@@ -16,12 +16,13 @@ from lip_resnet.recipe import load_config, load_recipe, shipped_recipes
 from lip_resnet.training import classification
 
 RECIPES = shipped_recipes()
+CLASSIFIERS = [name for name, path in RECIPES.items() if isinstance(load_recipe(path), Config)]
 BASELINES = {
     name: load_config(path)
     for name, path in RECIPES.items()
     if not name.startswith(("zoo/", "finetune/"))
     and not name.rpartition("/")[2].startswith("lip_")
-    and isinstance(load_recipe(path), Config)  # detectors are judged by AP
+    and name in CLASSIFIERS
 }
 
 
@@ -47,6 +48,8 @@ def test_heads_say_what_is_known(name):
     assert not re.search(r"not (yet )?(measured|trained|known)|measured yet", head)
     for part in (expected, cost):
         assert re.search(r"published|measured|predicted", part)
+    if name not in CLASSIFIERS:
+        return
     if not name.startswith("finetune/"):
         folder, stem = name.split("/")[0], name.rpartition("/")[2].removeprefix("lip_")
         own = load_baselines()["imagenet/resnet50_step90" if "/ablation/" in name or "zoo/" in name or "width" in stem
