@@ -11,7 +11,7 @@ from helpers import small_config
 from pydantic import ValidationError
 
 from lip_resnet import DOWNSAMPLING
-from lip_resnet.commands.train import regularisers
+from lip_resnet.commands.classification import regularisers
 from lip_resnet.config import EFFECTS, Config, Effect, InputError
 from lip_resnet.data.transforms import TrainTransform
 from lip_resnet.models.registry import build_model

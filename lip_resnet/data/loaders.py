@@ -31,8 +31,9 @@ from lip_resnet.data.workers import PREFETCH_FACTOR, BufferPool, DeferredBatchSa
 class Batch:
     """One optimizer step's share of this process."""
 
-    parts: list[tuple[Tensor, Tensor]]
-    """(images (b, 3, H, W) uint8, channels-last; labels (b,) int64), one pair for each accumulated part."""
+    parts: list[tuple[Tensor, Any]]
+    """(images (b, 3, H, W) uint8, channels-last; labels (b,) int64), one pair for each accumulated part. Other tasks
+    have other targets than labels: tensors in nested lists and dicts."""
     size: int
     """Images of the step over all processes, including skipped ones."""
     skipped: int

@@ -16,14 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lip_resnet import distributed, memory
 from lip_resnet.compat import copy_tensors_, raise_recompile_limit
-from lip_resnet.config import Config, InputError
-from lip_resnet.data import Batch, TrainLoader, prefetch, to_device
-from lip_resnet.evaluation.evaluate import autocast
-from lip_resnet.evaluation.metrics import AccuracyCounts
+from lip_resnet.config import InputError, Recipe
+from lip_resnet.data import Batch, prefetch
 from lip_resnet.training.checkpoints import check_entries
 from lip_resnet.training.nonfinite import NonFiniteGuard, check_scale, step_optimizer, update_average
-from lip_resnet.training.objective import Objective
 from lip_resnet.training.optim import build_optimizer, lr_at
+from lip_resnet.training.task import Counts, Loader, Task
 
 _COMPRESSION = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
 
@@ -32,6 +30,8 @@ _COMPRESSION = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default
 class TrainState:
     """All that changes while a network trains, and so all that a checkpoint must hold."""
 
+    task: Task
+    """What the network is trained to do."""
     model: nn.Module
     """The plain module, whose keys checkpoints use."""
     wrapped: nn.Module
@@ -39,7 +39,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
-    window: AccuracyCounts
+    window: Counts
     """This process's counts since the last log step."""
     guard: NonFiniteGuard
     step: int = 0
@@ -49,7 +49,7 @@ class TrainState:
     skipped: int = 0
     """Images of this process's batches that did not decode and were left out."""
     best: float = -math.inf
-    """Highest validation top-1 so far, percent, of the weights that ``train.rules`` names."""
+    """Highest validation metric ``task.best`` so far, percent, of the weights that ``train.rules`` names."""
     excluded_steps: set[int] = field(default_factory=set)
     """Steps (from 1) whose batches are not trained on: they were not finite before a rollback."""
     rollbacks: int = 0
@@ -118,8 +118,8 @@ class TrainState:
             raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from error
 
 
-def build_state(model: nn.Module, config: Config, device: torch.device) -> TrainState:
-    """Move a network to its device and build what trains it: optimizer, average, DDP, loss scaler, guard.
+def build_state(model: nn.Module, config: Recipe, device: torch.device, task: Task) -> TrainState:
+    """Move a network to its device and build what trains it: optimizer, average, DDP, loss scaler, counts, guard.
 
     Raises:
         InputError: sync_bn without GPUs, or grad_checkpointing of a model without it.
@@ -148,10 +148,11 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
         if train.gradient_compression != "none":
             wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
-    return TrainState(model, wrapped, optimizer, scaler, ema, AccuracyCounts(device), NonFiniteGuard(model, train))
+    guard = NonFiniteGuard(model, train)
+    return TrainState(task, model, wrapped, optimizer, scaler, ema, task.new_counts(device), guard)
 
 
-def warm_up_ddp(state: TrainState, config: Config) -> None:
+def warm_up_ddp(state: TrainState, config: Recipe) -> None:
     """Warm-up step for DDP: a forward and backward of blank images that change no state.
 
     After its first backward DDP sorts the gradients into new buckets, and with three processes or more the buckets
@@ -162,13 +163,10 @@ def warm_up_ddp(state: TrainState, config: Config) -> None:
         return
     device = next(state.model.parameters()).device
     buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
-    size, side = config.data.batch_size // (world * config.optim.accumulate), config.data.sizes[0]
-    images = to_device(torch.zeros(size, 3, side, side), device, config.train.channels_last)
+    size = config.data.batch_size // (world * config.optim.accumulate)
     state.wrapped.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with autocast(device, config.train.precision):
-            logits = state.wrapped(images)
-        logits.float().sum().backward()
+        state.task.forward(state.wrapped, *state.task.blank(size, largest=False), state.step, 0)[0].backward()
     state.optimizer.zero_grad()
     with torch.no_grad():
         for buffer, before in buffers:
@@ -177,8 +175,8 @@ def warm_up_ddp(state: TrainState, config: Config) -> None:
 
 def train_one_epoch(
     state: TrainState,
-    loader: TrainLoader,
-    config: Config,
+    loader: Loader,
+    config: Recipe,
     *,
     norm_excludes: Sequence[nn.Parameter] = (),
     on_step: Callable[[], bool | None],
@@ -202,7 +200,7 @@ def train_one_epoch(
     """
     train, optim = config.train, config.optim
     device = next(state.model.parameters()).device
-    step = TrainStep(state, config, Objective(config, device), norm_excludes, on_phase)
+    step = TrainStep(state, config, norm_excludes, on_phase)
     epoch, first = divmod(state.step, len(loader))
     end = min((epoch + 1) * len(loader), train.max_steps or math.inf)
 
@@ -232,11 +230,11 @@ def train_one_epoch(
                 extra["train/skipped"] = distributed.all_reduce_sum(torch.tensor(state.skipped, device=device))
             if train.on_nonfinite == "skip":
                 extra["train/nonfinite"] = state.guard.counters[0]
+            if not sums["images"]:
+                sums["loss"] = math.nan
             on_log(
                 {
-                    "train/loss": sums["loss"] if sums["images"] else math.nan,
-                    "train/top1": sums["top1"],
-                    "train/top5": sums["top5"],
+                    **{f"train/{name}": sums[name] for name in state.task.logged},
                     "train/lr": lr,
                     "train/images_per_second": sums["images"] / elapsed,
                     "train/data_wait": waited / elapsed,
@@ -255,19 +253,17 @@ class TrainStep:
 
     Args:
         state: from ``build_state``, its modules in training mode; ``state.step`` is read, not advanced.
-        objective: prepares images and targets, and computes the loss.
         norm_excludes, on_phase: as for ``train_one_epoch``.
     """
 
     def __init__(
         self,
         state: TrainState,
-        config: Config,
-        objective: Objective,
+        config: Recipe,
         norm_excludes: Sequence[nn.Parameter] = (),
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
-        self.state, self.config, self.objective, self.on_phase = state, config, objective, on_phase
+        self.state, self.config, self.on_phase = state, config, on_phase
         self.no_sync = (
             state.wrapped.no_sync if isinstance(state.wrapped, DistributedDataParallel) else contextlib.nullcontext
         )
@@ -291,19 +287,19 @@ class TrainStep:
         state, clip, scaler = self.state, self.config.optim.clip_norm, self.state.scaler
         guard, world, extra = state.guard, distributed.world_size(), dict[str, Tensor]()
         guard.start_step(state.window.sums)
-        for part, (images, labels) in enumerate(batch.parts):
+        for part, (images, targets) in enumerate(batch.parts):
             self.on_phase("forward")
             last = part == len(batch.parts) - 1
             with contextlib.nullcontext() if last else self.no_sync():
-                logits, labels, loss = self.forward(state.wrapped, images, labels, state.step, part)
+                loss, counted = state.task.forward(state.wrapped, images, targets, state.step, part)
                 self.on_phase("backward")
                 for group, saved in self.buffers:
                     copy_tensors_(saved, group)
                 # DDP averages over processes; this weight makes that the mean over all images of the batch.
-                scaler.scale(guard.scale_loss(loss, len(labels) * world / batch.size)).backward()
+                scaler.scale(guard.scale_loss(loss, len(images) * world / batch.size)).backward()
             for group, saved in self.buffers:  # batch norm's statistics count the forward once, not its recomputation
                 copy_tensors_(group, saved)
-            state.window.add(logits.detach(), labels, loss.detach())
+            state.window.add(*counted)
 
         self.on_phase("update")
         norm = None
@@ -324,21 +320,11 @@ class TrainStep:
         guard.enqueue(state.step + 1, lr, bad, batch.parts, self._rerun(batch, state.step))
         return extra
 
-    def forward(
-        self, network: nn.Module, images: Tensor, labels: Tensor, step: int, part: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Part ``part`` of step ``step`` (both from 0) -> logits (B, classes) float32, labels, mean loss ()."""
-        images, labels, targets = self.objective.prepare(images, labels, step, part)
-        with autocast(images.device, self.config.train.precision):
-            logits = network(images)
-        logits = logits.float()
-        return logits, labels, self.objective.loss(logits, targets)
-
     def _rerun(self, batch: Batch, step: int) -> Callable[[], Iterator[Tensor]]:
         """Computes the batch's losses again, by the plain module and with the randomness of step ``step`` (from 0)."""
         return lambda: (
-            self.forward(self.state.model, images, labels, step, part)[2]
-            for part, (images, labels) in enumerate(batch.parts)
+            self.state.task.forward(self.state.model, images, targets, step, part)[0]
+            for part, (images, targets) in enumerate(batch.parts)
         )
 
 

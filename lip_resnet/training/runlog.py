@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lip_resnet import distributed
 from lip_resnet.compat import is_tensorboard_thread
-from lip_resnet.config import Config
+from lip_resnet.config import Recipe
 from lip_resnet.errors import InputError
 from lip_resnet.files import to_json, write_text
 
@@ -41,7 +41,7 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, config: Config, environment: dict[str, Any], step: int, evaluated: int, total_steps: int
+        self, folder: Path, config: Recipe, environment: dict[str, Any], step: int, evaluated: int, total_steps: int
     ) -> None:
         self.active = distributed.is_main()
         self.folder, self.total_steps = folder, total_steps
@@ -52,7 +52,7 @@ class RunLog:
         self.earlier: list[dict[str, Any]] | None = None
         distributed.on_main(lambda: self._open(config, environment))
 
-    def _open(self, config: Config, environment: dict[str, Any]) -> None:
+    def _open(self, config: Recipe, environment: dict[str, Any]) -> None:
         step = self.first_step
         try:
             write_text(self.folder / "config.yaml", config.dump())
@@ -109,14 +109,15 @@ class RunLog:
             return
         if "train/loss" in values:
             peak = values.get("train/peak_memory_gib")
+            top1 = f"top-1 {values['train/top1']:.1f}%, " if "train/top1" in values else ""
             self.bar.set_postfix_str(
-                f"loss {values['train/loss']:.3f}, top-1 {values['train/top1']:.1f}%, "
+                f"loss {values['train/loss']:.3f}, {top1}"
                 f"{values['train/images_per_second']:.0f} images/s, wait {values['train/data_wait']:.0%}"
                 + (f", {peak:.1f} GiB" if peak else "")
             )
         if self.quiet:
             self.say(f"epoch {epoch} step {step}/{self.total_steps}: {_brief(values)}{self._time_left(step)}")
-        elif "val/top1" in values:
+        elif any(name.startswith("val/") for name in values):
             self.say(f"epoch {epoch}: {_brief(values)}")
 
     def _append(self) -> None:
@@ -163,11 +164,12 @@ class RunLog:
         if self.active:
             self.bar.write(text, file=sys.stderr)
 
-    def finish(self, config: Config, final: dict[str, float]) -> None:
+    def finish(self, config: Recipe, final: dict[str, float]) -> None:
         """Write the recipe's keys with the final metrics to TensorBoard's HParams tab."""
         flat = {
             f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
             for section, values in config.model_dump(mode="json").items()
+            if isinstance(values, dict)
             for key, value in values.items()
         }
         results = {f"final/{name}": value for name, value in final.items()}
