@@ -34,7 +34,8 @@ def build(config: Config, device: torch.device, folder: Path, resume: str) -> Bu
     provenance = Provenance([distributed.world_size()], selection=selection)
     provenance.class_names = class_names(train_source, config.data.name)
     if config.model.weights and not distributed.on_main(lambda: run_folder.will_continue(folder, resume)):
-        provenance.initial_weights = load_initial_weights(model, config.model, config.data, provenance.class_names)
+        normalization = None if config.model.new_head else config.data
+        provenance.initial_weights = load_initial_weights(model, config.model, normalization, provenance.class_names)
     task = Classification(config, device, val_loader)
     datasets = functools.partial(describe_datasets, train_source, val_source)
     return Built(task, model, loader, provenance, config.model.weights, datasets)

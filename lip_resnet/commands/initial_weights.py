@@ -6,22 +6,26 @@ from typing import Any
 from torch import nn
 
 from lip_resnet import checkpoint, distributed
-from lip_resnet.config import DataConfig, InputError, ModelConfig
+from lip_resnet.config import DataConfig, DetectionDataConfig, InputError, ModelConfig
 from lip_resnet.evaluation.compatibility import check_class_names, check_normalization, recorded_classes
 from lip_resnet.evaluation.protocol import describe_training
 from lip_resnet.files import sha256
 from lip_resnet.models.registry import build_model
 from lip_resnet.models.weights import choose_weights, extract_weights, hash_weights, put_weights
+from lip_resnet.recipe import task_of
 
 
 def load_initial_weights(
-    model: nn.Module, config: ModelConfig, data: DataConfig | None = None, classes: list[str] | None = None
+    model: nn.Module,
+    config: ModelConfig,
+    data: DataConfig | DetectionDataConfig | None = None,
+    classes: list[str] | None = None,
 ) -> dict[str, Any]:
     """Load ``config.weights``, a checkpoint file or run folder, into a model.
 
     Args:
-        data, classes: the data to train on and the names of their classes, to compare with those of the file's
-            training; None: not compared.
+        data: to compare its normalisation with that of the file's training; None: not compared.
+        classes: names of the classes to train on, to compare likewise.
 
     Returns:
         ``Provenance.initial_weights``.
@@ -33,6 +37,10 @@ def load_initial_weights(
     path = checkpoint.resolve(config.weights)
     source = str(path)
     payload, digest = distributed.on_main(lambda: (checkpoint.load(path), sha256(path)))
+    if (task := task_of(payload.get("config"))) != "classification":
+        raise InputError(
+            f"{source} is of task: {checkpoint.printable(task)}; a network starts from weights of a classification"
+        )
     if not (config.convert and config.downsampling and put_converted(model, config, payload, source)):
         put_weights(model, payload, source, new_head=config.new_head, convert=config.convert)
     recipe, training = None, None
@@ -40,8 +48,8 @@ def load_initial_weights(
         recipe = checkpoint.read_recipe(payload, source)
     if not config.new_head:
         check_class_names(recorded_classes(payload), classes, source, "for other classes set model.new_head: true")
-        if data is not None and not config.convert:
-            check_normalization(recipe, data, source, "to train on with another set model.convert: true")
+    if data is not None and not config.convert:
+        check_normalization(recipe, data, source, "to train on with another set model.convert: true")
     processes = payload.get("processes") or []
     counted = isinstance(processes, list) and all(type(n) is int and n > 0 for n in processes)
     if recipe is not None and processes and counted:

@@ -7,7 +7,7 @@ import torch
 
 from lip_resnet import distributed
 from lip_resnet.commands import classification
-from lip_resnet.config import Config, Recipe
+from lip_resnet.config import Config, DetectionConfig, Recipe
 from lip_resnet.environment import describe_environment
 from lip_resnet.errors import InputError, OutOfMemory, Stopped
 from lip_resnet.layers.pooling import logit_parameters
@@ -78,5 +78,9 @@ def train(config: Recipe, folder: Path, resume: str, interrupts: Interrupts, che
 
 def build(config: Recipe, device: torch.device, folder: Path, resume: str) -> Built:
     """Data, network and task of a recipe, by the module of its task."""
+    if isinstance(config, DetectionConfig):
+        from lip_resnet.commands import detection  # needs torchvision's operators, which a classification does not
+
+        return detection.build(config, device, folder, resume)
     assert isinstance(config, Config)
     return classification.build(config, device, folder, resume)

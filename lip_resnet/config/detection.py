@@ -13,7 +13,7 @@ from lip_resnet.config.fields import (
     Positive,
     Section,
     Trains,
-    check_normalization,
+    check_mean_and_std,
 )
 from lip_resnet.config.model import NetworkConfig
 from lip_resnet.config.recipe import Recipe
@@ -53,6 +53,8 @@ class DetectorConfig(Section):
     backbone: BackboneConfig
     fpn_channels: Trains[Positive] = 256
     """Channels of the feature pyramid."""
+    head_channels: Trains[Positive] = 1024
+    """For `faster_rcnn`: channels of the two layers of the box head."""
     anchor_sizes: Trains[Annotated[tuple[Positive, ...], Field(strict=False, examples=[[32, 64, 128, 256, 512]])]] = (
         *(32, 64, 128, 256, 512),
     )
@@ -106,7 +108,7 @@ class EvalDetectionDataConfig(Section):
             )
         if self.size > self.max_size:
             raise ValueError(f"size {self.size} is larger than max_size {self.max_size}, its maximum")
-        check_normalization(self.mean, self.std)
+        check_mean_and_std(self.mean, self.std)
         return self
 
 

@@ -40,7 +40,7 @@ class Section(BaseModel):
     )
 
 
-def check_normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def check_mean_and_std(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """Check the keys ``mean`` and ``std`` of pixels.
 
     Raises:

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from lip_resnet.commands.train import load_initial_weights
+from lip_resnet.commands.initial_weights import load_initial_weights
 from lip_resnet.config import InputError, ModelConfig
 from lip_resnet.evaluation import cost
 from lip_resnet.layers import pooling
