@@ -1,6 +1,7 @@
 """Reads and checks an annotation file in COCO's form; every refusal is one line."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,16 +149,15 @@ def _check_objects(
     annotations: list[Any], image_ids: NDArray[np.int64], category_ids: list[int], file: Path
 ) -> tuple[NDArray[Any], ...]:
     """``starts``, ``labels``, ``boxes``, ``areas`` and ``crowds`` of ``Tables``."""
-    ids = [each["id"] for each in annotations]
-    boxes = np.array([each["bbox"] for each in annotations], dtype=np.float64).reshape(-1, 4)
-    images, labels = (
-        np.array([each[key] for each in annotations], dtype=np.int64) for key in ("image_id", "category_id")
+    ids, images, labels = (
+        _numbers([each[key] for each in annotations], "i") for key in ("id", "image_id", "category_id")
     )
-    areas = np.array([each.get("area", np.nan) for each in annotations], dtype=np.float64)
-    crowds = np.array([each.get("iscrowd", 0) for each in annotations], dtype=np.int64)
-    if not all(map(_is_int, ids)) or len(boxes) != len(annotations):
-        raise ValueError("an id or a box")
-    _refuse_twice(ids, "annotation id", file)
+    boxes = _numbers([each["bbox"] for each in annotations], "if").astype(np.float64).reshape(-1, 4)
+    areas = _numbers([each.get("area", math.nan) for each in annotations], "if").astype(np.float64)
+    crowds = _numbers([each.get("iscrowd", 0) for each in annotations], "ib")
+    if len(boxes) != len(ids):
+        raise ValueError("boxes of other than four numbers")
+    _refuse_twice(ids.tolist(), "annotation id", file)
     order = np.argsort(image_ids)
     known = _known(image_ids[order], images), _known(np.array(category_ids), labels)
     bad = (
@@ -184,6 +184,18 @@ def _check_objects(
     starts = np.searchsorted(images[by_image], np.arange(len(image_ids) + 1))
     labels = np.searchsorted(category_ids, labels)
     return (starts, *(each[by_image] for each in (labels, boxes, areas, crowds.astype(bool))))
+
+
+def _numbers(values: list[Any], kinds: str) -> NDArray[Any]:
+    """An array of the values as they are: no number is read from text.
+
+    Raises:
+        ValueError: they are not of numpy's ``kinds``, or not all of one shape.
+    """
+    array = np.array(values) if values else np.zeros(0, dtype=np.int64)
+    if array.dtype.kind not in kinds:
+        raise ValueError(f"{array.dtype} is not of the kinds {kinds}")
+    return array
 
 
 def _known(ids: NDArray[np.int64], of: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lip_resnet.detection.samples import Annotations
 from PIL import Image
 
 from lip_resnet import distributed
@@ -18,6 +17,7 @@ from lip_resnet.data.decode import BadImage
 from lip_resnet.data.fingerprint import describe_source, digest
 from lip_resnet.data.sources.base import Files
 from lip_resnet.detection.annotations import clipped, read_annotations, usable_objects
+from lip_resnet.detection.samples import Annotations
 from lip_resnet.errors import InputError
 
 

@@ -11,9 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lip_resnet.detection.canvas import prepare
-from lip_resnet.detection.loaders import DetectionEvalLoader
-from lip_resnet.detection.samples import DetectionSource
 from numpy.typing import NDArray
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -21,6 +18,9 @@ from torch import Tensor, nn
 from lip_resnet import distributed, memory
 from lip_resnet.compat import tree_leaves
 from lip_resnet.config import InputError
+from lip_resnet.detection.canvas import Sizes, prepare
+from lip_resnet.detection.loaders import DetectionEvalLoader
+from lip_resnet.detection.samples import DetectionSource
 from lip_resnet.evaluation.average_precision import METRICS, average_precision
 from lip_resnet.evaluation.evaluate import autocast
 from lip_resnet.evaluation.matching import Detections, match
@@ -83,7 +83,7 @@ def detect(
     was_training = model.training
     model.eval()
 
-    def forward(images: Tensor, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    def forward(images: Tensor, sizes: Sizes) -> list[dict[str, Tensor]]:
         inputs = prepare(images, sizes, device, channels_last, pixel_mean, pixel_std)
         with autocast(device, precision):
             return model(inputs, sizes)
@@ -149,7 +149,7 @@ def _gather(columns: list[tuple[NDArray[Any], ...]], source: DetectionSource) ->
     return Detections(image_ids[index][order], category_ids[labels][order], boxes[order], scores[order])
 
 
-def _smaller_batch(forward: Any, images: Tensor, sizes: list[tuple[int, int]], device: torch.device) -> str:
+def _smaller_batch(forward: Any, images: Tensor, sizes: Sizes, device: torch.device) -> str:
     """The line for a batch whose forward did not fit: the largest part of it that does."""
     used, half = memory.describe_peak(device), len(images) // 2
     count = memory.largest_that_fits(half, lambda count: forward(images[:count], sizes[:count]))

@@ -80,17 +80,22 @@ def read_matches(path: Path) -> Matches:
     Raises:
         InputError: it cannot be read, or is not such a file.
     """
-    names = [field.name for field in fields(Matches)]
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in names}
+            arrays = {field.name: file[field.name] for field in fields(Matches)}
+        for name in ("hit", "ignored"):
+            arrays[name] = np.unpackbits(arrays[name], axis=-1, count=len(THRESHOLDS)).astype(bool)
+        detections = {(*arrays[name].shape, len(AREAS), len(THRESHOLDS))[:3] for name in _OF_DETECTIONS[:2]}
+        if detections != {arrays[name].shape for name in _OF_DETECTIONS[2:]}:
+            raise ValueError("its arrays have different lengths")
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
     except (KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not matches of eval.py --matches: {error}") from error
-    for name in ("hit", "ignored"):
-        arrays[name] = np.unpackbits(arrays[name], axis=-1, count=len(THRESHOLDS)).astype(bool)
     return Matches(**arrays)
+
+
+_OF_DETECTIONS = ("detection_image", "detection_label", "hit", "ignored")
 
 
 def match(ground_truth: Mapping[str, Any], detections: Detections) -> Matches:
