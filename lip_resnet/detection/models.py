@@ -18,6 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from lip_resnet.compat import tree_map_only
 from lip_resnet.config import BackboneConfig, DetectorConfig, InputError, ModelConfig
 from lip_resnet.detection.canvas import Sizes
+from lip_resnet.layers.logits import InstanceNorm2d
 from lip_resnet.models import registry
 
 STRIDES = (4, 8, 16, 32)
@@ -45,18 +46,25 @@ class Backbone(nn.Module):
         self, body: nn.Module, config: BackboneConfig, channels: int, strides: tuple[int, ...], extra: nn.Module
     ) -> None:
         super().__init__()
-        stages = find_stages(body, config.name)
+        stages, unused = find_stages(body, config.name)
         if config.norm == "group":
             use_group_norm(body)
         self.indices = [index for stride, (index, _, _) in zip(STRIDES, stages, strict=True) if stride in strides]
         widths = [width for stride, (_, _, width) in zip(STRIDES, stages, strict=True) if stride in strides]
-        self.fixed = tuple(fixed_modules(body, config.frozen, [module for _, module, _ in stages]))
+        for name in unused:
+            body.get_parameter(name).requires_grad_(False)
+        members = stage_modules(body, [module for _, module, _ in stages])
+        if config.frozen and not all(members.values()):
+            raise InputError(
+                f"model.backbone.frozen: {config.name} does not say which modules are its stem and stages; leave it out"
+            )
+        self.fixed = tuple(name for stage in config.frozen for name in members[stage])
         for name in self.fixed:
             body.get_submodule(name).requires_grad_(False)
         if config.norm == "frozen":
             for module in batch_norms(body):
                 module.requires_grad_(False)
-        self.all_norms_fixed = config.norm == "frozen"
+        self.all_norms_fixed, self.valid_only = config.norm == "frozen", config.valid_statistics
         self.body = body
         self.out_channels = channels
         self.fpn = FeaturePyramidNetwork(widths, channels, extra)
@@ -70,7 +78,13 @@ class Backbone(nn.Module):
                 norm.eval()
         return self
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+    def instance_norms(self) -> list[InstanceNorm2d]:
+        """The instance norms that take their statistics from the valid areas alone."""
+        return [each for each in self.body.modules() if isinstance(each, InstanceNorm2d)] if self.valid_only else []
+
+    def forward(self, images: Tensor, sizes: Sizes | None = None) -> OrderedDict[str, Tensor]:
+        for norm in self.instance_norms():
+            norm.valid_area = None if sizes is None else (images.shape[-2], sizes)
         forward_intermediates: Any = self.body.forward_intermediates
         features = forward_intermediates(images, indices=self.indices, intermediates_only=True)
         return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
@@ -82,8 +96,9 @@ def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
     return (each for each in module.modules() if isinstance(each, kinds))
 
 
-def find_stages(body: nn.Module, name: str) -> list[tuple[int, str, int]]:
-    """The features of a network at ``STRIDES``: index in ``forward_intermediates``, name of the module, channels.
+def find_stages(body: nn.Module, name: str) -> tuple[list[tuple[int, str, int]], list[str]]:
+    """The features of a network at ``STRIDES``: index in ``forward_intermediates``, name of the module, channels; and
+    the names of the parameters that none of them depends on.
 
     Raises:
         InputError: it has none there.
@@ -96,34 +111,34 @@ def find_stages(body: nn.Module, name: str) -> list[tuple[int, str, int]]:
         raise InputError(f"model.backbone.name: {name} has features at {strides}; {allowed}")
     stages = [by_stride[stride] for stride in STRIDES]
     try:
-        trial: Any = copy.deepcopy(body).to("meta").eval()
+        trial: Any = copy.deepcopy(body).to("meta")
         indices = [index for index, _, _ in stages]
-        features = trial.forward_intermediates(
-            torch.empty(1, 3, 128, 64, device="meta"), indices=indices, intermediates_only=True
-        )
+        images = torch.empty(2, 3, 128, 64, device="meta")
+        features = trial.forward_intermediates(images, indices=indices, intermediates_only=True)
     except AttributeError as error:
         raise InputError(f"model.backbone.name: {name} does not return its features; {allowed}") from error
     expected = [(width, 128 // stride, 64 // stride) for stride, (_, _, width) in zip(STRIDES, stages, strict=True)]
     if [tuple(feature.shape[1:]) for feature in features] != expected:
         raise InputError(f"model.backbone.name: {name} has features of other sizes at its strides; {allowed}")
-    return stages
+    torch.autograd.backward([feature.sum() for feature in features])
+    return stages, [name for name, parameter in trial.named_parameters() if parameter.grad is None]
 
 
-def fixed_modules(body: nn.Module, frozen: Sequence[str], ends: Sequence[str]) -> Iterator[str]:
-    """Names of the modules with parameters that belong to the stages ``frozen``: stem, stage1 to stage4.
+def stage_modules(body: nn.Module, ends: Sequence[str]) -> dict[str, list[str]]:
+    """Stage (stem, stage1 to stage4) -> names of its modules that have parameters of their own.
 
     The stem is all before the first of ``ends``, the modules that are or end stages 1 to 4: its pooling too, and so the
-    logits of LIP there. What is between two of them belongs to the later one.
+    logits of LIP there. What is between two of them belongs to the later one, what is after the last to none.
     """
-    last = 0
+    members: dict[str, list[str]] = {stage: [] for stage in ("stem", "stage1", "stage2", "stage3", "stage4", "head")}
+    stages, last = list(members), 0
     for name, module in body.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
-        inside = [number for number, end in enumerate(ends, start=1) if f"{name}.".startswith(f"{end}.")]
-        stage = inside[0] if inside else last and last + 1
-        last = max(last, *inside, 0)
-        if (f"stage{stage}" if stage else "stem") in frozen:
-            yield name
+        if any(True for _ in module.parameters(recurse=False)):
+            inside = [number for number, end in enumerate(ends, start=1) if f"{name}.".startswith(f"{end}.")]
+            stage = inside[0] if inside else last and last + 1
+            last = max(last, *inside, 0)
+            members[stages[stage]].append(name)
+    return {stage: members[stage] for stage in stages[:-1]}
 
 
 def use_group_norm(body: nn.Module) -> None:
@@ -197,7 +212,7 @@ class FasterRCNN(Detector):
     def forward(
         self, images: Tensor, sizes: Sizes, targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        features = self.backbone(images)
+        features = self.backbone(images, sizes)
         proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, targets)
         detections, losses = self.roi_heads(features, proposals, sizes, targets)
         return {**losses, **rpn_losses} if self.training else detections
@@ -217,7 +232,7 @@ class RetinaNet(Detector):
     def forward(
         self, images: Tensor, sizes: Sizes, targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        network, features = self.network[0], list(self.backbone(images).values())
+        network, features = self.network[0], list(self.backbone(images, sizes).values())
         outputs = self.head(features)
         anchors = network.anchor_generator(ImageList(images, sizes), features)
         if self.training:
