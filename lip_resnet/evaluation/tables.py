@@ -330,7 +330,7 @@ def _common_figures(entries: list[Entry]) -> dict[str, str]:
     other = next((entry for entry in entries if entry.figures != figures[0]), None)
     if other is not None:
         raise InputError(
-            f"{entries[0].label} and {other.label}: a classifier and a detector; make a table of each kind"
+            f"{entries[0].label} and {other.label}: rows of a classifier and of a detector; make two tables"
         )
     return figures[0]
 
