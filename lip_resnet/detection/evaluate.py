@@ -184,6 +184,8 @@ def read_results(path: Path) -> Detections:
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(results, list):
+            raise ValueError(f"it holds a {type(results).__name__}")
         columns = [[each[key] for each in results] for key in ("image_id", "category_id", "bbox", "score")]
         boxes, scores = np.array(columns[2], dtype=np.float64).reshape(-1, 4), np.array(columns[3], dtype=np.float64)
         detections = Detections(np.array(columns[0], np.int64), np.array(columns[1], np.int64), boxes, scores)

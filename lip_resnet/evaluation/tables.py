@@ -258,10 +258,9 @@ def build_table(
     with_paper = any(_is_the_papers_set(entry) and entry.network in paper for entry in entries)
     with_sets = len({entry.test_set for entry in entries}) > 1
     with_mce = any("mce" in entry.rows[0] for entry in entries)
-    header = (
-        ["model"] + ["test set"] * with_sets + ["params (M)", "MACs (G)", *(f"{name} (%)" for name in figures.values())]
-    )
-    header += [f"delta {figures[main]}"] + ["mCE (%)"] * with_mce + ["seeds", "images"]
+    header = ["model"] + ["test set"] * with_sets + ["params (M)", "MACs (G)"]
+    header += [f"{name} (%)" for name in figures.values()] + [f"delta {figures[main]}"]
+    header += ["mCE (%)"] * with_mce + ["seeds", "images"]
     header += [f"paper {name}" for name in figures.values()] * with_paper
     lines = []
     for entry in entries:
@@ -329,9 +328,7 @@ def _common_figures(entries: list[Entry]) -> dict[str, str]:
     figures = [entry.figures for entry in entries]
     other = next((entry for entry in entries if entry.figures != figures[0]), None)
     if other is not None:
-        raise InputError(
-            f"{entries[0].label} and {other.label}: rows of a classifier and of a detector; make two tables"
-        )
+        raise InputError(f"{entries[0].label} and {other.label}: a classifier and a detector; make a table of each")
     return figures[0]
 
 
