@@ -11,7 +11,7 @@ import numpy as np
 
 from lip_resnet.config import InputError
 from lip_resnet.files import write_text
-from lip_resnet.study import statistics
+from lip_resnet.study import detection, statistics
 from lip_resnet.study.cells import read_record
 from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
 from lip_resnet.study.pages import Section, format_interval, to_html, to_markdown
@@ -27,6 +27,8 @@ def write_report(design: Design) -> list[str]:
         InputError: no cell is finished, cells are not comparable, matplotlib is not installed, or a file cannot be
             written.
     """
+    if design.detection:
+        return detection.write_report(design)
     results = load_results(design)
     comparisons = compare(design, results)
     sections = build_sections(design, results, comparisons)
