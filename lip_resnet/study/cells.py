@@ -87,13 +87,8 @@ def _run_cell(design: Design, cell: Cell, children: "Children") -> dict[str, Any
     if not children.stopping:
         recipe = cell.folder.with_name("recipe.yaml")
         train = ["train.py", "--config", recipe, "--output", cell.folder, "--resume", "auto", f"train.seed={cell.seed}"]
-        evaluate = [
-            "eval.py",
-            "--checkpoint",
-            cell.folder,
-            "--matches" if cell.detection else "--predictions",
-            cell.predictions,
-        ]
+        flag = "--matches" if cell.detection else "--predictions"
+        evaluate = ["eval.py", "--checkpoint", cell.folder, flag, cell.predictions]
         code = children.run(train, cell.log, design.study.processes)
         if code == 0 and not children.stopping:
             for leftover in (cell.predictions, cell.row):  # of an evaluation that was killed between the two

@@ -1,7 +1,8 @@
 """The design of a study: its variants, seeds and declared comparisons, checked before anything is trained.
 
 A study's folder holds ``study.yaml`` (the design that was run), ``<variant>/recipe.yaml``, and for each seed
-``<variant>/seed<k>/`` (a run folder with eval.json and predictions.csv, of a detector matches.npz), ``seed<k>.log`` and ``seed<k>.json``.
+``<variant>/seed<k>/`` (a run folder with eval.json, and predictions.csv, or matches.npz of a detector),
+``seed<k>.log`` and ``seed<k>.json``.
 """
 
 import difflib

@@ -117,9 +117,8 @@ def _over_images(
     """Intervals of the mean difference, resampling seeds and images independently (Owen 2007, "pigeonhole")."""
     values = bootstrap([group[seed].matches for group in (ours, theirs) for seed in seeds], samples=SAMPLES)
     drawn = np.random.default_rng(0).multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=SAMPLES).T
-    means = {
-        name: ((each[: len(seeds)] - each[len(seeds) :]) * drawn).sum(0) / len(seeds) for name, each in values.items()
-    }
+    differences = {name: each[: len(seeds)] - each[len(seeds) :] for name, each in values.items()}
+    means = {name: (each * drawn).sum(0) / len(seeds) for name, each in differences.items()}
     return {name: interval(each, paired[name].mean) for name, each in means.items() if name in paired}
 
 
@@ -192,8 +191,8 @@ def _figures(design: Design, results: dict[str, dict[int, Result]], comparisons:
         verdict = "baseline" if name == design.study.baseline else "-"
         rows.append([*row, by_name[name].verdict if name in by_name else verdict])
     text = (
-        "COCO's AP of the last weights, in percent: mean and standard deviation over seeds. The verdict is on AP, by the "
-        "paired t test (adjusted by Holm for all but the declared comparison).",
+        "COCO's AP of the last weights, in percent: mean and standard deviation over seeds. The verdict is on AP, by "
+        "the paired t test (adjusted by Holm for all but the declared comparison).",
     )
     return Section("AP", text, (["variant", "seeds", *METRICS, "verdict"], rows))
 
@@ -213,8 +212,8 @@ def _differences(design: Design, comparisons: list[Comparison]) -> Section:
         for metric, paired in each.paired.items()
     ]
     text = (
-        f"To {design.study.baseline}, in points, paired by seed. AP alone was declared: p of the others is not adjusted, "
-        "and no verdict follows from it. The last interval is a bootstrap over seeds and images together: it includes "
+        f"To {design.study.baseline}, in points, paired by seed. AP alone was declared: p of the others is not "
+        "adjusted, and no verdict follows from it. The last interval is a bootstrap over seeds and images together: it includes "
         "what other images of the same kind would change.",
     )
     header = ["variant", "figure", "difference", "95% interval", "p (paired t)", "p (sign flip)"]
@@ -236,13 +235,12 @@ def _cost(results: dict[str, dict[int, Result]]) -> Section:
 def _protocol(design: Design, results: dict[str, dict[int, Result]]) -> Section:
     row = next(each.row for of_seeds in results.values() for each in of_seeds.values())
     recipe, versions = design.recipes[design.study.baseline], row["environment"]
-    variants = [
-        f"{name}: {json.dumps(keys) if keys else 'the base recipe'}" for name, keys in design.study.variants.items()
-    ]
+    fragments = design.study.variants.items()
+    variants = [f"{name}: {json.dumps(keys) if keys else 'the base recipe'}" for name, keys in fragments]
     text = (
         f"Base recipe {design.study.base}: {row['detector']}, {recipe.train.epochs} epochs, batch "
-        f"{recipe.data.batch_size}, learning rate {recipe.optim.lr:g}, shorter side {recipe.data.size} pixels; evaluated "
-        f"on {row['images']:,} images. Variants: {'; '.join(variants)}.",
+        f"{recipe.data.batch_size}, learning rate {recipe.optim.lr:g}, shorter side {recipe.data.size} pixels; "
+        f"evaluated on {row['images']:,} images. Variants: {'; '.join(variants)}.",
         f"Hardware: {versions['hardware']}. torch {versions['torch']}, torchvision {versions['torchvision']}.",
         "What such a study shows holds for this data, size, budget and recipe.",
     )
