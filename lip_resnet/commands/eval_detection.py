@@ -79,7 +79,7 @@ def choose_protocol(options: Namespace, trained: DetectionConfig | None) -> Dete
     data = tree["data"]
     if options.data and data["name"] != "coco":
         raise InputError(f"--data {options.data}: the recipe's data.name is {data['name']}, which reads no directory")
-    if options.eval_size:
+    if options.eval_size is not None:
         data |= {"size": options.eval_size, "max_size": round(data["max_size"] * options.eval_size / data["size"])}
     changes = {"root": options.data, "eval_batch_size": options.eval_batch_size, "workers": options.workers}
     data |= {key: value for key, value in changes.items() if value is not None}

@@ -255,7 +255,7 @@ def build_table(
     figures = _common_figures(entries)
     main = next(iter(figures))
     _check_baseline(baseline, entries)
-    with_paper = any(_is_the_papers_set(entry) and entry.network in paper for entry in entries)
+    with_paper = any(_published(entry, paper) for entry in entries)
     with_sets = len({entry.test_set for entry in entries}) > 1
     with_mce = any("mce" in entry.rows[0] for entry in entries)
     header = ["model"] + ["test set"] * with_sets + ["params (M)", "MACs (G)"]
@@ -271,7 +271,7 @@ def build_table(
         line += [*map(entry.measured, figures), delta or "-"] + [entry.measured("mce")] * with_mce
         line += [str(len(entry.rows)), str(entry.rows[0]["images"])]
         if with_paper:
-            published = paper.get(entry.network, {}) if _is_the_papers_set(entry) else {}
+            published = _published(entry, paper) or {}
             line += [f"{published[key]:.2f}" if key in published else "-" for key in figures]
         lines.append(line)
     return header, lines, notes
@@ -330,6 +330,13 @@ def _common_figures(entries: list[Entry]) -> dict[str, str]:
     if other is not None:
         raise InputError(f"{entries[0].label} and {other.label}: a classifier and a detector; make a table of each")
     return figures[0]
+
+
+def _published(entry: Entry, paper: dict[str, Any]) -> dict[str, float] | None:
+    """The published figures of an entry: of its network, and of a detector's schedule too."""
+    epochs = (entry.protocol.get("training") or {}).get("train.epochs")
+    key = entry.network + (f", {epochs} epochs" if is_detection(entry.rows[0]) else "")
+    return paper.get(key) if _is_the_papers_set(entry) else None
 
 
 def _is_the_papers_set(entry: Entry) -> bool:

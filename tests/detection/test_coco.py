@@ -5,8 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import check_dataset
 import numpy as np
 import pytest
+from helpers.commands import call, refuse
 from PIL import Image
 
 from lip_resnet.config import InputError
@@ -229,3 +231,23 @@ def test_a_line_for_each_process(root, monkeypatch):
     assert CocoSource(config(root), "val").ground_truth() == source.ground_truth()
     assert len(calls) == 1
     assert re.search("read_annotations", str(calls[0].__code__.co_names))
+
+
+def test_check_dataset(root, capsys, monkeypatch):
+    code, out, _ = call(capsys, monkeypatch, check_dataset, root, "--workers", 1)
+    assert code == 0
+    assert "train2017: 2 images, 2 classes" in out
+    assert "val2017: 4 images, 2 classes" in out
+    assert CocoSource(config(root), "val").describe()["content"].startswith("sha256:")
+    assert json.loads((root / "fingerprint.json").read_text())["val2017"]["boxes"] == 5
+    Image.new("RGB", (9, 9)).save(root / "val2017" / "d.jpg")
+    (root / "train2017" / "a.jpg").write_bytes(b"no image")
+    code, out, err = call(capsys, monkeypatch, check_dataset, root, "--workers", 1)
+    assert (code, out.count("bad: ")) == (2, 2)
+    assert "d.jpg: 9x9 pixels; instances_val2017.json says 50x50" in out
+    assert "2 bad files" in err
+    write(root, [], "train2017")
+    assert "detections are" in refuse(capsys, monkeypatch, check_dataset, root)
+    for file in (root / "annotations").iterdir():
+        file.unlink()
+    assert "holds no instances_*.json" in refuse(capsys, monkeypatch, check_dataset, root)
