@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lip_resnet.config import Config, DetectionConfig, Recipe, Section
+from lip_resnet.config.optim import optimizer_problem
 from lip_resnet.config.recipe import effects_of
 from lip_resnet.errors import InputError
 
@@ -136,7 +137,9 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         apply_override(tree, override)
     config = parse_recipe(tree, source)
-    # Not a rule of Config: checkpoints of earlier versions may hold such a schedule.
+    # Not rules of the schema: checkpoints may hold such a schedule, or be of another version of timm.
+    if problem := optimizer_problem(config.optim.name):
+        raise _refusal(f"{source}: optim.name: {problem}")
     schedule = config.data.size_schedule if isinstance(config, Config) else ()
     if never := [epoch for epoch, _ in schedule if epoch >= config.train.epochs]:
         raise _refusal(

@@ -5,6 +5,7 @@ A generated part is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from lip_resnet.evaluation.paper import load_paper, render_table
 from lip_resnet.evaluation.render import render
 from lip_resnet.files import write_text
 from lip_resnet.layers.downsampling import DOWNSAMPLING, make_layer
+from lip_resnet.study import summary
 
 ROOT = Path(__file__).parents[1]
-FIGURE = ROOT / "docs" / "figures" / "operator.svg"
-
+FIGURES = ROOT / "docs" / "figures"
+FIGURE = FIGURES / "operator.svg"
+STUDIES = ROOT / "results" / "studies"
+ORDER = ("tiny_imagenet_100", "cifar10", "digits")
+"""Studies that docs/results.md and the README show first."""
 
 SITES_OF_RESNET50 = {"stem": [(64, 112)], "main": [(128, 56), (256, 28), (512, 14)]}
 """Channels and height = width of the maps that layers after ResNet-50's strided convolutions read, at 224 pixels."""
@@ -123,6 +128,43 @@ def faults() -> str:
     )
 
 
+def map_probes() -> str:
+    """What the probes deletion and localisation have measured of one network, with 95% intervals over the images."""
+    folder = ROOT / "results" / "probes"
+    rows = {
+        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("deletion", "localisation")
+    }
+    deletion, localisation = rows["deletion"]["deletion"], rows["localisation"]["localisation"]
+
+    def cell(measured: dict[str, Any], key: str, interval: str) -> str:
+        if key not in measured:
+            return "-"
+        low, high = measured[interval]
+        return f"{measured[key]:.1f} ({low:.1f} to {high:.1f})"
+
+    header = ["map", "deletion: area (%)", "energy in the box (%)", "pointing game (%)"]
+    lines = []
+    for name in ("importance", "mirrored", "edges", "Grad-CAM", "random", "chance"):
+        inside = localisation.get(name, {})
+        cells = (cell(inside, key, f"{key}_interval") for key in ("energy", "pointing"))
+        lines.append([name, cell(deletion.get(name, {}), "auc", "interval"), *cells])
+    for name, inside in localisation.items():
+        if name.startswith("site "):
+            cells = (cell(inside, key, f"{key}_interval") for key in ("energy", "pointing"))
+            lines.append([f"`{name.removeprefix('site ')}` alone", "-", *cells])
+    row, less = rows["localisation"], rows["localisation"]["importance_less"]
+    counts = f"{rows['deletion']['images']:,} images for deletion, {row['images']:,} for localisation"
+    paired = [f"{name} {cell(less[name], 'energy', 'energy_interval')}" for name in ("chance", "mirrored")]
+    machine = (
+        f"{row['environment']['hardware']}, torch {row['environment']['torch']}, {row['environment']['date'][:10]}"
+    )
+    commands = "; ".join(f"`{shlex.join(each['environment']['command'])}`" for each in rows.values())
+    return (
+        f"{render(header, lines)}\n{row['model']}, step {row['step']}, seed {row['seed']}; {counts}. Energy of the "
+        f"importance less that of: {', '.join(paired)}, paired by image. {machine}; {commands}"
+    )
+
+
 def recipe_keys() -> str:
     """Every key of a recipe: its type, default, docstring and effect."""
     effects = "\n".join(f"- *{effect.name.lower()}*: {effect.value}" for effect in Effect)
@@ -166,8 +208,34 @@ def _values(schema: dict[str, Any]) -> str:
     return " ".join([kind[schema["type"]], ", ".join(bounds)]).strip()
 
 
+def exported() -> list[Path]:
+    """The exported studies, the shipped ones in this order."""
+    folders = {path.parent.name: path.parent for path in STUDIES.glob("*/cells.jsonl")}
+    first = [folders.pop(name) for name in ORDER if name in folders]
+    return [*first, *(folders[name] for name in sorted(folders))]
+
+
+def study_results() -> str:
+    """Every exported study, and the shipped ones without results."""
+    names = {path.stem: path for path in sorted((ROOT / "configs" / "studies").glob("*.yaml"))}
+    order = [*ORDER, *(name for name in names if name not in ORDER)]
+    return summary.results_page(exported(), [names[name] for name in order], "figures/studies")
+
+
+def first_study() -> str:
+    """The first exported study in short."""
+    folders = exported()
+    return summary.small_table(folders[0]) if folders else "No study is finished."
+
+
+def study_figures() -> dict[Path, str]:
+    """Path -> SVG, of every exported study."""
+    return {FIGURES / "studies" / name: svg for path in exported() for name, svg in summary.draw_figures(path).items()}
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"networks": networks},
+    "README.md": {"networks": networks, "study": first_study},
+    "docs/results.md": {"results": study_results},
     "docs/recipes.md": {"recipe-keys": recipe_keys},
     "docs/layers.md": {"zoo": layers},
     "docs/downsampling.md": {"criteria": criteria, "costs": layer_costs},
@@ -175,6 +243,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/performance.md": {"performance": tables.performance},
     "docs/data.md": {"data": tables.loaders, "bad-images": bad_images},
     "docs/faults.md": {"faults": faults},
+    "docs/gallery.md": {"map-probes": map_probes},
 }
 
 
@@ -200,6 +269,12 @@ def main() -> None:
         text = refresh(path.read_text(encoding="utf-8"), sections)
         write_text(path, text)
     write_text(FIGURE, draw_operator.draw())
+    drawn = study_figures()
+    (FIGURES / "studies").mkdir(exist_ok=True)
+    for path in set((FIGURES / "studies").glob("*.svg")) - drawn.keys():
+        path.unlink()
+    for path, svg in drawn.items():
+        write_text(path, svg)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,19 @@ WEIGHTS = {
     "optim.name": "lamb", "optim.lr": 0.2, "optim.momentum": 0.8, "optim.nesterov": True, "optim.betas": [0.8, 0.9],
     "optim.weight_decay": 0.2, "optim.decay": "matrices", "optim.schedule": "linear", "optim.milestones": [1],
     "optim.gamma": 0.2, "optim.min_lr": 0.01, "optim.warmup_epochs": 1.0, "optim.accumulate": 2, "optim.clip_norm": 1.0,
-    "train.epochs": 3, "train.seed": 7, "train.max_steps": 5, "train.precision": "bfloat16",
+    "train.epochs": 3, "train.freeze_epochs": 1, "train.seed": 7, "train.max_steps": 5, "train.precision": "bfloat16",
     "train.channels_last": False, "train.compile": True, "train.compile_mode": "max-autotune",
     "train.gradient_compression": "bfloat16", "train.loss": "binary_cross_entropy", "train.target_threshold": 0.2,
     "train.label_smoothing": 0.1, "train.mixup": 0.2, "train.cutmix": 1.0, "train.drop_path": 0.1, "train.drop": 0.2,
     "train.ema_decay": 0.9, "train.sync_bn": True,
+    "data.auto_augment": "ta_wide", "optim.args": {"betas": [0.8, 0.9]}, "optim.layer_decay": 0.5,
 }  # fmt: skip
 """Every key that changes the weights, with a value that is not ``small_config``'s."""
 NEEDED = {
     "data.label_column": {"data.name": "huggingface", "data.root": "x"},
     "optim.milestones": {"optim.schedule": "step"},
+    "optim.args": {"optim.name": "lion"},
+    "train.freeze_epochs": {"model.weights": "x"},
     "train.target_threshold": {"train.loss": "binary_cross_entropy"},
 }
 """What must be set beside a key, in both recipes. A step schedule needs milestones: there another value is compared."""

@@ -35,6 +35,15 @@ def test_generated_parts_are_current():
     assert make_docs.FIGURE.read_text(encoding="utf-8") == draw_operator.draw()
 
 
+def test_figures_of_studies_are_current():
+    """Their texts: the lines themselves differ between versions of matplotlib."""
+    drawn = make_docs.study_figures()
+    assert set((make_docs.FIGURES / "studies").glob("*.svg")) == drawn.keys()
+    for path, svg in drawn.items():
+        written, now = (re.findall(r"<text[^>]*>([^<]*)<", text) for text in (path.read_text(encoding="utf-8"), svg))
+        assert written == now, path.name
+
+
 def test_picture_agrees_with_the_formula():
     values = re.findall(r'class="middle bold">([\d.]+)</text>', draw_operator.draw())
     features = [x for row in draw_operator.FEATURES for x in row]
@@ -65,6 +74,10 @@ def test_python_blocks_run():
         exec(compile(block, "docs/layers.md", "exec"), values)
     assert values["report"].swapped
     assert values["y"].shape == values["pool"](values["x"]).shape == (2, 256, 7, 7)
+    (block,) = re.findall(r"```python\n(.*?)```", TEXTS["docs/insight.md"], re.DOTALL)
+    values = {}
+    exec(compile(block, "docs/insight.md", "exec"), values)
+    assert values["maps"].relative_weight.shape == (2, 1, 4, 6)
     (block,) = re.findall(r"```python\n(.*?)```", TEXTS["docs/api.md"], re.DOTALL)
     values = {}
     exec(compile(block.replace('"digits"', '"synthetic", images=64'), "docs/api.md", "exec"), values)

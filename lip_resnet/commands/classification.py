@@ -9,6 +9,8 @@ from lip_resnet import distributed
 from lip_resnet.commands.initial_weights import load_initial_weights
 from lip_resnet.config import Config, TrainConfig
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources, class_names
+from lip_resnet.data.photographs import sample_images
+from lip_resnet.insight.monitor import build_monitor
 from lip_resnet.models import registry
 from lip_resnet.training import run_folder
 from lip_resnet.training.classification import Classification
@@ -34,11 +36,14 @@ def build(config: Config, device: torch.device, folder: Path, resume: str) -> Bu
     provenance = Provenance([distributed.world_size()], selection=selection)
     provenance.class_names = class_names(train_source, config.data.name)
     if config.model.weights and not distributed.on_main(lambda: run_folder.will_continue(folder, resume)):
-        normalization = None if config.model.new_head else config.data
-        provenance.initial_weights = load_initial_weights(model, config.model, normalization, provenance.class_names)
+        provenance.initial_weights = load_initial_weights(model, config.model, config.data, provenance.class_names)
     task = Classification(config, device, val_loader)
     datasets = functools.partial(describe_datasets, train_source, val_source)
-    return Built(task, model, loader, provenance, config.model.weights, datasets)
+    observe = None
+    if config.train.log_images:
+        images = [(each.name, each.pixels) for each in sample_images(val_source, config.data, config.train.log_images)]
+        observe = build_monitor(model, images, config.data.mean, config.data.std)
+    return Built(task, model, loader, provenance, config.model.weights, datasets, observe)
 
 
 def regularisers(train: TrainConfig) -> dict[str, float]:

@@ -8,13 +8,11 @@ from torch import nn
 
 from lip_resnet import distributed
 from lip_resnet.commands.initial_weights import load_initial_weights
-from lip_resnet.config import BackboneConfig, DetectionConfig, ModelConfig
+from lip_resnet.config import DetectionConfig, ModelConfig
 from lip_resnet.detection.loaders import DetectionEvalLoader, DetectionTrainLoader
 from lip_resnet.detection.models import build_body, build_detector
 from lip_resnet.detection.sources import build_sources
 from lip_resnet.detection.task import Detection
-from lip_resnet.models import registry
-from lip_resnet.models.weights import hash_weights, put_weights
 from lip_resnet.training import run_folder
 from lip_resnet.training.run import Built, Datasets, Provenance
 
@@ -48,16 +46,9 @@ def load_backbone_weights(body: nn.Module, config: DetectionConfig) -> dict[str,
         ``Provenance.initial_weights``.
 
     Raises:
-        InputError: as ``load_initial_weights``; or timm has no weights of the network.
+        InputError: as ``load_initial_weights``.
     """
     backbone = config.model.backbone
-    if backbone.weights != "timm":
-        return load_initial_weights(body, _network(backbone), config.data)
-    state = registry.create_pretrained(backbone.name).state_dict()
-    put_weights(body, state, f"timm:{backbone.name}", new_head=True)
-    return {"training": None, "sha256": None, "content": hash_weights(state), "weights": "model"}
-
-
-def _network(backbone: BackboneConfig) -> ModelConfig:
     keys = ("name", "args", "downsampling", "circular_padding", "weights", "convert")
-    return ModelConfig(**{key: getattr(backbone, key) for key in keys}, new_head=True)
+    network = ModelConfig(**{key: getattr(backbone, key) for key in keys}, new_head=True)
+    return load_initial_weights(body, network, config.data)

@@ -67,7 +67,7 @@ def train(config: Recipe, folder: Path, resume: str, interrupts: Interrupts, che
                 f"warning: trained by {provenance.processes} processes in turn: batch norm's batch size has changed"
             )
         norm_excludes = list(logit_parameters(state.model))
-        run = Run(config, state, loader, checkpoints, log, total, provenance, norm_excludes)
+        run = Run(config, state, loader, checkpoints, log, total, provenance, norm_excludes, built.observe)
         if run.finished:
             log.say(f"{folder}: already trained to step {state.step}")
         else:

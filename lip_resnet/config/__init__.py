@@ -1,5 +1,7 @@
 """The schemas of recipes, one a task: four sections, frozen and validated. Defaults exist here and nowhere else."""
 
+from pydantic import model_validator
+
 from lip_resnet.config.data import DataConfig, EvalDataConfig, TorchvisionSet
 from lip_resnet.config.detection import BackboneConfig, DetectionConfig, DetectionDataConfig, DetectorConfig
 from lip_resnet.config.fields import Effect, Section
@@ -36,6 +38,15 @@ class Config(Recipe):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _starts_from_weights(self) -> "Config":
+        frozen, epochs = self.train.freeze_epochs, self.train.epochs
+        if frozen > epochs:
+            raise ValueError(f"train.freeze_epochs is {frozen}; it must be at most train.epochs {epochs}")
+        if frozen and self.model.weights is None:
+            raise ValueError("train.freeze_epochs needs model.weights: without, random layers would stay as they are")
+        return self
 
 
 EFFECTS: dict[str, Effect] = effects_of(Config)

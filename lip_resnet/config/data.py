@@ -114,15 +114,21 @@ class DataConfig(EvalDataConfig):
     """Strength of brightness, contrast and saturation jitter, as torchvision's ColorJitter; 0 is off."""
     rand_augment: Trains[str | None] = None
     """timm's RandAugment string, such as rand-m7-mstd0.5-inc1."""
+    auto_augment: Trains[str | None] = None
+    """Another augmentation policy. torchvision's: ta_wide (TrivialAugment), ra (RandAugment), augmix, or AutoAugment's
+    imagenet, cifar10, svhn. timm's: AutoAugment's original, originalr, v0, v0r, 3a (ThreeAugment) with options, such as
+    original-mstd0.5, or its AugMix, such as augmix-m5-w4-d2."""
     random_erasing: Trains[Fraction] = 0.0
     """Probability of erasing a random rectangle."""
 
     @model_validator(mode="after")
     def _check_training(self) -> "DataConfig":
         if self.decode == "gpu":
-            for key in ("color_jitter", "rand_augment", "random_erasing"):
+            for key in ("color_jitter", "rand_augment", "auto_augment", "random_erasing"):
                 if getattr(self, key):
                     raise ValueError(f"{key} needs decode: exact or fast; decode: gpu only crops and flips")
+        if self.auto_augment is not None and self.rand_augment is not None:
+            raise ValueError(f"auto_augment {self.auto_augment} and rand_augment {self.rand_augment}: set one of them")
         for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
             low, high = getattr(self, key)
             if not 0 < low <= high <= top:

@@ -24,9 +24,6 @@ Stage = Literal["stem", "stage1", "stage2", "stage3", "stage4"]
 class BackboneConfig(NetworkConfig):
     """The network whose features are detected on: the only section in which a LIP recipe and its baseline differ."""
 
-    weights: Neutral[str | None] = None
-    """The weights to start from: a classification run or checkpoint file, a released LIP file, or timm for timm's own.
-    Runs are compared by what it holds, not by its path."""
     norm: Trains[Literal["batch", "frozen", "group"]] = "batch"
     """Batch norm as in training (with train.sync_bn over all processes); frozen: the statistics and affine map of
     `weights`; group: a group norm of 32 groups in its place, for training from random weights in small batches."""

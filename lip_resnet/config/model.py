@@ -36,11 +36,13 @@ class NetworkConfig(Section):
     circular_padding: Trains[bool] = False
     """Every convolution pads circularly: with the layer aps, exactly invariant to circular shifts."""
     weights: Neutral[str | None] = None
-    """A checkpoint file or run folder to start from. Runs are compared by what it holds, not by its path."""
+    """Weights to start from: a checkpoint file, a run folder, or timm's by name, such as timm:resnet50.a1_in1k. They
+    are loaded before `downsampling` is put in, whose LIP layers start as average pooling. Runs are compared by what it
+    holds, not by its path."""
     convert: Neutral[bool] = False
     """Accept `weights` of a run whose network computes otherwise with the same weights (other layers without
-    parameters), or whose normalisation is another; or of the network without `downsampling`, whose layers then keep
-    their initial weights."""
+    parameters), or whose normalisation is another; or of a run without `downsampling`, whose layers then keep their
+    initial weights."""
 
 
 class ModelConfig(NetworkConfig):

@@ -58,6 +58,9 @@ class LoopConfig(Section):
     """End the run, with the stacks of every process in the run folder, if a step takes longer than this; 0 is off."""
     log_every: Neutral[Positive] = 50
     """Steps between log lines; only then does the host wait for the device."""
+    log_images: Neutral[Annotated[int, Field(ge=0, le=64)]] = 0
+    """At each evaluation, write the importance maps of this many validation images to TensorBoard, and for each site
+    the entropy of its weights and the mean and deviation of its logits; 0 is off. It needs matplotlib."""
     profile: Neutral[Count] = 0
     """Trace this many steps with torch.profiler, after the first 5, for TensorBoard; 0 is off."""
 
@@ -71,6 +74,9 @@ class LoopConfig(Section):
 class TrainConfig(LoopConfig):
     """The training loop, and the loss and regularisation of a classifier."""
 
+    freeze_epochs: Trains[Count] = 0
+    """Head first, for fine-tuning: in this many first epochs the classifier alone trains, and batch norm keeps the
+    statistics of `model.weights`. As many as `epochs`: linear probing."""
     loss: Trains[Literal["cross_entropy", "binary_cross_entropy"]] = "cross_entropy"
     """The loss: cross entropy over the classes, or binary cross entropy of each class."""
     target_threshold: Trains[Rate | None] = None

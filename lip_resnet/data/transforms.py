@@ -1,13 +1,15 @@
 """Images to uint8 pixels on the CPU, and uint8 batches to normalised floats on the device."""
 
+import difflib
 import functools
 import math
+import re
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +18,12 @@ from torchvision.transforms import InterpolationMode, v2
 from lip_resnet import memory, seeding
 from lip_resnet.config import DataConfig, EvalDataConfig, InputError
 from lip_resnet.data.decode import JpegDecoder, decode_exact
+
+_TIMM_POLICIES = ("original", "originalr", "v0", "v0r", "3a", "augmix-m5-w4-d2")
+_TORCHVISION_POLICIES = {"ta_wide": v2.TrivialAugmentWide, "ra": v2.RandAugment, "augmix": v2.AugMix} | {
+    policy.value: functools.partial(v2.AutoAugment, policy) for policy in v2.AutoAugmentPolicy
+}
+"""By the names of torchvision's training reference."""
 
 
 class TrainTransform:
@@ -26,7 +34,7 @@ class TrainTransform:
     RandomHorizontalFlip.
 
     Raises:
-        InputError: ``data.rand_augment`` is not a string that timm accepts.
+        InputError: ``data.rand_augment`` or ``data.auto_augment`` names no policy.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -35,16 +43,8 @@ class TrainTransform:
         self.log_ratio = torch.log(torch.tensor(config.crop_ratio)).tolist()
         self.decoder = JpegDecoder()
         steps: list[Any] = []
-        if config.rand_augment:
-            colour = tuple(round(255 * value) for value in config.mean)
-            try:
-                steps.append(rand_augment_transform(config.rand_augment, {"img_mean": colour}))
-            except (AssertionError, ValueError, KeyError) as error:
-                reason = str(error) or "not in timm's form"
-                raise InputError(
-                    f"data.rand_augment: {config.rand_augment!r} is not a timm RandAugment: {reason}; give one such as "
-                    "rand-m7-mstd0.5-inc1"
-                ) from error
+        if config.rand_augment is not None or config.auto_augment is not None:
+            steps.append(_build_policy(config))
         if config.color_jitter:
             steps.append(v2.ColorJitter(*(config.color_jitter,) * 3))
         self.on_pil = v2.Compose(steps) if steps else None
@@ -128,6 +128,40 @@ class TrainTransform:
         elif width / height > highest:
             w = max(1, round(height * highest))
         return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _build_policy(config: DataConfig) -> Any:
+    """PIL image -> PIL image: ``data.rand_augment`` or ``data.auto_augment``, drawn from the CPU generators."""
+    colour = tuple(round(255 * value) for value in config.mean)
+    name, build = config.auto_augment or "", auto_augment_transform
+    if config.rand_augment is not None:
+        try:
+            return rand_augment_transform(config.rand_augment, {"img_mean": colour})
+        except (AssertionError, ValueError, KeyError) as error:
+            reason = str(error) or "not in timm's form"
+            raise InputError(
+                f"data.rand_augment: {config.rand_augment!r} is not a timm RandAugment: {reason}; give one such as "
+                "rand-m7-mstd0.5-inc1"
+            ) from error
+    if name in _TORCHVISION_POLICIES:
+        return _TORCHVISION_POLICIES[name](interpolation=InterpolationMode(config.interpolation))
+    policy, *options = name.split("-")
+    if policy == "rand":
+        raise InputError(f"data.auto_augment: {name} is timm's RandAugment, which is written data.rand_augment: {name}")
+    if policy == "augmix":
+        build = augment_and_mix_transform
+    try:
+        if wrong := [option for option in options if not re.fullmatch(r"[a-z]+\d+(\.\d+)?", option)]:
+            raise ValueError(f"{wrong[0]!r} is not a letter and a number")  # timm would ignore it
+        return build(name, {"translate_const": int(0.45 * config.size), "img_mean": colour})
+    except (AssertionError, ValueError, KeyError) as error:
+        known = [*_TORCHVISION_POLICIES, *_TIMM_POLICIES]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near and near[0] != name else ""
+        reason = f" ({error})" if policy in {each.split("-")[0] for each in known} else ""
+        raise InputError(
+            f"data.auto_augment: {name!r} is no policy of torchvision or timm{reason}; {hint}known: {', '.join(known)}"
+        ) from error
 
 
 def check_resize(image: Image.Image, config: EvalDataConfig) -> Image.Image:

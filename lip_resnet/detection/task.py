@@ -51,6 +51,7 @@ class Detection:
 
     metrics = METRICS
     best = "AP"
+    freeze_epochs = 0
 
     def __init__(
         self,

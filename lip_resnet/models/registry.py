@@ -48,10 +48,26 @@ def create_pretrained(name: str) -> nn.Module:
     """
     source = pretrained_cfg(name)
     if not any(source.get(key) for key in ("hf_hub_id", "url", "file")):
-        raise InputError(f"timm has no weights of {name}; give --checkpoint FILE instead of --pretrained")
+        raise InputError(f"timm has no weights of {name}; give a file: --checkpoint FILE, or model.weights=FILE")
     if source.get("hf_hub_id"):
         _use_cache_if_offline(source["hf_hub_id"].partition("@")[0])
     return create_model(name, pretrained=True)
+
+
+def check_pretrained_name(name: str) -> None:
+    """Check that timm has weights of this name: a model's, such as resnet50, or with a tag, such as resnet50.a1_in1k.
+
+    Raises:
+        InputError: it has not; names the nearest that it has.
+    """
+    known = timm.list_pretrained()
+    if name in known or name in {each.partition(".")[0] for each in known}:
+        return
+    model = name.partition(".")[0]
+    near = [each for each in known if each.startswith(f"{model}.")]
+    near = difflib.get_close_matches(name, near, n=5, cutoff=0) or difflib.get_close_matches(name, known, n=5)
+    hint = "LIP's are files" if model.startswith("lip_") else f"near names: {', '.join(near) or 'none'}"
+    raise InputError(f"model.weights: timm has no weights {name!r}; {hint}")
 
 
 def _use_cache_if_offline(repository: str) -> None:

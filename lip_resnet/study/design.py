@@ -29,6 +29,8 @@ SAME_IMAGES = (
 )
 """Keys in which no two variants may differ: their predictions would be of other images or classes, or of images that
 are evaluated in another way, which a report does not compare."""
+EXPORTED_CELLS = "cells.jsonl"
+"""In an exported study: one line a finished or failed cell, with its row and learning curve."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 Fragment = dict[str, dict[str, JsonValue]]
@@ -38,6 +40,8 @@ Fragment = dict[str, dict[str, JsonValue]]
 class Study(Section):
     """A study file: one recipe, the variants of it, and what is compared."""
 
+    question: str = ""
+    """What the study asks, in one sentence; reports show it."""
     base: str
     """The recipe of every variant: a YAML file, or a shipped recipe by name."""
     recipe: Fragment = Field(default_factory=dict)
@@ -113,6 +117,11 @@ class Design:
         return isinstance(self.recipes[self.study.baseline], DetectionConfig)
 
     @property
+    def exported(self) -> bool:
+        """Whether the folder is the compact record of a study, as ``export`` writes it, and not its run folders."""
+        return (self.folder / EXPORTED_CELLS).is_file()
+
+    @property
     def compared(self) -> list[str]:
         """The variants but the baseline, the primary one first."""
         others = [name for name in self.recipes if name not in (self.study.baseline, self.study.primary)]
@@ -133,7 +142,9 @@ class Design:
 
 
 def default_folder(path: str | Path) -> Path:
-    """The folder of a study file: runs/studies/<its name>."""
+    """The folder of a study file, runs/studies/<its name>; or ``path``, if it is a folder."""
+    if Path(path).is_dir():
+        return Path(path)
     return Path("runs/studies") / find_recipe(path).stem
 
 
@@ -241,8 +252,10 @@ def write_design(design: Design) -> None:
     folder, path = design.folder, design.folder / "study.yaml"
     # Looked at first: another shard may write study.yaml meanwhile, by way of a hidden file.
     occupied = folder.exists() and not (folder.is_dir() and all(each.name.startswith(".") for each in folder.iterdir()))
+    if design.exported:
+        raise InputError(f"--output {folder} is an exported study, which has no run folders; choose another")
     if path.is_file():
-        _check_same(design, load_record(folder))
+        check_same(design, load_record(folder), f"--output {folder}")
     elif occupied:
         raise InputError(f"--output {folder} exists and is not a study; choose another")
     try:
@@ -266,25 +279,43 @@ def load_record(folder: Path) -> Design:
     if not path.is_file():
         raise InputError(f"{folder} holds no study; start it with: python scripts/study.py run STUDY.yaml")
     tree, source = read_tree(path)
+    return parse_record(tree, source, folder)
+
+
+def parse_record(tree: dict[str, Any], source: str, folder: Path) -> Design:
+    """A design from what ``Design.dump`` has returned.
+
+    Raises:
+        InputError: it is something else.
+    """
     trees = tree.pop("recipes", None)
     study = parse_section(tree, source, Study)
     if not isinstance(trees, dict) or not trees.keys() >= study.variants.keys():
-        raise InputError(f"{path} is not the record of a study that was run: it lacks recipes; choose another --output")
+        raise InputError(
+            f"{source} is not the record of a study that was run: it lacks recipes; choose another --output"
+        )
     return Design(study, {name: parse_recipe(trees[name], source) for name in study.variants}, folder)
 
 
-def _check_same(design: Design, other: Design) -> None:
-    """Refuse to go on with a study in the folder of another one."""
-    where = f"--output {design.folder} holds another study"
+def check_same(design: Design, other: Design, folder: str) -> None:
+    """Refuse to go on with a study in the folder of another one.
+
+    Args:
+        folder: of ``other``, as a message names it.
+
+    Raises:
+        InputError: a baseline, primary comparison or recipe is not the same.
+    """
+    where = f"{folder} holds another study"
     for key in ("baseline", "primary", "processes"):
         ours, theirs = getattr(design.study, key), getattr(other.study, key)
         if ours != theirs:
-            raise InputError(f"{where}: its {key} is {theirs}, here {ours}; choose another --output")
+            raise InputError(f"{where}: its {key} is {theirs}, here {ours}; choose another folder")
     for name in design.recipes.keys() & other.recipes.keys():
         for effect in (Effect.WEIGHTS, Effect.EVALUATION):
             ours, theirs = design.recipes[name].values(effect), other.recipes[name].values(effect)
             for key in ours:
                 if ours[key] != theirs[key] and key != "train.seed":
                     raise InputError(
-                        f"{where}: {name} has {key}={theirs[key]} there, {ours[key]} here; choose another --output"
+                        f"{where}: {name} has {key}={theirs[key]} there, {ours[key]} here; choose another folder"
                     )

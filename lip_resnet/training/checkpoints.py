@@ -179,10 +179,11 @@ def check_entries(
     states = payload["optimizer"]["state"]
     keys = [key for group in payload["optimizer"]["param_groups"] for key in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    elementwise = type(optimizer).__name__ in ("SGD", "AdamW", "Lamb", "Lars")  # others may keep factored averages
     if len(keys) != len(parameters) or not states.keys() <= set(keys):
         raise ValueError(f"optimizer: holds the state of {len(keys)} parameters; it must be of {len(parameters)}")
     for key, parameter in zip(keys, parameters, strict=True):
         for name, value in states.get(key, {}).items():
-            fits = isinstance(value, Tensor) and value.shape in ((), parameter.shape)
+            fits = isinstance(value, Tensor) and (value.shape in ((), parameter.shape) or not elementwise)
             if not fits and type(value) not in (int, float, bool, type(None)):
                 raise ValueError(f"optimizer: {name} does not fit its parameter of shape {tuple(parameter.shape)}")

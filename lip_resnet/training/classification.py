@@ -29,6 +29,7 @@ class Classification:
     def __init__(self, config: Config, device: torch.device, val_loader: EvalLoader | None = None) -> None:
         self.config, self.val_loader = config, val_loader
         self.train, self.classes, self.device = config.train, config.model.num_classes, device
+        self.freeze_epochs = config.train.freeze_epochs
         self.mean, self.std = (torch.tensor(values, device=device) for values in (config.data.mean, config.data.std))
         self.mixing = _build_mixing(config.train)
         self.dense = self.mixing is not None or config.train.loss == "binary_cross_entropy"

@@ -11,19 +11,18 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from lip_resnet import distributed, memory
 from lip_resnet.compat import copy_tensors_, raise_recompile_limit
 from lip_resnet.config import InputError, Recipe
 from lip_resnet.data import Batch, prefetch
+from lip_resnet.training import ddp
 from lip_resnet.training.checkpoints import check_entries
+from lip_resnet.training.freeze import classifier_of, freeze_trunk
 from lip_resnet.training.nonfinite import NonFiniteGuard, check_scale, step_optimizer, update_average
 from lip_resnet.training.optim import build_optimizer, lr_at
 from lip_resnet.training.task import Counts, Loader, Task
-
-_COMPRESSION = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
 
 
 @dataclass
@@ -134,19 +133,16 @@ def build_state(model: nn.Module, config: Recipe, device: torch.device, task: Ta
     if train.grad_checkpointing:
         memory.enable_grad_checkpointing(model)
     optimizer = build_optimizer(model, config.optim)
+    if task.freeze_epochs:
+        classifier_of(model)  # raises
     if train.compile:
         # One graph for each shape: at every size of the schedule and of evaluation, a whole batch and the parts of a
-        # smaller last one, of two sizes at most.
-        raise_recompile_limit(3 * (len(config.data.sizes) + 1))
+        # smaller last one, of two sizes at most; and once more for a frozen trunk.
+        raise_recompile_limit(3 * (len(config.data.sizes) + 1) * (2 if task.freeze_epochs else 1))
         model.compile(mode=train.compile_mode, dynamic=False)
     wrapped = model
     if distributed.world_size() > 1:
-        # DDP broadcasts rank 0's BN buffers before every forward: a checkpoint needs only those.
-        wrapped = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
-        if train.gradient_compression != "none":
-            wrapped.register_comm_hook(None, _COMPRESSION[train.gradient_compression])
+        wrapped = ddp.wrap(model, device, train.gradient_compression)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
     guard = NonFiniteGuard(model, train)
     return TrainState(task, model, wrapped, optimizer, scaler, ema, task.new_counts(device), guard)
@@ -200,12 +196,15 @@ def train_one_epoch(
     """
     train, optim = config.train, config.optim
     device = next(state.model.parameters()).device
-    step = TrainStep(state, config, norm_excludes, on_phase)
     epoch, first = divmod(state.step, len(loader))
     end = min((epoch + 1) * len(loader), train.max_steps or math.inf)
 
     state.wrapped.train()
     state.optimizer.zero_grad()
+    frozen = epoch < state.task.freeze_epochs
+    if state.task.freeze_epochs:
+        freeze_trunk(state.model, state.optimizer, frozen)
+    step = TrainStep(state, config, norm_excludes, on_phase, frozen)
     counts, extra = state.window, dict[str, Tensor]()
     log_start = wait_start = time.perf_counter()
     waited = 0.0
@@ -213,7 +212,7 @@ def train_one_epoch(
         waited += time.perf_counter() - wait_start
         lr = lr_at(state.step, optim, len(loader), train.epochs)
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
         if state.step + 1 not in state.excluded_steps:
             extra = step(batch, lr)
@@ -254,6 +253,7 @@ class TrainStep:
     Args:
         state: from ``build_state``, its modules in training mode; ``state.step`` is read, not advanced.
         norm_excludes, on_phase: as for ``train_one_epoch``.
+        frozen: whether ``freeze_trunk`` has left the classifier's gradients alone, too few for DDP.
     """
 
     def __init__(
@@ -262,11 +262,12 @@ class TrainStep:
         config: Recipe,
         norm_excludes: Sequence[nn.Parameter] = (),
         on_phase: Callable[[str], None] = lambda phase: None,
+        frozen: bool = False,
     ) -> None:
         self.state, self.config, self.on_phase = state, config, on_phase
-        self.no_sync = (
-            state.wrapped.no_sync if isinstance(state.wrapped, DistributedDataParallel) else contextlib.nullcontext
-        )
+        self.network, self.frozen = state.model if frozen else state.wrapped, frozen
+        ddp_or_none = self.network if isinstance(self.network, DistributedDataParallel) else None
+        self.no_sync = ddp_or_none.no_sync if ddp_or_none else contextlib.nullcontext
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         without = {id(parameter) for parameter in norm_excludes}
         self.norm_parameters = (
@@ -291,7 +292,7 @@ class TrainStep:
             self.on_phase("forward")
             last = part == len(batch.parts) - 1
             with contextlib.nullcontext() if last else self.no_sync():
-                loss, counted = state.task.forward(state.wrapped, images, targets, state.step, part)
+                loss, counted = state.task.forward(self.network, images, targets, state.step, part)
                 self.on_phase("backward")
                 for group, saved in self.buffers:
                     copy_tensors_(saved, group)
@@ -300,6 +301,8 @@ class TrainStep:
             for group, saved in self.buffers:  # batch norm's statistics count the forward once, not its recomputation
                 copy_tensors_(group, saved)
             state.window.add(*counted)
+        if self.frozen:
+            ddp.average_gradients(self.parameters)
 
         self.on_phase("update")
         norm = None

@@ -4,28 +4,28 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from lip_resnet.config import OptimConfig
+from lip_resnet.config import InputError, OptimConfig
+from lip_resnet.config.optim import OWN_OPTIMIZERS, optimizer_problem
 
-_TIMM_NAMES = {"sgd": "momentum", "adamw": "adamw", "lamb": "lamb", "lars": "lars"}
+_TIMM_NAMES = {"sgd": "momentum"}  # timm's sgd is Nesterov's
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimizer over one group, or over two: tensors of two and more dimensions decay, the others do not.
+    """timm's optimizer over ``_parameter_groups``.
 
     SGD and AdamW are fused: one pass over the parameters, and no synchronisation under float16's scaler. Not on MPS,
-    where it is not known that the fused ones skip a step that is not finite.
+    where it is not known that the fused ones skip a step that is not finite. Optimizers that are not
+    ``OWN_OPTIMIZERS`` have timm's defaults, and keywords from ``config.args``.
+
+    Raises:
+        InputError: timm has no such optimizer; it takes other keywords, or needs a package or GPU that is not here.
     """
-    parameters = (
-        param_groups_weight_decay(model, config.weight_decay)
-        if config.decay == "matrices"
-        else [parameter for parameter in model.parameters() if parameter.requires_grad]
-    )
-    name, options = _TIMM_NAMES[config.name], dict[str, Any]()
-    if config.name in ("sgd", "lars"):
-        options["momentum"] = config.momentum
+    if problem := optimizer_problem(config.name):
+        raise InputError(f"optim.name: {problem}")
+    name, options = _TIMM_NAMES.get(config.name, config.name), dict[str, Any](config.args)
     if config.name in ("adamw", "lamb"):
         options["betas"] = config.betas
     if config.name == "lamb":
@@ -34,13 +34,36 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         options["fused"] = next(model.parameters()).device.type != "mps"
     if config.nesterov:
         name = "nesterov"
-    optimizer = create_optimizer_v2(parameters, opt=name, lr=config.lr, weight_decay=config.weight_decay, **options)
+    options |= {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    parameters = _parameter_groups(model, config)
+    try:
+        optimizer = create_optimizer_v2(parameters, opt=name, **options)
+    except (TypeError, ValueError, AssertionError, ImportError, AttributeError) as error:
+        if config.name in OWN_OPTIMIZERS:
+            raise
+        given = f" with optim.args {config.args}" if config.args else ""
+        raise InputError(f"optim.name: {config.name}{given}: {str(error).splitlines()[0]}") from error
     if config.name == "sgd" and config.momentum:
         # If torch's first step is skipped (as float16's usually is), it leaves the momentum uninitialised.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _parameter_groups(model: nn.Module, config: OptimConfig) -> Any:
+    """All parameters in one group; or those that decay (``config.decay``), and the layers of ``layer_decay``, apart.
+
+    Groups of layers have an ``lr_scale``, the factor of the step's learning rate.
+    """
+    matrices = config.decay == "matrices"
+    if config.layer_decay < 1:
+        return param_groups_layer_decay(
+            model, config.weight_decay, weight_decay_exclude_1d=matrices, layer_decay=config.layer_decay
+        )
+    if matrices:
+        return param_groups_weight_decay(model, config.weight_decay)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def lr_at(step: int, config: OptimConfig, steps_per_epoch: int, epochs: int) -> float:

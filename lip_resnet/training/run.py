@@ -114,6 +114,8 @@ class Built(NamedTuple):
     """The weights that a fresh start begins with."""
     describe_datasets: Callable[[], Datasets]
     """``Provenance.datasets``; a collective, called once a run folder is open."""
+    observe: Callable[[nn.Module], runlog.Observed] | None = None
+    """What is logged of the evaluated network beside its metrics; called on rank 0 alone."""
 
 
 @dataclass
@@ -130,6 +132,9 @@ class Run:
     provenance: Provenance
     norm_excludes: list[nn.Parameter]
     """As for ``train_one_epoch``."""
+    observe: Callable[[nn.Module], runlog.Observed] | None = None
+    """Called on rank 0 after each evaluation, with the network whose top-1 selects the best; TensorBoard shows the
+    result. It must not change the network or the state of random numbers."""
 
     @property
     def finished(self) -> bool:
@@ -233,6 +238,9 @@ class Run:
         values = self.validate()
         self.log.log(state.step, (state.step - 1) // len(self.loader), values)
         prefix = "val_ema" if self.config.train.rules == "ema" else "val"
+        if (observe := self.observe) is not None:
+            network = state.model if state.ema is None or prefix == "val" else state.ema.module
+            self.log.show(state.step, lambda: observe(network))
         value = values[f"{prefix}/{state.task.best}"]
         improved, state.best = value > state.best, max(state.best, value)
         state.evaluated = state.step

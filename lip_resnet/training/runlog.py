@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -20,6 +21,9 @@ from lip_resnet.compat import is_tensorboard_thread
 from lip_resnet.config import Recipe
 from lip_resnet.errors import InputError
 from lip_resnet.files import to_json, write_text
+
+Observed = tuple[dict[str, float], dict[str, np.ndarray]]
+"""TensorBoard tag -> number, and tag -> picture (H, W, 3) uint8."""
 
 MAX_EARLIER_ENVIRONMENTS = 50
 """env.json keeps the environments of this many earlier starts of the run."""
@@ -119,6 +123,22 @@ class RunLog:
             self.say(f"epoch {epoch} step {step}/{self.total_steps}: {_brief(values)}{self._time_left(step)}")
         elif any(name.startswith("val/") for name in values):
             self.say(f"epoch {epoch}: {_brief(values)}")
+
+    def show(self, step: int, observe: Callable[[], Observed]) -> None:
+        """Call ``observe`` on rank 0 and write what it returns to TensorBoard. A collective.
+
+        Raises:
+            InputError: as ``log``.
+        """
+
+        def write() -> None:
+            numbers, pictures = observe()
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, step)
+            for name, picture in pictures.items():
+                self.writer.add_image(name, picture, step, dataformats="HWC")
+
+        self._try(write)
 
     def _append(self) -> None:
         """Append all unwritten lines to metrics.jsonl; on an error none of them, so that the next call tries again."""

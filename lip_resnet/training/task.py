@@ -51,6 +51,11 @@ class Task(Protocol):
         """The metric that selects best.pt: the higher the better."""
         ...
 
+    @property
+    def freeze_epochs(self) -> int:
+        """First epochs in which only the classifier trains."""
+        ...
+
     def new_counts(self, device: torch.device) -> Counts:
         """Counts of zero."""
         ...

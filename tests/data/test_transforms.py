@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from helpers import small_config
+from helpers import photograph, small_config
 from PIL import Image
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform
+from torchvision.transforms import InterpolationMode, v2
 
-from lip_resnet.config import DataConfig
+from lip_resnet import seeding
+from lip_resnet.config import DataConfig, InputError
 from lip_resnet.data import EvalLoader, build_sources
 from lip_resnet.data.transforms import TrainTransform
 
@@ -30,6 +33,56 @@ def test_rand_augment_fills_with_the_mean_colour():
     black = Image.new("RGB", (16, 16))
     filled = [augment(black, seed, rand_augment="rand-m9-n1", flip=0.0) for seed in range(40)]
     assert sum((pixels != pixels[8, 8]).any() for pixels in filled) > 2  # what moves it does fill
+
+
+def test_policies_are_the_libraries_own():
+    """After the crop and the flip, torchvision's or timm's transform under the seed of the sample."""
+    image, bilinear = photograph(40, 50), {"interpolation": InterpolationMode.BILINEAR}
+    hparams = {"translate_const": 7, "img_mean": tuple(round(255 * value) for value in MEAN)}  # 0.45 of 16 pixels
+    for name, policy in {
+        "ta_wide": v2.TrivialAugmentWide(**bilinear),
+        "ra": v2.RandAugment(**bilinear),
+        "augmix": v2.AugMix(**bilinear),
+        "imagenet": v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, **bilinear),
+        "cifar10": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, **bilinear),
+        "svhn": v2.AutoAugment(v2.AutoAugmentPolicy.SVHN, **bilinear),
+        "original-mstd0.5": auto_augment_transform("original-mstd0.5", dict(hparams)),
+        "v0r": auto_augment_transform("v0r", dict(hparams)),
+        "3a": auto_augment_transform("3a", dict(hparams)),
+        "augmix-m5-w4-d2": augment_and_mix_transform("augmix-m5-w4-d2", dict(hparams)),
+    }.items():
+        outputs = []
+        for seed in range(3):
+            pixels = augment(image, seed, auto_augment=name)
+            outputs.append(pixels)
+            seeding.reseed(seed)
+            crop, flip = v2.RandomResizedCrop(16, antialias=True), v2.RandomHorizontalFlip()
+            assert np.array_equal(pixels, np.asarray(policy(flip(crop(image))))), name
+            assert np.array_equal(pixels, augment(image, seed, auto_augment=name)), name
+        assert not np.array_equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            {"auto_augment": "ta_wid"},
+            "'ta_wid' is no policy of torchvision or timm; did you mean ta_wide? known: ta_wide,",
+        ),
+        ({"auto_augment": "Imagenet"}, "did you mean imagenet?"),
+        ({"auto_augment": "trivial"}, "known: ta_wide, ra"),
+        ({"auto_augment": ""}, "'' is no policy"),
+        ({"auto_augment": "rand-m9"}, "is timm's RandAugment, which is written data.rand_augment: rand-m9"),
+        ({"auto_augment": "original-mstd"}, "('mstd' is not a letter and a number)"),
+        ({"auto_augment": "augmix-m5-z3"}, "(Unknown AugMix config section)"),
+        ({"rand_augment": ""}, "'' is not a timm RandAugment"),
+    ],
+)
+def test_policies_that_are_none(keys, words):
+    with pytest.raises(InputError) as caught:
+        TrainTransform(DataConfig(name="digits", batch_size=2, **keys))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.25, 1.0])

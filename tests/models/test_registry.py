@@ -5,12 +5,15 @@ import hashlib
 import pytest
 import timm
 import torch
+from helpers import small_config
 
+from lip_resnet.commands import initial_weights
 from lip_resnet.commands.initial_weights import load_initial_weights
 from lip_resnet.config import InputError, ModelConfig
 from lip_resnet.evaluation import cost
 from lip_resnet.layers import pooling
 from lip_resnet.models import registry
+from lip_resnet.models.weights import hash_weights
 
 
 @pytest.mark.parametrize(
@@ -95,11 +98,19 @@ def test_fine_tuning_starts_from_the_weights(tmp_path):
     assert model.fc.out_features == 10
 
 
+def trained(model):
+    """Every batch norm scales: at the start the last of a block has weight 0, which hides what the block computes."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.0)
+    return model
+
+
 def test_conversion_puts_lip_into_trained_weights(tmp_path):
     """New LIP layers start as average pooling: the network answers as the same weights with average pooling."""
     torch.manual_seed(0)
     file = tmp_path / "plain.pth"
-    torch.save(registry.create_model("test_resnet", num_classes=10).state_dict(), file)
+    torch.save(trained(registry.create_model("test_resnet", num_classes=10)).state_dict(), file)
 
     def build(layer, **changes):
         layers = {"main": layer}
@@ -112,8 +123,7 @@ def test_conversion_puts_lip_into_trained_weights(tmp_path):
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(lip(images), average(images), rtol=1e-4, atol=1e-5)
     assert record == other
-    with pytest.raises(InputError, match=r"keys missing .*pool\.logits"):
-        build("lip")
+    torch.testing.assert_close(build("lip")[0](images), lip(images))  # a file without a recipe needs no `convert`
     torch.save(lip.state_dict(), file)
     with torch.no_grad():
         lip.fc.weight.add_(1)
@@ -121,6 +131,48 @@ def test_conversion_puts_lip_into_trained_weights(tmp_path):
     torch.save({key: value for key, value in average.state_dict().items() if key != "fc.bias"}, file)
     with pytest.raises(InputError, match=r"1 keys missing \(fc\.bias\)"):
         build("lip", convert=True)
+
+
+def test_weights_by_their_name_in_timm(monkeypatch):
+    """Loaded before `downsampling` is put in; a name that timm lacks and weights of another network end in a line."""
+    torch.manual_seed(0)
+    theirs = trained(registry.create_model("test_resnet"))
+    monkeypatch.setattr(initial_weights, "create_pretrained", lambda name: theirs)
+
+    def build(name="test_resnet", weights="timm:test_resnet.r160_in1k", data=None, **changes):
+        config = ModelConfig(name=name, weights=weights, **changes)
+        model = registry.build_model(config).eval()
+        return model, load_initial_weights(model, config, data)
+
+    model, record = build()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images), theirs.eval()(images))
+    assert record["content"] == hash_weights(theirs.state_dict())
+    lip, average = (build(downsampling={"main": layer})[0] for layer in ("lip", "average"))
+    torch.testing.assert_close(lip(images), average(images), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(lip(images), model(images), rtol=1e-2)
+    few, _ = build(num_classes=5, new_head=True, downsampling={"main": "lip"})
+    assert torch.equal(few.conv1[0].weight, theirs.conv1[0].weight)
+    assert few.fc.out_features == 5
+    data, own = small_config().data, small_config(data__mean=[0.5] * 3, data__std=[0.5] * 3).data
+    for changes, words in (
+        ({"weights": "timm:resnet50.a9_in1k"}, r"no weights 'resnet50\.a9_in1k'; near names: .*resnet50\.a1_in1k"),
+        ({"weights": "timm:resnet5"}, r"no weights 'resnet5'; near names: .*resnet"),
+        ({"weights": "timm:"}, r"no weights ''; near names: none"),
+        ({"weights": "timm:lip_resnet50"}, r"no weights 'lip_resnet50'; LIP's are files"),
+        ({"num_classes": 5}, "for another number of classes set model.new_head: true"),
+        ({"name": "resnet18"}, r"^timm:test_resnet\.r160_in1k: not .* weights of model\.name: test_resnet$"),
+        (
+            {"name": "lip_resnet18"},
+            r"model\.name: test_resnet, into which model\.downsampling: {main: lip, .* puts LIP$",
+        ),
+        ({"data": data}, r"was trained with data\.mean=\[0\.5, .*\], here it is \[0\.485, .*model\.convert: true"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            build(**changes)
+        assert "\n" not in str(caught.value)
+    build(data=data, convert=True)
+    build(data=own)
 
 
 def test_downsampling_of_a_recipe():

@@ -275,10 +275,10 @@ class Linear(torch.nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
 def test_one_compiled_graph_for_each_shape(monkeypatch):
     """No graph has a dynamic shape, and no size of a long schedule falls back to eager mode."""
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     graphs = []
 
     def backend(graph, inputs):

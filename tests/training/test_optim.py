@@ -1,13 +1,20 @@
 """Learning rates against hand-listed values, and who decays."""
 
+import copy
+import io
 import math
 
 import pytest
 import timm
 import torch
+from helpers import small_config
+from helpers.training import prepare, run
+from timm.optim import list_optimizers
 
 import lip_resnet  # noqa: F401
-from lip_resnet.config import OptimConfig
+from lip_resnet.config import InputError, OptimConfig
+from lip_resnet.config.optim import OWN_OPTIMIZERS
+from lip_resnet.training.checkpoints import check_entries
 from lip_resnet.training.optim import build_optimizer, lr_at
 
 
@@ -143,3 +150,90 @@ def test_momentum_and_decay_reach_every_optimizer():
         optimizer.step()
         shrunk = 0.1 if name == "lamb" else 0.1 * 0.25  # LAMB's trust ratio makes any update as long as the weight
         torch.testing.assert_close(layer.weight.detach(), torch.full((2, 2), 1 - shrunk))
+
+
+def _train(layer, optimizer, steps):
+    for step in steps:
+        images = torch.randn(6, 20, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        layer(images).square().mean().backward()
+        optimizer.step()
+
+
+REFUSED = ("kron", "adahessian", "bnb", "fused")
+"""The last two of other packages, which need CUDA."""
+
+
+def test_every_other_optimizer_of_timm_steps_and_resumes():
+    """Two steps, its state through a file, two more: bit for bit the four steps in one go. Others end in one line."""
+    for name in [*(set(list_optimizers()) - {*OWN_OPTIMIZERS}), "lookahead_adamw"]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(20, 24)  # large enough for averages that are factored
+        config = OptimConfig(name=name, lr=0.01)
+        if name.startswith(REFUSED):
+            with pytest.raises(InputError, match=r"^optim.name: [^\n]*$"):
+                build_optimizer(layer, config)
+            continue
+        optimizer = build_optimizer(layer, config)
+        before = copy.deepcopy(layer)
+        _train(layer, optimizer, (0, 1))
+        assert not torch.equal(layer.weight, before.weight), name
+        file = io.BytesIO()
+        torch.save({"weights": layer.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        _train(layer, optimizer, (2, 3))
+        file.seek(0)
+        payload = torch.load(file, weights_only=True)
+        other = torch.nn.Linear(20, 24)
+        other.load_state_dict(payload["weights"])
+        optimizer = build_optimizer(other, config)
+        entries = {"step": 2, "processes": [1], "window": torch.zeros(1, 4), "best": 0.0}
+        check_entries(payload | entries, {}, optimizer, torch.zeros(4))
+        optimizer.load_state_dict(payload["optimizer"])
+        _train(other, optimizer, (2, 3))
+        assert torch.equal(other.weight, layer.weight), name
+
+
+def test_keywords_of_other_optimizers():
+    """Lion by hand: the sign of b1 m + (1 - b1) g, then m = b2 m + (1 - b2) g; with the decay of AdamW."""
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.tensor([[2.0]]))
+    config = OptimConfig(name="lion", lr=0.1, weight_decay=0.01, args={"betas": [0.5, 0.75]})
+    optimizer, w, m = build_optimizer(layer, config), 2.0, 0.0
+    for gradient in (1.0, -0.1, -0.5):  # with timm's betas the second sign is another
+        layer.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        w = w * (1 - 0.1 * 0.01) - 0.1 * math.copysign(1, 0.5 * m + 0.5 * gradient)
+        m = 0.75 * m + 0.25 * gradient
+        assert layer.weight.item() == pytest.approx(w, rel=1e-6)
+    with pytest.raises(InputError, match=r"^optim.name: lion with optim.args {'beta': 1}: [^\n]*'beta'"):
+        build_optimizer(layer, OptimConfig(name="lion", lr=0.1, args={"beta": 1}))
+    moved = [
+        build_optimizer(layer, OptimConfig(name="rmsprop", lr=0.1, momentum=m)).defaults["momentum"] for m in (0, 0.5)
+    ]
+    assert moved == [0, 0.5]
+
+
+def test_layer_decay_by_hand():
+    """LIP-ResNet-18: the stem, four stages of two blocks, the classifier; a logit module goes with its block."""
+    model = timm.create_model("lip_resnet18", num_classes=3)
+    layers = ["", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0", "layer4.1", "fc"]
+    for decay in ("all", "matrices"):
+        config = OptimConfig(lr=0.1, weight_decay=0.01, layer_decay=0.5, decay=decay)
+        groups = build_optimizer(model, config).param_groups
+        of = {id(parameter): group for group in groups for parameter in group["params"]}
+        for name, parameter in model.named_parameters():
+            depth = max(index for index, layer in enumerate(layers) if name.startswith(layer))
+            assert of[id(parameter)]["lr_scale"] == 0.5 ** (9 - depth), name
+            decays = decay == "all" or parameter.dim() >= 2
+            assert of[id(parameter)]["weight_decay"] == (0.01 if decays else 0), name
+    assert "lr_scale" not in build_optimizer(model, OptimConfig(lr=0.1)).param_groups[0]
+
+
+def test_layer_decay_scales_every_step_s_rate():
+    config, state, loader, _ = prepare(optim__layer_decay=0.5, train__max_steps=2, optim__warmup_epochs=1.0)
+    run(config, state, loader)
+    rate = lr_at(1, config.optim, len(loader), 2)
+    rates = {group["lr"] for group in state.optimizer.param_groups}
+    assert rates == {rate * group["lr_scale"] for group in state.optimizer.param_groups}
+    assert len(rates) > 3
+    assert max(rates) == rate < small_config().optim.lr

@@ -21,6 +21,7 @@ from lip_resnet.recipe import load_config
 
 LAUNCH = ROOT / "scripts" / "launch"
 SLURM, TWO_NODES, PYTORCHJOB = (LAUNCH / name for name in ("slurm.sbatch", "two_nodes.sh", "pytorchjob.yaml"))
+ARRAY = LAUNCH / "study.sbatch"
 RECIPE = "configs/imagenet/lip_resnet50_step90.yaml"
 
 # What the launch files call, replaced: it writes down how it was called.
@@ -87,7 +88,7 @@ def words(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-@pytest.mark.parametrize("path", [SLURM, TWO_NODES], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [SLURM, TWO_NODES, ARRAY], ids=lambda path: path.name)
 def test_shell_syntax(path):
     assert call("bash", "-n", path).returncode == 0
     assert call("bash", path).returncode == 2  # no recipe: how to use it
@@ -210,6 +211,57 @@ def test_slurm_requeues_what_was_saved(stage, tmp_path, monkeypatch, number, req
     assert (stage / "scontrol").exists() == requeued
     if requeued:
         assert words(stage / "scontrol") == ["requeue 123456"]
+
+
+@pytest.fixture
+def task(stage, monkeypatch):
+    """The third task of an array of four."""
+    names = {"JOB_ID": "77", "TASK_ID": "2", "TASK_COUNT": "4", "TASK_MIN": "0"}
+    for name, value in names.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
+    return stage
+
+
+def test_array_directives():
+    given = directives(ARRAY.read_text())
+    assert given["--array"] == "0-3"
+    assert given["--requeue"] == ""
+    assert given["--open-mode"] == "append"
+    assert given["--signal"].startswith("B:USR1@")
+    assert {"%A", "%a"} <= set(re.findall("%.", given["--output"]))  # a log for each task
+
+
+def test_array_task_runs_its_share(task, monkeypatch):
+    monkeypatch.setenv("JOBS", "4")
+    assert call("bash", ARRAY, "configs/studies/digits.yaml", "--output", "runs/x", "data.workers=1").returncode == 0
+    arguments = ["configs/studies/digits.yaml", "--output", "runs/x", "data.workers=1", "--jobs", "4"]
+    assert words(task / "check") == ["scripts/study.py", "run", *arguments, "--shard", "2/4"]
+    assert not (task / "scontrol").exists()
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")  # --array=1-4 would leave a share out
+    refused = call("bash", ARRAY, "configs/studies/digits.yaml")
+    assert refused.returncode == 2
+    assert "--array begins at 1; it must be 0 to n - 1, or SHARDS=n be set" in refused.stderr
+    monkeypatch.setenv("SHARDS", "5")
+    assert call("bash", ARRAY, "configs/studies/digits.yaml").returncode == 0
+    assert words(task / "check")[-1] == "2/5"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "requeued"),
+    [(signal.SIGUSR1, 75, True), (signal.SIGUSR1, 1, False), (signal.SIGTERM, 75, False)],
+    ids=["time limit", "failed cells", "cancelled"],
+)
+def test_array_task_is_requeued_when_it_was_stopped(task, tmp_path, number, code, requeued):
+    """A stand-in for study.py: stopped by SIGTERM alone, ends with its exit code."""
+    body = f'trap "sleep 0.2; touch $RECORD/saved; exit {code}" TERM; touch "$RECORD/started"\n'
+    executable(tmp_path / "tools" / "python", body + "for _ in $(seq 1000); do sleep 0.01; done")
+    job = start_job("configs/studies/digits.yaml", script=ARRAY)
+    wait_for((task / "started").exists, job)
+    job.send_signal(number)
+    printed, _ = job.communicate(timeout=60)
+    assert job.returncode == code, printed
+    assert (task / "saved").exists()
+    assert (words(task / "scontrol") if (task / "scontrol").exists() else []) == ["requeue 77_2"] * requeued
 
 
 @pytest.mark.parametrize("requested", [False, True])
