@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lip_resnet.config import Config, DetectionConfig, Recipe, Section
+from lip_resnet.config.fields import is_section
 from lip_resnet.config.optim import optimizer_problem
 from lip_resnet.config.recipe import effects_of
 from lip_resnet.errors import InputError
@@ -290,7 +291,7 @@ def _example(location: list[str], schema: type[Section]) -> str:
     for part in location:
         field = parent.model_fields[part]
         parent = field.annotation
-        if not (isinstance(parent, type) and issubclass(parent, Section)):
+        if not is_section(parent):
             if field.is_required() and not field.examples:
                 return f"{part}: ..."
             value = field.examples[0] if field.examples else field.default

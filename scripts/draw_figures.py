@@ -138,7 +138,7 @@ def importance() -> bytes:
         figures.draw_scale(figure, axes.flat, "")
         figure.supxlabel("weight in LIP's windows, as a multiple of that in average pooling", fontsize="small")
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160)
+        figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight", pad_inches=0.04)
     return buffer.getvalue()
 
 

@@ -68,12 +68,12 @@ def test_shipped_recipe_is_found_by_name(tmp_path, monkeypatch):
 
 def baseline(path: Path) -> Path:
     """The recipe that a LIP recipe, or one of the zoo, is compared with."""
-    if path.parent.name == "zoo":
+    if path.parent.name in ("zoo", "ablation"):
         return ROOT / "configs" / "imagenet" / "resnet50_step90.yaml"
-    return path.with_name(re.sub(r"^lip_|_width\d+", "", path.name))
+    return path.with_name(re.sub(r"^lip_|_width\d+|_lip", "", path.name))
 
 
-COMPARED = [path for path in SHIPPED if path.name.startswith("lip_") or path.parent.name == "zoo"]
+COMPARED = [path for path in SHIPPED if "lip_" in f"{path.stem}_" or path.parent.name == "zoo"]
 
 
 @pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)

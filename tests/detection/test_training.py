@@ -13,6 +13,7 @@ from lip_resnet.config import InputError
 from lip_resnet.recipe import load_config, load_recipe
 from lip_resnet.training import engine
 
+SMALL = {"model__backbone": {"name": "resnet10t"}, "data__size": 32, "data__max_size": 64}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 LOSSES = ("loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 
@@ -23,7 +24,7 @@ def start(tmp_path, monkeypatch):
 
     def run_it(*arguments: str, output: str = "run", **changes: object):
         recipe = tmp_path / f"{output}.yaml"
-        recipe.write_text(small_detection(**changes).dump())
+        recipe.write_text(small_detection(**{**SMALL, **changes}).dump())
         run_train(monkeypatch, "--config", recipe, "--output", tmp_path / output, *arguments)
         return tmp_path / output
 
