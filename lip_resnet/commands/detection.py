@@ -8,7 +8,7 @@ from torch import nn
 
 from lip_resnet import distributed
 from lip_resnet.commands.initial_weights import load_initial_weights
-from lip_resnet.config import DetectionConfig, ModelConfig
+from lip_resnet.config import DetectionConfig, InputError, ModelConfig
 from lip_resnet.detection.loaders import DetectionEvalLoader, DetectionTrainLoader
 from lip_resnet.detection.models import build_body, build_detector
 from lip_resnet.detection.sources import build_sources
@@ -36,7 +36,15 @@ def build(config: DetectionConfig, device: torch.device, folder: Path, resume: s
         return distributed.on_main(lambda: {"train": train_source.describe(), "val": val_source.describe()})
 
     task = Detection(config, model, device, val_loader)
-    return Built(task, model, loader, provenance, config.model.backbone.weights, describe)
+    observe = None
+    if config.train.log_images:
+        try:
+            from lip_resnet.detection.pictures import build_monitor
+        except ImportError as error:
+            line = 'train.log_images needs the package matplotlib: pip install "lip-resnet[insight]"'
+            raise InputError(line) from error
+        observe = build_monitor(val_source, config.data, config.train.channels_last, config.train.log_images)
+    return Built(task, model, loader, provenance, config.model.backbone.weights, describe, observe)
 
 
 def load_backbone_weights(body: nn.Module, config: DetectionConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from lip_resnet.config import InputError
 from lip_resnet.config.detection import EvalDetectionDataConfig
+from lip_resnet.detection.coco import CocoSource
 from lip_resnet.detection.samples import DetectionSource
 from lip_resnet.detection.scenes import Scenes
 
@@ -34,4 +35,4 @@ def build_sources(
 def _open(config: EvalDetectionDataConfig, split: str) -> DetectionSource:
     if config.name == "digit_scenes":
         return Scenes(split == "train", config.images if split == "train" else max(1, config.images // 5))
-    raise InputError("data.name: coco is not there yet")
+    return CocoSource(config, split)

@@ -14,6 +14,7 @@ from lip_resnet import distributed, memory
 from lip_resnet.config import InputError
 from lip_resnet.data import EvalLoader, normalize, to_device
 from lip_resnet.evaluation import metrics, testsets
+from lip_resnet.evaluation.classes import note_on_names
 from lip_resnet.evaluation.compatibility import check_set, recorded_classes
 from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
 from lip_resnet.evaluation.nonfinite import FirstNonFinite
@@ -198,6 +199,27 @@ def evaluate_reference(
         raise InputError(f"--data {data} has {len(val.source)} images; the published counts are of {images}")
     model.to(distributed.device())
     return evaluate_set(model, val, EvalLoader(val.source, config.data), config)
+
+
+def print_notes(
+    configs: list[EvalConfig], sets: list[testsets.EvalSet], trained: Any, named: bool, scaled: bool
+) -> None:
+    """What follows from the command line and the set without being asked for, a line each on stderr.
+
+    Args:
+        trained: the recipe of the training; None where it is unknown.
+        named: whether ``sets`` are test sets, and not the recipe's validation set.
+        scaled: whether another size of the crop was asked for, and not of the resized image.
+    """
+    resizes = [config.data.eval_resize for config, data in zip(configs, sets, strict=True) if data.name != "imagenet-c"]
+    if resizes and scaled:
+        line = f"--size {configs[0].data.eval_size} keeps the crop's share of the image: --resize {resizes[0]}"
+        print(f"note: {line}", file=sys.stderr)
+    if named or configs[0].model.num_classes != len(testsets.wnids()):
+        return
+    note = note_on_names(sets[0].source.classes, testsets.wnids())
+    if note and (trained is None or sets[0].classes):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def print_result(data: testsets.EvalSet, result: dict[str, Any], with_name: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lip_resnet.config import InputError
 from lip_resnet.files import write_text
-from lip_resnet.study import costs, statistics
+from lip_resnet.study import costs, detection, statistics
 from lip_resnet.study.costs import Results
 from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
 from lip_resnet.study.details import classes_section, seeds_section
@@ -24,6 +24,8 @@ def write_report(design: Design) -> list[str]:
         InputError: no cell is finished, cells are not comparable, matplotlib is not installed, or a file cannot be
             written.
     """
+    if design.detection:
+        return detection.write_report(design)
     results = load_results(design)
     comparisons = compare(design, results)
     sections = build_sections(design, results, comparisons)
