@@ -24,7 +24,8 @@ def train_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
     parser.add_argument("--config", required=True, help="the recipe: a YAML file, or a shipped one by name")
     parser.add_argument("--output", help="the run folder (default: runs/<folder of the recipe>/<its name>)")
     parser.add_argument("--resume", default="none", metavar="auto|none|PATH", help="continue a run (default: none)")
-    parser.add_argument("--check", action="store_true", help="check recipe, data and network; train and write nothing")
+    dry_run = "build everything, take three steps, print speed, memory and hours of the recipe; write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser
 

@@ -16,7 +16,9 @@ from bench import tables
 from reproduce_paper import count_networks
 
 from lip_resnet import cli
-from lip_resnet.config import EFFECTS, Config, Effect, InputError
+from lip_resnet.config import Config, DetectionConfig, DetectorConfig, Effect, InputError
+from lip_resnet.config.recipe import effects_of
+from lip_resnet.evaluation.baselines import load_baselines
 from lip_resnet.evaluation.cost import count_parameters, macs_of_map
 from lip_resnet.evaluation.paper import load_paper, render_table
 from lip_resnet.evaluation.render import render
@@ -95,6 +97,16 @@ def networks() -> str:
     return render(header, lines)
 
 
+def baselines() -> str:
+    """What is known of the accuracy of the shipped recipes without LIP."""
+    lines = ["| recipe | healthy top-1 (%) | images | figures |", "|---|---|--:|---|"]
+    for name, baseline in load_baselines().items():
+        low, high = baseline.range
+        figures = "; ".join(f"{figure.top1:.2f} {figure.source} ({figure.kind})" for figure in baseline.figures)
+        lines.append(f"| `{name}` | {low:.2f} to {high:.2f} | {baseline.images:,} | {figures} |")
+    return "\n".join(lines)
+
+
 def bad_images() -> str:
     """The outcome for each kind of broken or unusual image."""
     text = (ROOT / "results" / "bad_images.jsonl").read_text(encoding="utf-8")
@@ -166,22 +178,32 @@ def map_probes() -> str:
 
 
 def recipe_keys() -> str:
-    """Every key of a recipe: its type, default, docstring and effect."""
+    """Every key of a recipe of classification: its type, default, docstring and effect."""
     effects = "\n".join(f"- *{effect.name.lower()}*: {effect.value}" for effect in Effect)
     parts = [f"The last column says what another value changes.\n\n{effects}"]
-    for section, field in Config.model_fields.items():
-        model = field.annotation
-        schema = model.model_json_schema()["properties"]
-        header = ["key", "values", "default", "meaning", "changes"]
-        lines = []
-        for key, about in model.model_fields.items():
+    return "\n\n".join(parts + [_keys(name, field.annotation) for name, field in Config.model_fields.items()])
+
+
+def detection_keys() -> str:
+    """The keys of a recipe of detection that one of classification does not have."""
+    fields = DetectionConfig.model_fields
+    backbone = _keys("model.backbone", DetectorConfig.model_fields["backbone"].annotation)
+    return "\n\n".join([_keys("model", fields["model"].annotation), backbone, _keys("data", fields["data"].annotation)])
+
+
+def _keys(section: str, model: Any) -> str:
+    """The table of a section's keys, without those of sections in it."""
+    schema, effects = model.model_json_schema()["properties"], effects_of(model)
+    header = ["key", "values", "default", "meaning", "changes"]
+    lines = []
+    for key, about in model.model_fields.items():
+        if key in effects:
             default = "required" if about.is_required() else f"`{_yaml(about.get_default(call_default_factory=True))}`"
-            meaning, effect = " ".join(about.description.split()), EFFECTS[f"{section}.{key}"]
-            cells = [f"`{section}.{key}`", _values(schema[key]), default, meaning, effect.name.lower()]
+            meaning = " ".join(about.description.split())
+            cells = [f"`{section}.{key}`", _values(schema[key]), default, meaning, effects[key].name.lower()]
             lines.append([cell.replace("|", "&#124;") for cell in cells])
-        table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
-        parts.append("\n".join([f"### {section}", "", model.__doc__, "", *table]))
-    return "\n\n".join(parts)
+    table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
+    return "\n".join([f"### {section}", "", model.__doc__, "", *table])
 
 
 def _yaml(value: Any) -> str:
@@ -236,7 +258,8 @@ def study_figures() -> dict[Path, str]:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"networks": networks, "study": first_study},
     "docs/results.md": {"results": study_results},
-    "docs/recipes.md": {"recipe-keys": recipe_keys},
+    "docs/recipes.md": {"recipe-keys": recipe_keys, "baselines": baselines},
+    "docs/detection.md": {"detection-keys": detection_keys},
     "docs/layers.md": {"zoo": layers},
     "docs/downsampling.md": {"criteria": criteria, "costs": layer_costs},
     "docs/paper.md": {"paper-report": paper},

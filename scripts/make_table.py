@@ -5,10 +5,11 @@ from pathlib import Path
 
 from lip_resnet import cli
 from lip_resnet.config import InputError
+from lip_resnet.evaluation.baselines import judge
 from lip_resnet.evaluation.paper import load_paper
 from lip_resnet.evaluation.render import STYLES, render
 from lip_resnet.evaluation.rows import read_rows
-from lip_resnet.evaluation.tables import build_table, build_wide
+from lip_resnet.evaluation.tables import build_table, build_wide, group
 from lip_resnet.files import write_text
 
 
@@ -33,6 +34,8 @@ def main() -> None:
         header, lines, notes = build_wide(rows, options.baseline)
     else:
         header, lines, notes = build_table(rows, load_paper().accuracies(), options.baseline)
+    verdicts = [judge({**entry.rows[0], "top1": entry.mean("top1")}) for entry in group(rows)]
+    notes += [verdict for verdict in verdicts if verdict is not None]
     text = render(header, lines, notes, options.format)
     print(text, end="")
     if options.format == "csv":  # a CSV table has no notes

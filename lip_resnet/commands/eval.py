@@ -74,7 +74,8 @@ def main(options: Namespace) -> None:
         if distributed.is_main() and output is not None:
             source = options.checkpoint or f"timm:{recipe.model.name}"
             row = rows.build_row(model, source, ema, data, config, result, payload, trained)
-            rows.write_row(output, row)
+            named = {"predictions": options.predictions} if options.predictions else {}
+            rows.write_row(output, row | named)
 
 
 def print_notes(options: Namespace, configs: list[EvalConfig], sets: list[testsets.EvalSet], trained: Any) -> None:

@@ -4,7 +4,7 @@ A field is ``Trains[...]``, ``Evaluates[...]`` or ``Neutral[...]``, by what a ch
 """
 
 import enum
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -40,7 +40,12 @@ class Section(BaseModel):
     )
 
 
-def check_normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    """Whether a field's annotation is a section; in Python 3.10 ``dict[str, int]`` is an instance of ``type`` too."""
+    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def check_mean_and_std(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """Check the keys ``mean`` and ``std`` of pixels.
 
     Raises:

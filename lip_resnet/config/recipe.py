@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import JsonValue, model_validator
 
-from lip_resnet.config.fields import Effect, Section
+from lip_resnet.config.fields import Effect, Section, is_section
 from lip_resnet.config.optim import OptimConfig
 from lip_resnet.config.train import LoopConfig
 
@@ -57,7 +57,7 @@ def effects_of(schema: type[Section], prefix: str = "") -> dict[str, Effect]:
     """The effect of each key of a schema, by ``section.key``; keys of sections in sections have further dots."""
     effects: dict[str, Effect] = {}
     for key, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if is_section(field.annotation):
             effects |= effects_of(field.annotation, f"{prefix}{key}.")
         effects |= {f"{prefix}{key}": effect for effect in field.metadata if isinstance(effect, Effect)}
     return effects

@@ -62,7 +62,8 @@ class LoopConfig(Section):
     """At each evaluation, write the importance maps of this many validation images to TensorBoard, and for each site
     the entropy of its weights and the mean and deviation of its logits; 0 is off. It needs matplotlib."""
     profile: Neutral[Count] = 0
-    """Trace this many steps with torch.profiler, after the first 5, for TensorBoard; 0 is off."""
+    """Trace this many steps with torch.profiler, after the first 5: tensorboard/*.pt.trace.json.gz, which
+    https://ui.perfetto.dev opens; 0 is off."""
 
     @model_validator(mode="after")
     def _check_loop(self) -> "LoopConfig":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lip_resnet import distributed, memory
 from lip_resnet.config import InputError
@@ -25,6 +26,12 @@ _DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bf
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to ``precision``; disabled for float32 and tf32."""
     return torch.autocast(device.type, _DTYPES[precision], enabled=_DTYPES[precision] != torch.float32)
+
+
+def progress_bar(images: int) -> tqdm:
+    """A bar of so many evaluated images, on rank 0 where stderr is a terminal; it disappears at the end."""
+    disable = None if distributed.is_main() else True  # None: tqdm asks whether it is a terminal
+    return tqdm(total=images, desc="evaluation", unit=" images", leave=False, dynamic_ncols=True, disable=disable)
 
 
 @torch.inference_mode()
@@ -71,15 +78,17 @@ def evaluate(
         with autocast(device, precision):
             return model(images).float()
 
-    for batch, (indices, (images, labels)) in enumerate(zip(loader.batches, loader, strict=True)):
-        with memory.explained(functools.partial(_smaller_batch, forward, images, device)):
-            logits = forward(images)
-        labels = to_device(labels, device)
-        nonfinite[batch] = (~logits.isfinite().all(dim=1)).sum()
-        # In float64 where there is one, as logits that differ by more than float32's range have a finite loss too.
-        counts.add(logits, labels, cross_entropy(logits.to(counts.sums.dtype), labels))
-        if predictions is not None:
-            predictions.add(range(indices.start - start, indices.stop - start), logits, labels)
+    with progress_bar(loader.samples) as bar:
+        for batch, (indices, (images, labels)) in enumerate(zip(loader.batches, loader, strict=True)):
+            with memory.explained(functools.partial(_smaller_batch, forward, images, device)):
+                logits = forward(images)
+            labels = to_device(labels, device)
+            nonfinite[batch] = (~logits.isfinite().all(dim=1)).sum()
+            # In float64 where there is one, as logits that differ by more than float32's range have a finite loss too.
+            counts.add(logits, labels, cross_entropy(logits.to(counts.sums.dtype), labels))
+            if predictions is not None:
+                predictions.add(range(indices.start - start, indices.stop - start), logits, labels)
+            bar.update(min(len(labels) * distributed.world_size(), loader.samples - bar.n))
     result = counts.reduce()
     bad = int(distributed.all_reduce_sum(nonfinite.sum()))
     if bad:

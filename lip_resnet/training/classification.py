@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from lip_resnet import distributed, seeding
 from lip_resnet.config import Config, TrainConfig
 from lip_resnet.data import EvalLoader, normalize, to_device
+from lip_resnet.evaluation.baselines import judge, row_of
 from lip_resnet.evaluation.evaluate import autocast, evaluate
 from lip_resnet.evaluation.metrics import AccuracyCounts
 
@@ -76,6 +77,11 @@ class Classification:
         """As ``Task``'s."""
         side = self.config.data.sizes[-1 if largest else 0]
         return torch.zeros(images, 3, side, side, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64)
+
+    def remark(self, best: float) -> str | None:
+        """As ``Task``'s: where the top-1 of a baseline lies in its published range."""
+        assert self.val_loader is not None
+        return judge(row_of(self.config, len(self.val_loader.source), best))
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """As ``Task``'s: loss, top-1 and top-5, percent."""

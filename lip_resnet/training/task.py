@@ -73,6 +73,10 @@ class Task(Protocol):
         """A part without content of so many images, of the smallest or the largest training size; on the CPU."""
         ...
 
+    def remark(self, best: float) -> str | None:
+        """A line about a finished run's value of the metric ``best``, such as what is published; or None."""
+        ...
+
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """``metrics`` over the validation set. A collective.
 

@@ -6,10 +6,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lip_resnet.insight import figures, importance_maps
+from lip_resnet.insight import importance_maps
 from lip_resnet.insight.gallery import Picture, to_page
 from lip_resnet.insight.windows import example_window
 from lip_resnet.layers import make_layer
+
+pytest.importorskip("matplotlib")
+from lip_resnet.insight import figures
 
 GREY = np.full((48, 48, 3), 128, dtype=np.uint8)
 """The grey that the colour bar stands on."""

@@ -75,6 +75,38 @@ def test_recipes_train_the_row(row):
     assert (config.train.epochs, config.optim.milestones, config.data.batch_size) == (90, (30, 60, 80), 256)
 
 
+def test_ablation_by_hand():
+    """The reference's network without the logit modules of some places, and with what stands there instead."""
+    # (input channels, channels of the main path, height) of the strided blocks; the stem has 64 channels at 112 pixels
+    blocks = [(256, 128, 56), (512, 256, 28), (1024, 512, 14)]
+    # (parameters, multiply-adds); every norm has a scale and a shift for each channel
+    stem = 64 * 64 * 9 + 2 * 64, 64 * 64 * 9 * 112**2
+    trunk = (
+        sum(128 * c + 128 * 128 * 9 + 4 * 128 for c, _, _ in blocks),
+        sum(128 * (c + 1152) * s * s for c, _, s in blocks),
+    )
+    main = sum(128 * c + 2 * c for _, c, _ in blocks), sum(128 * c * s * s for _, c, s in blocks)
+    shortcut = sum(128 * c + 2 * c for c, _, _ in blocks), sum(128 * c * s * s for c, _, s in blocks)
+    pooled = [(c, s) for wide, narrow, s in blocks for c in (wide, narrow)]
+    projection = sum(c * c + c for c, _ in pooled), sum(c * c * s * s for c, s in pooled)
+    dpp = 2 * (64 + sum(c for c, _ in pooled)), 0
+    full = (23864232, 5.300e9)
+    for name, without, instead in (
+        ("average", (stem, trunk, main, shortcut), (0, 0)),
+        ("detail_preserving", (stem, trunk, main, shortcut), dpp),
+        ("projection", (trunk, main, shortcut), projection),
+        ("only_stem", (trunk, main, shortcut), (0, 0)),
+        ("only_blocks", (stem,), (0, 0)),
+        ("only_main", (stem, shortcut), (0, 0)),
+        ("only_shortcut", (stem, main), (0, 0)),
+    ):
+        row = ROWS[f"lip_resnet50_{name}"]
+        assert row.params.value == full[0] - sum(part[0] for part in without) + instead[0], name
+        macs = full[1] - sum(part[1] for part in without) + instead[1]
+        assert row.macs.value == pytest.approx(macs / 1e9, abs=0.0011), name  # both of three digits
+        assert row.published is None
+
+
 def test_flops_rule_by_hand():
     """2 x 4 x 4 inputs; 3x3 convolution to 4 channels, BN, ReLU, instance norm, max pooling, linear."""
     model = nn.Sequential(

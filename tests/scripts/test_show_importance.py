@@ -12,6 +12,7 @@ from PIL import Image
 
 from lip_resnet.models import registry
 
+pytest.importorskip("matplotlib")
 CONFIG = small_config(model__name="lip_resnet18")
 
 

@@ -17,6 +17,7 @@ from lip_resnet.insight.monitor import build_monitor
 from lip_resnet.layers import make_layer
 from lip_resnet.models import load_weights, registry
 
+pytest.importorskip("matplotlib")
 NETWORK = "model.downsampling={stem: lip}"
 
 
