@@ -9,16 +9,19 @@ from helpers import small_config
 from helpers.commands import call
 from helpers.training import run_train
 
+from lip_resnet.config import Config
 from lip_resnet.evaluation.baselines import Baseline, Figure, judge, load_baselines, row_of
 from lip_resnet.evaluation.protocol import EvalConfig, describe_protocol, describe_training
-from lip_resnet.recipe import load_config, shipped_recipes
+from lip_resnet.recipe import load_config, load_recipe, shipped_recipes
 from lip_resnet.training import classification
 
 RECIPES = shipped_recipes()
 BASELINES = {
     name: load_config(path)
     for name, path in RECIPES.items()
-    if not name.startswith(("zoo/", "finetune/")) and not name.rpartition("/")[2].startswith("lip_")
+    if not name.startswith(("zoo/", "finetune/"))
+    and not name.rpartition("/")[2].startswith("lip_")
+    and isinstance(load_recipe(path), Config)  # detectors are judged by AP
 }
 
 
