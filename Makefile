@@ -9,7 +9,7 @@ THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) //
 # On CPUs everywhere: the README's figures, and no more processes than there are GPUs.
 TORCHRUN = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
-.PHONY: install help demo test test-slow lint docs dist bench faults soak clean
+.PHONY: install help demo test test-slow lint figures docs dist bench faults soak clean
 
 install: $(READY) ## make .venv with the pinned versions
 
@@ -45,6 +45,10 @@ lint: .venv/ready-dev ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+figures: $(READY) ## draw the figures of the pages that are not up to date
+	$(BIN)/python scripts/draw_operator.py --output docs/figures/operator.svg
+	$(BIN)/python scripts/draw_figures.py
 
 docs: .venv/ready-docs ## refresh the generated parts of the pages and build the site
 	$(BIN)/python scripts/make_docs.py

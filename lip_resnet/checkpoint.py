@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lip_resnet.config import Config
+from lip_resnet.config import Config, Recipe
 from lip_resnet.errors import InputError
 from lip_resnet.files import to_json, write_atomically
-from lip_resnet.recipe import parse_config
+from lip_resnet.recipe import R, of_task, parse_recipe
 
 FORMAT = 1
 _METADATA = "lip_resnet"
@@ -140,15 +140,20 @@ def _describe_value(value: Any) -> str:
     return "object" if isinstance(value, _Inert) else type(value).__name__
 
 
-def read_recipe(payload: dict[str, Any], source: str) -> Config | None:
+def read_recipe(payload: dict[str, Any], source: str, schema: type[R] = Config) -> R | None:  # type: ignore[assignment]
     """The recipe in one of our checkpoints or exported files; None in files of others.
 
+    Args:
+        schema: of the task that it must be of; ``Recipe`` for any.
+
     Raises:
-        InputError: it is not a recipe of this version; ``source`` names the file.
+        InputError: it is not a recipe of this version, or is of another task; ``source`` names the file.
     """
     recipe = payload.get("config")
-    ours = isinstance(recipe, dict) and recipe.keys() >= Config.model_fields.keys()
-    return parse_config(payload["config"], source) if ours or {"format", "config"} <= payload.keys() else None
+    ours = isinstance(recipe, dict) and recipe.keys() >= Recipe.model_fields.keys()
+    if not ours and not {"format", "config"} <= payload.keys():
+        return None
+    return of_task(parse_recipe(payload["config"], source), schema, source)
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -36,8 +36,8 @@ def functorch_is_active() -> bool:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether ``model.compile()`` was called; torch 2.11 to 2.14."""
-    return model._compiled_call_impl is not None
+    """Whether ``model.compile()`` was called, or it is what ``torch.compile`` returned; torch 2.11 to 2.14."""
+    return model._compiled_call_impl is not None or hasattr(model, "_orig_mod")
 
 
 def is_exporting() -> bool:

@@ -11,11 +11,16 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lip_resnet.config import EFFECTS, Config, Section
+from lip_resnet.config import Config, DetectionConfig, Recipe, Section
+from lip_resnet.config.fields import is_section
 from lip_resnet.config.optim import optimizer_problem
+from lip_resnet.config.recipe import effects_of
 from lip_resnet.errors import InputError
 
 T = TypeVar("T", bound=Section)
+R = TypeVar("R", bound=Recipe)
+SCHEMAS: dict[str, type[Recipe]] = {"classification": Config, "detection": DetectionConfig}
+"""The schema of each task, the value of a recipe's key ``task``; without that key it is a classification."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -115,6 +120,15 @@ def _recipe_name(path: str | Path) -> str:
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """As ``load_recipe``, of a classification.
+
+    Raises:
+        InputError: as ``load_recipe``; or it is a recipe of another task.
+    """
+    return of_task(load_recipe(path, overrides), Config, str(path))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe, found by ``find_recipe``, and apply ``section.key=value`` overrides, whose values are YAML.
 
     Raises:
@@ -123,16 +137,34 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tree, source = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
-    config = parse_config(tree, source)
-    # Not rules of Config: checkpoints may hold such a schedule, or be of another version of timm.
+    config = parse_recipe(tree, source)
+    # Not rules of the schema: checkpoints may hold such a schedule, or be of another version of timm.
     if problem := optimizer_problem(config.optim.name):
         raise _refusal(f"{source}: optim.name: {problem}")
-    if never := [epoch for epoch, _ in config.data.size_schedule if epoch >= config.train.epochs]:
+    schedule = config.data.size_schedule if isinstance(config, Config) else ()
+    if never := [epoch for epoch, _ in schedule if epoch >= config.train.epochs]:
         raise _refusal(
             f"{source}: data.size_schedule changes at epoch {never[0]}, which is never reached; epochs count from 0 "
             f"and must be below train.epochs {config.train.epochs}"
         )
     return config
+
+
+def of_task(recipe: Recipe, schema: type[R], source: str) -> R:
+    """The recipe, if it is of the task of ``schema``; ``source`` names it in errors.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(recipe, schema):
+        return recipe
+    given, allowed = (next(task for task, each in SCHEMAS.items() if each is kind) for kind in (type(recipe), schema))
+    raise InputError(f"{source} is of task: {given}; here it must be of task: {allowed}")
+
+
+def task_of(tree: Any) -> Any:
+    """The task of a recipe before it is validated."""
+    return tree.get("task", "classification") if isinstance(tree, dict) else "classification"
 
 
 def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -158,8 +190,22 @@ def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """``parse_section`` of a whole recipe, such as the config stored in a checkpoint."""
-    return parse_section(tree, source, Config)
+    """As ``parse_recipe``, of a classification.
+
+    Raises:
+        InputError: as ``parse_recipe``; or it is a recipe of another task.
+    """
+    return of_task(parse_recipe(tree, source), Config, source)
+
+
+def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
+    """``parse_section`` of a whole recipe by the schema of its task, such as the config stored in a checkpoint."""
+    task = task_of(tree)
+    if not isinstance(task, str) or task not in SCHEMAS:
+        raise _refusal(f"{source}: task: given {str(task)[:80]!r}; it must be one of {', '.join(SCHEMAS)}")
+    if isinstance(tree, dict) and task == "classification":  # not a key of Config: earlier versions did not have it
+        tree = {key: value for key, value in tree.items() if key != "task"}
+    return parse_section(tree, source, SCHEMAS[task])
 
 
 def parse_section(tree: dict[str, Any], source: str, schema: type[T]) -> T:
@@ -235,7 +281,7 @@ def _allowed(location: list[str], schema: type[Section]) -> str:
     allowed = list(parent.model_fields)
     if near := difflib.get_close_matches(location[-1], allowed, n=1):
         return f"did you mean {'.'.join([*location[:-1], near[0]])}?"
-    elsewhere = [name for name in EFFECTS if schema is Config and name.endswith(f".{location[-1]}")]
+    elsewhere = [name for name in effects_of(schema) if name.endswith(f".{location[-1]}")]
     return f"did you mean {elsewhere[0]}?" if elsewhere else f"allowed: {', '.join(allowed)}"
 
 
@@ -245,7 +291,7 @@ def _example(location: list[str], schema: type[Section]) -> str:
     for part in location:
         field = parent.model_fields[part]
         parent = field.annotation
-        if not (isinstance(parent, type) and issubclass(parent, Section)):
+        if not is_section(parent):
             if field.is_required() and not field.examples:
                 return f"{part}: ..."
             value = field.examples[0] if field.examples else field.default

@@ -5,6 +5,7 @@ A generated part is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,22 @@ from bench import tables
 from reproduce_paper import count_networks
 
 from lip_resnet import cli
-from lip_resnet.config import EFFECTS, Config, Effect, InputError
+from lip_resnet.config import Config, DetectionConfig, DetectorConfig, Effect, InputError
+from lip_resnet.config.recipe import effects_of
 from lip_resnet.evaluation.baselines import load_baselines
 from lip_resnet.evaluation.cost import count_parameters, macs_of_map
 from lip_resnet.evaluation.paper import load_paper, render_table
 from lip_resnet.evaluation.render import render
 from lip_resnet.files import write_text
 from lip_resnet.layers.downsampling import DOWNSAMPLING, make_layer
+from lip_resnet.study import summary
 
 ROOT = Path(__file__).parents[1]
-FIGURE = ROOT / "docs" / "figures" / "operator.svg"
-
+FIGURES = ROOT / "docs" / "figures"
+FIGURE = FIGURES / "operator.svg"
+STUDIES = ROOT / "results" / "studies"
+ORDER = ("tiny_imagenet_100", "cifar10", "digits")
+"""Studies that docs/results.md and the README show first."""
 
 SITES_OF_RESNET50 = {"stem": [(64, 112)], "main": [(128, 56), (256, 28), (512, 14)]}
 """Channels and height = width of the maps that layers after ResNet-50's strided convolutions read, at 224 pixels."""
@@ -134,23 +140,70 @@ def faults() -> str:
     )
 
 
+def map_probes() -> str:
+    """What the probes deletion and localisation have measured of one network, with 95% intervals over the images."""
+    folder = ROOT / "results" / "probes"
+    rows = {
+        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("deletion", "localisation")
+    }
+    deletion, localisation = rows["deletion"]["deletion"], rows["localisation"]["localisation"]
+
+    def cell(measured: dict[str, Any], key: str, interval: str) -> str:
+        if key not in measured:
+            return "-"
+        low, high = measured[interval]
+        return f"{measured[key]:.1f} ({low:.1f} to {high:.1f})"
+
+    header = ["map", "deletion: area (%)", "energy in the box (%)", "pointing game (%)"]
+    lines = []
+    for name in ("importance", "mirrored", "edges", "Grad-CAM", "random", "chance"):
+        inside = localisation.get(name, {})
+        cells = (cell(inside, key, f"{key}_interval") for key in ("energy", "pointing"))
+        lines.append([name, cell(deletion.get(name, {}), "auc", "interval"), *cells])
+    for name, inside in localisation.items():
+        if name.startswith("site "):
+            cells = (cell(inside, key, f"{key}_interval") for key in ("energy", "pointing"))
+            lines.append([f"`{name.removeprefix('site ')}` alone", "-", *cells])
+    row, less = rows["localisation"], rows["localisation"]["importance_less"]
+    counts = f"{rows['deletion']['images']:,} images for deletion, {row['images']:,} for localisation"
+    paired = [f"{name} {cell(less[name], 'energy', 'energy_interval')}" for name in ("chance", "mirrored")]
+    machine = (
+        f"{row['environment']['hardware']}, torch {row['environment']['torch']}, {row['environment']['date'][:10]}"
+    )
+    commands = "; ".join(f"`{shlex.join(each['environment']['command'])}`" for each in rows.values())
+    return (
+        f"{render(header, lines)}\n{row['model']}, step {row['step']}, seed {row['seed']}; {counts}. Energy of the "
+        f"importance less that of: {', '.join(paired)}, paired by image. {machine}; {commands}"
+    )
+
+
 def recipe_keys() -> str:
-    """Every key of a recipe: its type, default, docstring and effect."""
+    """Every key of a recipe of classification: its type, default, docstring and effect."""
     effects = "\n".join(f"- *{effect.name.lower()}*: {effect.value}" for effect in Effect)
     parts = [f"The last column says what another value changes.\n\n{effects}"]
-    for section, field in Config.model_fields.items():
-        model = field.annotation
-        schema = model.model_json_schema()["properties"]
-        header = ["key", "values", "default", "meaning", "changes"]
-        lines = []
-        for key, about in model.model_fields.items():
+    return "\n\n".join(parts + [_keys(name, field.annotation) for name, field in Config.model_fields.items()])
+
+
+def detection_keys() -> str:
+    """The keys of a recipe of detection that one of classification does not have."""
+    fields = DetectionConfig.model_fields
+    backbone = _keys("model.backbone", DetectorConfig.model_fields["backbone"].annotation)
+    return "\n\n".join([_keys("model", fields["model"].annotation), backbone, _keys("data", fields["data"].annotation)])
+
+
+def _keys(section: str, model: Any) -> str:
+    """The table of a section's keys, without those of sections in it."""
+    schema, effects = model.model_json_schema()["properties"], effects_of(model)
+    header = ["key", "values", "default", "meaning", "changes"]
+    lines = []
+    for key, about in model.model_fields.items():
+        if key in effects:
             default = "required" if about.is_required() else f"`{_yaml(about.get_default(call_default_factory=True))}`"
-            meaning, effect = " ".join(about.description.split()), EFFECTS[f"{section}.{key}"]
-            cells = [f"`{section}.{key}`", _values(schema[key]), default, meaning, effect.name.lower()]
+            meaning = " ".join(about.description.split())
+            cells = [f"`{section}.{key}`", _values(schema[key]), default, meaning, effects[key].name.lower()]
             lines.append([cell.replace("|", "&#124;") for cell in cells])
-        table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
-        parts.append("\n".join([f"### {section}", "", model.__doc__, "", *table]))
-    return "\n\n".join(parts)
+    table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
+    return "\n".join([f"### {section}", "", model.__doc__, "", *table])
 
 
 def _yaml(value: Any) -> str:
@@ -177,15 +230,43 @@ def _values(schema: dict[str, Any]) -> str:
     return " ".join([kind[schema["type"]], ", ".join(bounds)]).strip()
 
 
+def exported() -> list[Path]:
+    """The exported studies, the shipped ones in this order."""
+    folders = {path.parent.name: path.parent for path in STUDIES.glob("*/cells.jsonl")}
+    first = [folders.pop(name) for name in ORDER if name in folders]
+    return [*first, *(folders[name] for name in sorted(folders))]
+
+
+def study_results() -> str:
+    """Every exported study, and the shipped ones without results."""
+    names = {path.stem: path for path in sorted((ROOT / "configs" / "studies").glob("*.yaml"))}
+    order = [*ORDER, *(name for name in names if name not in ORDER)]
+    return summary.results_page(exported(), [names[name] for name in order], "figures/studies")
+
+
+def first_study() -> str:
+    """The first exported study in short."""
+    folders = exported()
+    return summary.small_table(folders[0]) if folders else "No study is finished."
+
+
+def study_figures() -> dict[Path, str]:
+    """Path -> SVG, of every exported study."""
+    return {FIGURES / "studies" / name: svg for path in exported() for name, svg in summary.draw_figures(path).items()}
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"networks": networks},
+    "README.md": {"networks": networks, "study": first_study},
+    "docs/results.md": {"results": study_results},
     "docs/recipes.md": {"recipe-keys": recipe_keys, "baselines": baselines},
+    "docs/detection.md": {"detection-keys": detection_keys},
     "docs/layers.md": {"zoo": layers},
     "docs/downsampling.md": {"criteria": criteria, "costs": layer_costs},
     "docs/paper.md": {"paper-report": paper},
     "docs/performance.md": {"performance": tables.performance},
     "docs/data.md": {"data": tables.loaders, "bad-images": bad_images},
     "docs/faults.md": {"faults": faults},
+    "docs/gallery.md": {"map-probes": map_probes},
 }
 
 
@@ -211,6 +292,12 @@ def main() -> None:
         text = refresh(path.read_text(encoding="utf-8"), sections)
         write_text(path, text)
     write_text(FIGURE, draw_operator.draw())
+    drawn = study_figures()
+    (FIGURES / "studies").mkdir(exist_ok=True)
+    for path in set((FIGURES / "studies").glob("*.svg")) - drawn.keys():
+        path.unlink()
+    for path, svg in drawn.items():
+        write_text(path, svg)
 
 
 if __name__ == "__main__":

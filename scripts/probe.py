@@ -1,13 +1,16 @@
-"""Robustness of trained networks:  python scripts/probe.py shift|sizes|objects RUN_OR_FILE [...]
+"""Robustness of trained networks:  python scripts/probe.py NAME RUN_OR_FILE [...]
 
-    shift     share of images whose top-1 is the same for two random shifted crops (Zhang 2019)
-    sizes     accuracy against test resolution
-    objects   accuracy by object size, from a table of boxes
+    shift         share of images whose top-1 is the same for two random shifted crops (Zhang 2019)
+    sizes         accuracy against test resolution
+    objects       accuracy by object size, from a table of boxes
+    deletion      the predicted class's probability as the most important parts of an image are removed first
+    localisation  whether importance lies inside the objects' boxes
 
 Rows go to RUN/probe-NAME.json, which a study's report shows. torchrun gives the same counts, faster.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +22,12 @@ from lip_commands import DATA_HELP, DATA_NAME_HELP
 from lip_resnet import checkpoint, cli, distributed, memory
 from lip_resnet.commands.eval import build, choose_protocol
 from lip_resnet.config import EvalDataConfig, InputError
-from lip_resnet.evaluation import robustness, rows
+from lip_resnet.evaluation import attribution, robustness, rows
 from lip_resnet.evaluation.compatibility import check_normalization, check_set, recorded_classes
 from lip_resnet.evaluation.location import KINDS
 from lip_resnet.evaluation.protocol import adapt
 from lip_resnet.evaluation.testsets import EvalSet, open_set
+from lip_resnet.insight import pixels, probes
 from lip_resnet.models import registry
 from lip_resnet.models.weights import choose_weights
 
@@ -31,6 +35,8 @@ PROBES: dict[str, tuple[Callable[..., robustness.Measured], str]] = {
     "shift": (robustness.measure_shift, "seed"),
     "sizes": (robustness.measure_sizes, "sizes"),
     "objects": (robustness.measure_objects, "boxes"),
+    "deletion": (functools.partial(attribution.measure_deletion, score=probes.deletion_curves), "every"),
+    "localisation": (functools.partial(attribution.measure_localisation, score=probes.localisation_scores), "boxes"),
 }
 """Name -> what measures it, and its option."""
 
@@ -49,15 +55,18 @@ def parse() -> argparse.Namespace:
     add("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
     add("--seed", type=int, default=0, help="shift: of the crops (default 0)")
     add("--sizes", type=int, nargs="+", default=[], help="sizes: pixels (default: 0.5 to 2 times its own)")
-    add("--boxes", type=Path, help="objects: a table of file, x0, y0, x1, y1 (default: boxes.tsv of the data)")
+    add("--boxes", type=Path, help="objects, localisation: a table of file, x0, y0, x1, y1 (default: boxes.tsv)")
+    add("--every", type=int, metavar="N", help="deletion: each Nth image (default: all)")
     add("--precision", choices=("float32", "bfloat16", "float16"))
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: CUDA, else the CPU")
     add("--batch-size", dest="eval_batch_size", type=int, help="images per batch and process")
     add("--workers", type=int, help="loader worker processes per process")
     options = parser.parse_intermixed_args()
-    for name, (_, option) in PROBES.items():
-        if getattr(options, option) and options.probe != name:
-            raise InputError(f"--{option} belongs to the probe {name}, not to {options.probe}")
+    for option in {option for _, option in PROBES.values()} - {PROBES[options.probe][1]}:
+        if getattr(options, option):
+            first, *others = (name for name, (_, own) in PROBES.items() if own == option)
+            also = f"; {others[0]} takes it too" if others else ""
+            raise InputError(f"--{option} belongs to the probe {first}, not to {options.probe}{also}")
     if options.seed < 0:
         raise InputError(f"--seed is {options.seed}; it must be at least 0")
     if options.output and len(options.checkpoints) > 1:
@@ -74,6 +83,8 @@ def main() -> None:
         todo = [path for path in todo if path not in done]
         if done and distributed.is_main():
             print(f"note: {len(done)} of {len(options.checkpoints)} runs have a {file} already", file=sys.stderr)
+    if options.probe in ("deletion", "localisation") and distributed.is_main() and not pixels.has_captum():
+        print('note: without Grad-CAM: pip install "lip-resnet[insight]"', file=sys.stderr)
     outputs = {path: rows.row_path(path, options.output, options.probe, False, kind="probe") for path in todo}
     for path, output in outputs.items():
         probe(path, output, options)

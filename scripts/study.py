@@ -4,6 +4,7 @@
     python scripts/study.py run    STUDY.yaml [section.key=value ...]    train and evaluate every (variant, seed)
     python scripts/study.py measure STUDY.yaml --candidates resnet34     time of every network on this machine
     python scripts/study.py report STUDY.yaml                            tables, intervals, figures and a verdict
+    python scripts/study.py export STUDY.yaml                            a compact record that report reads too
 
 ``run`` can be stopped or killed at any time: the same command goes on, and never repeats a finished cell.
 """
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from bench import costs
+from bench.timing import CLOCKS
 
 from lip_resnet import cli
 from lip_resnet.config import InputError
@@ -19,13 +21,14 @@ from lip_resnet.files import to_json, write_text
 
 
 def main() -> None:
-    from lip_resnet.study import cells, design, plan, report  # here: without SciPy it is one line
+    from lip_resnet.study import cells, design, export, plan, report  # here: without SciPy it is one line
 
     parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("action", choices=("plan", "run", "measure", "report"))
-    parser.add_argument("study", help="the study file (configs/studies/), or a shipped study by name")
+    parser.add_argument("action", choices=("plan", "run", "measure", "report", "export"))
+    parser.add_argument("study", help="the study file (configs/studies/), a shipped study by name, or a study's folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of every recipe; study.seeds=[0,1]")
     parser.add_argument("--output", type=Path, help="the study's folder (default: runs/studies/<name of the file>)")
+    parser.add_argument("--to", type=Path, help="export: the folder (default: results/studies/<name of the study>)")
     parser.add_argument("--jobs", type=int, default=1, help="cells that run at the same time (default 1)")
     parser.add_argument(
         "--shard", default="0/1", metavar="i/n", help="run every n-th cell from the i-th, counted from 0"
@@ -34,24 +37,39 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="+", default=[], metavar="MODEL", help="measure: networks to time beside")
     parser.add_argument("--rounds", type=int, default=7, help="measure: rounds (default 7)")
     parser.add_argument("--batch", type=int, default=32, help="measure: images of a step (default 32)")
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall", help="measure: cpu counts one thread's time on a busy machine"
+    )
     options = parser.parse_intermixed_args()
     for name, least in (("jobs", 1), ("rounds", 2), ("batch", 1)):
         if getattr(options, name) < least:
             raise InputError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
     index, shards = cells.parse_shard(options.shard)
-    if options.action == "report":
+    if options.to and options.action != "export":
+        raise InputError(f"--to {options.to} is of export, not of {options.action}")
+    if options.action in ("report", "export"):
         if options.overrides:
-            raise InputError(f"report takes no overrides ({options.overrides[0]}): it shows the study that was run")
-        folder = options.output or design.default_folder(options.study)
-        for line in report.write_report(design.load_record(folder)):
-            print(line)
+            line = f"{options.action} takes no overrides ({options.overrides[0]}): it shows the study that was run"
+            raise InputError(line)
+        record = design.load_record(options.output or design.default_folder(options.study))
+        if options.action == "export":
+            print(export.export(record, options.to or Path("results/studies") / record.folder.resolve().name))
+        else:
+            print("\n".join(report.write_report(record)))
         return
-    study = design.load_design(options.study, options.overrides, options.output)
+    if Path(options.study).is_dir():
+        if options.overrides or options.output:
+            raise InputError(f"{options.study} is a study's folder: it takes no overrides and no --output")
+        study = design.load_record(Path(options.study))
+    else:
+        study = design.load_design(options.study, options.overrides, options.output)
     if options.action == "plan":
         print(plan.describe(study, options.jobs, measure=not options.no_measure))
         return
+    if study.detection and options.action == "measure":
+        raise InputError("measure is for studies of classifiers; of detectors the report has the minutes of every cell")
     if options.action == "measure":
-        row = costs.measure(study, options.candidates, options.rounds, options.batch)
+        row = costs.measure(study, options.candidates, options.rounds, options.batch, options.clock)
         if (study.folder / "study.yaml").is_file():
             write_text(study.folder / "costs.json", to_json(row, indent=2) + "\n")
         print("\n".join(costs.summarize(study, row)))

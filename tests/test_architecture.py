@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "training": {HALL, "data", "evaluation"},
     "study": {HALL, "evaluation"},
     "insight": {HALL, "ops", "layers"},
+    "detection": {HALL, "ops", "layers", "models", "data", "training", "evaluation", "insight"},
 }
 """Wing -> the wings that its modules import. ``commands``, scripts and ``lip_resnet/__init__.py`` join all of them."""
 COMMANDS = [ROOT / "train.py", ROOT / "eval.py", *(PACKAGE / "commands").glob("*.py"), *(ROOT / "scripts").glob("*.py")]

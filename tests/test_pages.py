@@ -12,8 +12,8 @@ import yaml
 from helpers import ROOT
 
 import lip_resnet.data
-from lip_resnet.config import Config, InputError
-from lip_resnet.recipe import load_config
+from lip_resnet.config import Config, DetectionConfig, InputError
+from lip_resnet.recipe import load_recipe
 from lip_resnet.study.design import load_design
 
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/README.md")
@@ -33,6 +33,15 @@ def test_generated_parts_are_current():
     for name in make_docs.PAGES.keys() - {"docs/paper.md"}:
         assert make_docs.refresh(TEXTS[name], make_docs.PAGES[name]) == TEXTS[name], name
     assert make_docs.FIGURE.read_text(encoding="utf-8") == draw_operator.draw()
+
+
+def test_figures_of_studies_are_current():
+    """Their texts: the lines themselves differ between versions of matplotlib."""
+    drawn = make_docs.study_figures()
+    assert set((make_docs.FIGURES / "studies").glob("*.svg")) == drawn.keys()
+    for path, svg in drawn.items():
+        written, now = (re.findall(r"<text[^>]*>([^<]*)<", text) for text in (path.read_text(encoding="utf-8"), svg))
+        assert written == now, path.name
 
 
 def test_picture_agrees_with_the_formula():
@@ -65,6 +74,10 @@ def test_python_blocks_run():
         exec(compile(block, "docs/layers.md", "exec"), values)
     assert values["report"].swapped
     assert values["y"].shape == values["pool"](values["x"]).shape == (2, 256, 7, 7)
+    (block,) = re.findall(r"```python\n(.*?)```", TEXTS["docs/insight.md"], re.DOTALL)
+    values = {}
+    exec(compile(block, "docs/insight.md", "exec"), values)
+    assert values["maps"].relative_weight.shape == (2, 1, 4, 6)
     (block,) = re.findall(r"```python\n(.*?)```", TEXTS["docs/api.md"], re.DOTALL)
     values = {}
     exec(compile(block.replace('"digits"', '"synthetic", images=64'), "docs/api.md", "exec"), values)
@@ -96,7 +109,7 @@ def test_every_page_is_in_the_site_and_in_the_readme():
 
 def test_recipes_scripts_and_targets_exist():
     for name in set(re.findall(r"configs/[\w/]+\.yaml", ALL)) - {"configs/zoo/resnet50_NAME.yaml"}:
-        (load_design if "/studies/" in name else load_config)(ROOT / name)
+        (load_design if "/studies/" in name else load_recipe)(ROOT / name)
     for name in set(re.findall(r"scripts/\w+\.(?:py|sh|sbatch|yaml)\b", ALL)):
         assert (ROOT / name).is_file(), name
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -123,7 +136,11 @@ def test_every_protocol_has_a_line():
 
 
 def test_recipe_keys_and_models_named_exist():
-    sections = {name: set(field.annotation.model_fields) for name, field in Config.model_fields.items()}
+    schemas = [Config.model_fields, DetectionConfig.model_fields]
+    sections = {
+        name: {key for schema in schemas for key in schema[name].annotation.model_fields}
+        for name in ("model", "data", "optim", "train")
+    }
     for section, key in set(re.findall(r"[\s`](model|data|optim|train)\.(?!py\b)([a-z]\w*)[=`:]", ALL)):
         if (section, key) != ("model", "safetensors"):
             assert key in sections[section] or hasattr(lip_resnet.data, key), f"{section}.{key}"

@@ -16,6 +16,7 @@ from lip_resnet.config.fields import (
     Range,
     Section,
     Trains,
+    check_mean_and_std,
 )
 
 SizeFrom = Annotated[tuple[Count, Positive], Field(strict=False)]
@@ -77,12 +78,7 @@ class EvalDataConfig(Section):
                 raise ValueError(f"{key} needs data.name: {kind}; data.name is {self.name}")
         if self.eval_size > self.eval_resize:
             raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}, its maximum")
-        for key, values in (("mean", self.mean), ("std", self.std)):
-            if min(values) < 0 or max(values) > 1:
-                hint = "; divide values for pixels of 0 to 255 by 255" if max(values) > 1 else ""
-                raise ValueError(f"{key} is {list(values)}; it is of pixels scaled to [0, 1]: each must be there{hint}")
-        if min(self.std) == 0:
-            raise ValueError(f"std is {list(self.std)}; each must be greater than 0")
+        check_mean_and_std(self.mean, self.std)
         return self
 
 

@@ -4,7 +4,7 @@ A field is ``Trains[...]``, ``Evaluates[...]`` or ``Neutral[...]``, by what a ch
 """
 
 import enum
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,3 +38,22 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    """Whether a field's annotation is a section; in Python 3.10 ``dict[str, int]`` is an instance of ``type`` too."""
+    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def check_mean_and_std(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Check the keys ``mean`` and ``std`` of pixels.
+
+    Raises:
+        ValueError: a value is not in [0, 1], or a deviation is 0.
+    """
+    for key, values in (("mean", mean), ("std", std)):
+        if min(values) < 0 or max(values) > 1:
+            hint = "; divide values for pixels of 0 to 255 by 255" if max(values) > 1 else ""
+            raise ValueError(f"{key} is {list(values)}; it is of pixels scaled to [0, 1]: each must be there{hint}")
+    if min(std) == 0:
+        raise ValueError(f"std is {list(std)}; each must be greater than 0")

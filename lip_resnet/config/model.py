@@ -21,13 +21,11 @@ def _check_downsampling(value: JsonValue) -> JsonValue:
 Downsampling = Annotated[JsonValue, AfterValidator(_check_downsampling)]
 
 
-class ModelConfig(Section):
-    """The network: the only section in which a LIP recipe and its baseline differ."""
+class NetworkConfig(Section):
+    """A network by its name, its layers, and the weights that it starts from."""
 
     name: Trains[str]
     """A name registered with timm: lip_resnet50, lip_resnet101, or any of timm's own."""
-    num_classes: Trains[Positive] = 1000
-    """Outputs of the classifier; the data must have as many classes."""
     args: Trains[dict[str, JsonValue]] = Field(default_factory=dict, examples=[{"bottleneck_width": 64}])
     """Further keyword arguments of the model, such as bottleneck_width: 64."""
     downsampling: Trains[Downsampling] = Field(default_factory=dict)
@@ -41,9 +39,16 @@ class ModelConfig(Section):
     """Weights to start from: a checkpoint file, a run folder, or timm's by name, such as timm:resnet50.a1_in1k. They
     are loaded before `downsampling` is put in, whose LIP layers start as average pooling. Runs are compared by what it
     holds, not by its path."""
-    new_head: Trains[bool] = False
-    """Do not load the classifier from `weights`; initialise it (fine-tuning)."""
     convert: Neutral[bool] = False
     """Accept `weights` of a run whose network computes otherwise with the same weights (other layers without
     parameters), or whose normalisation is another; or of a run without `downsampling`, whose layers then keep their
     initial weights."""
+
+
+class ModelConfig(NetworkConfig):
+    """The network: the only section in which a LIP recipe and its baseline differ."""
+
+    num_classes: Trains[Positive] = 1000
+    """Outputs of the classifier; the data must have as many classes."""
+    new_head: Trains[bool] = False
+    """Do not load the classifier from `weights`; initialise it (fine-tuning)."""

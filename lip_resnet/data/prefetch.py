@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from lip_resnet.data.loaders import Batch
+from lip_resnet.compat import tree_leaves, tree_map_only
+from lip_resnet.data.steps import Batch
 
 
 def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -28,7 +29,7 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
             batch = next(source, None)
             if batch is None:
                 return None
-            parts = [(upload(images), upload(labels)) for images, labels in batch.parts]
+            parts = tree_map_only(Tensor, upload, batch.parts)
             copied = torch.cuda.Event()
             copied.record(side)
         return dataclasses.replace(batch, parts=parts), copied
@@ -36,9 +37,9 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     def release(batch: Batch, copied: torch.cuda.Event) -> Batch:
         stream = torch.cuda.current_stream(device)
         stream.wait_event(copied)
-        for images, labels in batch.parts:
-            images.record_stream(stream)  # or the allocator could reuse the memory before this stream has read it
-            labels.record_stream(stream)
+        for leaf in tree_leaves(batch.parts):
+            if isinstance(leaf, Tensor):
+                leaf.record_stream(stream)  # or the allocator could reuse the memory before this stream has read it
         return batch
 
     source = iter(batches)

@@ -6,7 +6,7 @@ from typing import get_args
 
 from lip_resnet import distributed
 from lip_resnet.config import InputError, TorchvisionSet
-from lip_resnet.data.sources.folder import hint_for_loose_images
+from lip_resnet.data.sources.folder import hint_for_kaggle, hint_for_loose_images
 from lip_resnet.data.sources.index import FILE
 from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
@@ -71,6 +71,8 @@ def locate(data: str, test_set: str | None = None, several: bool = False, kind: 
         return {"name": "huggingface", "root": str(root)}, "val"
     split = "val"
     if not (root / "val").is_dir():
+        if hint := hint_for_kaggle(root):
+            raise InputError(f"--data {root} has no val/{hint}")
         present = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         if present and {name.lower() for name in present} <= _SPLITS:
             choice = next((name for name in present if not name.lower().startswith("train")), present[0])

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 
 STYLES = ("md", "csv", "latex")
@@ -12,6 +13,10 @@ _LATEX = str.maketrans(
     | {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
 """Letters of cells that LaTeX reads as commands, and how they are written."""
+
+
+_NUMBER = re.compile(r"([-+]?[\d,]+)((?:\..*)?)", re.DOTALL)
+"""A cell that begins with a number: what stands before its decimal point, and the rest."""
 
 
 class Measured(str):
@@ -68,15 +73,39 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence
         csv.writer(buffer, lineterminator="\n").writerows(_split_measured(lines))
         return buffer.getvalue()
     if style == "latex":
-        body = [" & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in lines]
-        body = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\hline", body[0], r"\hline", *body[1:]]
-        return "\n".join([*body, r"\hline", r"\end{tabular}", *(f"% {note}" for note in notes)]) + "\n"
+        return _latex(lines, notes)
     header, *rows = ([cell.replace("|", r"\|") for cell in line] for line in lines)
     lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    widths = [max(2, *(len(line[column]) for line in lines)) for column in range(len(header))]  # ":" is no rule
     rule = ["-" * (widths[0])] + ["-" * (width - 1) + ":" for width in widths[1:]]
     table = []
     for line in [header, rule, *rows]:
         numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
         table.append("| " + " | ".join([line[0].ljust(widths[0]), *numbers]) + " |")
     return "\n".join([*table, "", *notes]).rstrip() + "\n"
+
+
+def _latex(lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table for the LaTeX package booktabs: text on the left, numbers aligned at their decimal points."""
+    alignment, columns = "", []
+    for number, cells in enumerate(zip(*lines, strict=True)):
+        title, *rest = (cell.translate(_LATEX) for cell in cells)
+        parts = [_NUMBER.fullmatch(cell) for cell in rest]
+        if number == 0 or not any(parts):
+            alignment += "l"
+            columns.append([title, *rest])
+            continue
+        split = [
+            (each[1].replace("-", "$-$"), each[2]) if each else (cell, "")
+            for each, cell in zip(parts, rest, strict=True)
+        ]
+        if len({len(after) for before, after in split if before != "-"}) == 1:
+            alignment += "r"
+            columns.append([title, *(before + after for before, after in split)])
+        else:
+            alignment += "r@{}l"
+            columns.append([rf"\multicolumn{{2}}{{c}}{{{title}}}", *(f"{before} & {after}" for before, after in split)])
+    rows = [" & ".join(cells) + r" \\" for cells in zip(*columns, strict=True)]
+    body = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
+    comments = [r"% \usepackage{booktabs}", *(f"% {note}" for note in notes)]
+    return "\n".join([*body, r"\end{tabular}", *comments]) + "\n"

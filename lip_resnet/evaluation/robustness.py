@@ -160,7 +160,7 @@ def measure_objects(images: Open, build: Build, config: EvalConfig, boxes: Path 
         InputError: there are no boxes, or they are of other images.
     """
     data = images(config.data)
-    areas = areas_of(data, boxes or Path(config.data.root or ".").expanduser() / "boxes.tsv")
+    areas = areas_of(data, boxes or default_boxes(config))
     loader, log = EvalLoader(data.source, config.data), PredictionLog()
     network = build([config.data.eval_size])
     result = evaluate_set(network, data, loader, config, predictions=log)
@@ -178,8 +178,13 @@ def measure_objects(images: Open, build: Build, config: EvalConfig, boxes: Path 
     return Measured(network, data, config, {**result, "objects": measured}, settings)
 
 
-def read_boxes(path: Path) -> dict[str, float]:
-    """The area of the box of each file: a tab-separated table with the columns ``BOX_COLUMNS``, corners in pixels.
+def default_boxes(config: EvalConfig) -> Path:
+    """Where the boxes of a set lie: boxes.tsv in ``data.root``."""
+    return Path(config.data.root or ".").expanduser() / "boxes.tsv"
+
+
+def read_corners(path: Path) -> dict[str, tuple[float, float, float, float]]:
+    """x0, y0, x1, y1 of the box of each file, in pixels: a tab-separated table with the columns ``BOX_COLUMNS``.
 
     Raises:
         InputError: it cannot be read, or is not such a table, or has two boxes of one file.
@@ -196,7 +201,7 @@ def read_boxes(path: Path) -> dict[str, float]:
         raise InputError(f"{path}: not a tab-separated table of {columns}") from error
     if header != BOX_COLUMNS:
         raise InputError(f"{path}: its columns are {', '.join(header)}; they must be {columns}, with tabs between")
-    areas: dict[str, float] = {}
+    corners: dict[str, tuple[float, float, float, float]] = {}
     for number, row in enumerate(rows, 2):
         try:
             name, x0, y0, x1, y1 = row[0], *map(float, row[1:])
@@ -204,31 +209,42 @@ def read_boxes(path: Path) -> dict[str, float]:
             raise InputError(f"{path}: line {number} is not a file's name and four numbers") from error
         if not (0 <= x0 <= x1 < math.inf and 0 <= y0 <= y1 < math.inf):
             raise InputError(f"{path}: line {number}: {name} has no box from x0, y0 to x1, y1: {', '.join(row[1:])}")
-        if name in areas:
+        if name in corners:
             raise InputError(f"{path}: line {number}: a second box of {name}; give one box an image")
-        areas[name] = (x1 - x0) * (y1 - y0)
-    return areas
+        corners[name] = x0, y0, x1, y1
+    return corners
 
 
-def areas_of(data: EvalSet, path: Path) -> np.ndarray:
-    """(n,): the area of the box of each image of a set, in its order.
+def read_boxes(path: Path) -> dict[str, float]:
+    """The area of the box of each file, square pixels; as ``read_corners``."""
+    return {name: (x1 - x0) * (y1 - y0) for name, (x0, y0, x1, y1) in read_corners(path).items()}
+
+
+def corners_of(data: EvalSet, path: Path) -> np.ndarray:
+    """(n, 4): x0, y0, x1, y1 of the box of each image of a set, in its order.
 
     Files are named from the split's folder, or from the one above it.
 
     Raises:
-        InputError: as ``read_boxes``; the set's images have no names, or there is no box of one.
+        InputError: as ``read_corners``; the set's images have no names, or there is no box of one.
     """
     if not isinstance(data.source, Encoded):
         raise InputError(f"boxes belong to image files; {data.name} has none")
     names = [name.decode(errors="surrogateescape") for name in names_of(data.source)]
-    boxes, split = read_boxes(path), Path(data.source.root).name
-    areas = [boxes.get(f"{split}/{name}", boxes.get(name)) for name in names]
-    missing = [name for name, area in zip(names, areas, strict=True) if area is None]
+    boxes, split = read_corners(path), Path(data.source.root).name
+    corners = [boxes.get(f"{split}/{name}", boxes.get(name)) for name in names]
+    missing = [name for name, box in zip(names, corners, strict=True) if box is None]
     if missing:
         raise InputError(
             f"{path}: no box of {len(missing)} of {len(names)} images, the first is {missing[0]}: boxes of other images"
         )
-    return np.array(areas, dtype=float)
+    return np.array(corners, dtype=float)
+
+
+def areas_of(data: EvalSet, path: Path) -> np.ndarray:
+    """(n,): the area of the box of each image of a set, in its order; as ``corners_of``."""
+    x0, y0, x1, y1 = corners_of(data, path).T
+    return (x1 - x0) * (y1 - y0)
 
 
 def wilson(count: int, images: int) -> tuple[float, float]:
@@ -248,6 +264,12 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
         return {f"top-1 at {each['size']} pixels": each["top1"] for each in row["sizes"]}
     if "objects" in row:
         return {f"top-1 of {name} objects": each["top1"] for name, each in row["objects"].items() if "top1" in each}
+    if "deletion" in row:
+        return {f"deletion AUC, {method}": each["auc"] for method, each in row["deletion"].items()}
+    if "localisation" in row:
+        methods = {name: each for name, each in row["localisation"].items() if not name.startswith("site ")}
+        measured = {f"energy in the box, {name}": each["energy"] for name, each in methods.items()}
+        return measured | {f"pointing game, {name}": each["pointing"] for name, each in methods.items()}
     return {name: row[key] for name, key in (("ImageNet-C mean error", "mean_error"), ("mCE", "mce")) if key in row}
 
 
@@ -259,11 +281,27 @@ def read_probe(path: Path) -> dict[str, Any]:
     """
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not a row of probe.py: {error}") from error
+    return check_probe(row, str(path))
+
+
+def check_probe(row: Any, source: str) -> dict[str, Any]:
+    """A probe's row as it was given.
+
+    Args:
+        row: parsed JSON.
+        source: its file, for messages.
+
+    Raises:
+        InputError: it is no such row.
+    """
+    try:
         values = figures(row).values()
         if values and all(map(math.isfinite, values)) and isinstance(row["protocol"], dict):
             return row
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a row of probe.py: {error}") from error
-    raise InputError(f"{path}: not a row of probe.py")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{source}: not a row of probe.py: {error}") from error
+    raise InputError(f"{source}: not a row of probe.py")

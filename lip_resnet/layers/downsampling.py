@@ -15,10 +15,10 @@ from torch import nn
 
 from lip_resnet.layers.antialiasing import AdaptivePolyphase, Blur, ContentAwareBlur, FrequencyCrop, MaxBlur
 from lip_resnet.layers.convolutions import ADown, SCDown
-from lip_resnet.layers.logits import GATE, BottleneckLogits, ProjectionLogits, SimplifiedLogits
+from lip_resnet.layers.logits import GATE, AttentionLogits, BottleneckLogits, ProjectionLogits, SimplifiedLogits
 from lip_resnet.layers.pooling import DetailPreserving, LIP2d, SoftPool, Strided, StridedAverage
 from lip_resnet.layers.rearranging import Haar, HaarConv, PatchMerge, SpaceToDepth
-from lip_resnet.layers.statistics import LearntNorm, MaxAverage, Ordinal
+from lip_resnet.layers.statistics import AdaPool, LearntNorm, MaxAverage, Ordinal
 from lip_resnet.layers.window import Window
 
 
@@ -84,6 +84,14 @@ def _simplified(channels: int, window: Window, options: LogitOptions, **factory_
 
 def _bottleneck(channels: int, window: Window, options: LogitOptions, **factory_kwargs: Any) -> LIP2d:
     return LIP2d(BottleneckLogits(channels, options.width, options.gate, **factory_kwargs), *window)
+
+
+def _self_attentive(channels: int, window: Window, options: LogitOptions, **factory_kwargs: Any) -> LIP2d:
+    return LIP2d(AttentionLogits(channels, options.width, **factory_kwargs), *window)
+
+
+def _adapool(channels: int, window: Window, **factory_kwargs: Any) -> AdaPool:
+    return AdaPool(window, **factory_kwargs)
 
 
 def _average(window: Window) -> nn.Module:
@@ -236,6 +244,20 @@ DOWNSAMPLING: dict[str, Layer] = {
         "ResNet-101 79.0, consistency 91.8% (from scratch, one run)",
         "9 weights for every output position and group",
         smallest_kernel=2,
+    ),
+    "self_attentive": Layer(
+        _self_attentive,
+        "LIP with logits from self-attention over patches of 4x4",
+        "Chen, Datta, Kundu, Beerel, WACV 2023",
+        "MobileNetV2 variants +1.2 on average over other poolings",
+        "attention over all patches: memory grows with the square of the map",
+    ),
+    "adapool": Layer(
+        _without_options(_adapool),
+        "learnt mixture of SoftPool and weights by the similarity to the window's mean",
+        "Stergiou, Poppe, IEEE TIP 2023",
+        "-",
+        "keeps nine copies of the map; as softpool",
     ),
     "adown": Layer(
         _without_options(ADown),

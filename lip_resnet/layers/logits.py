@@ -4,6 +4,7 @@ Each maps features (B, C, H, W) to logits (B, C', H, W) at the same resolution, 
 pooled. The last convolution of each is called ``conv``.
 
     projection   conv 1x1
+    attention    patches 4x4 -> self-attention -> bilinear upsampling -> conv 1x1 -> sigmoid  (not in the paper)
     simplified   conv 3x3 -> norm -> gate                                    (published: in the stem)
     bottleneck   trunk: conv 1x1 to the width -> norm -> ReLU -> conv 3x3 -> norm -> ReLU
                  head:  conv 1x1 to C' -> norm -> gate                       (published: width 128)
@@ -12,10 +13,14 @@ In a stride-2 block of LIP-ResNet two heads share one trunk, so trunk and head a
 Source: paper section 4; reference ``imagenet/lip_resnet.py``.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from lip_resnet.ops.dispatch import layout_of
 from lip_resnet.ops.norm import norm_act
 
 GATE = 12.0  # the reference's "coefficient"
@@ -34,8 +39,29 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
         super().__init__(channels, affine=True, device=device, dtype=dtype)
+        self.valid_area: tuple[int, list[tuple[int, int]]] | None = None
+        """Height of the canvas that the network's images are padded to, and height and width of every image on it from
+        the upper left corner, pixels: statistics are of these positions alone, and the result is zero outside them."""
 
     def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+        if self.valid_area is None:
+            return self._normalize(x, activation)
+        height, width = x.shape[-2:]
+        stride = self.valid_area[0] // height
+        areas = [(-(-h // stride), -(-w // stride)) for h, w in self.valid_area[1]]
+        if all(area == (height, width) for area in areas):
+            return self._normalize(x, activation)
+        layout = layout_of(x)
+        images = [
+            F.pad(
+                self._normalize(image[None, :, :h, :w].contiguous(memory_format=layout), activation),
+                (0, width - w, 0, height - h),
+            )
+            for image, (h, w) in zip(x, areas, strict=True)
+        ]
+        return torch.cat(images).contiguous(memory_format=layout)  # F.pad makes one image contiguous
+
+    def _normalize(self, x: Tensor, activation: nn.Module | None) -> Tensor:
         if x.shape[-2] * x.shape[-1] < 2:
             raise ValueError(
                 f"instance norm of a {x.shape[-2]}x{x.shape[-1]} feature map; it needs at least 2 positions: "
@@ -139,3 +165,31 @@ class BottleneckLogits(BottleneckTrunk):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(super().forward(x)), self.gate)
+
+
+@register_notrace_module  # forward needs the map's size, which torch.fx cannot trace
+class AttentionLogits(nn.Module):
+    """Logits (B, C, H, W) from x (B, C, H, W): sigmoid of a map that every patch of the input attends to.
+
+    Patches of 4x4 become ``width`` channels, self-attention mixes them all (four heads, no position embedding, so that
+    any size works), and bilinear upsampling and a 1x1 convolution restore H, W and C. Source: Chen et al.,
+    "Self-Attentive Pooling for Efficient Deep Learning", WACV 2023.
+    """
+
+    patch = 4
+
+    def __init__(self, channels: int, width: int = 128, device=None, dtype=None) -> None:
+        factory_kwargs = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.heads = math.gcd(width, 4)
+        self.embed = nn.Conv2d(channels, width, self.patch, stride=self.patch, **factory_kwargs)
+        self.qkv = nn.Conv2d(width, 3 * width, 1, bias=False, **factory_kwargs)
+        self.conv = nn.Conv2d(width, channels, 1, **factory_kwargs)
+        self.gate = Gate(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(F.pad(x, (0, self.patch - 1, 0, self.patch - 1)))  # (B, width, h, w)
+        query, key, value = self.qkv(y).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, heads, h * w, width / heads)
+        y = mixed.transpose(-1, -2).flatten(1, 2).unflatten(2, y.shape[2:])
+        return self.gate(self.conv(F.interpolate(y, size=x.shape[2:], mode="bilinear")))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lip_resnet.layers.window import Window, WindowLayer, window_slices
 from lip_resnet.ops.dispatch import layout_of
+from lip_resnet.ops.lip import lip2d
 
 
 class LearntNorm(WindowLayer):
@@ -69,3 +70,25 @@ class MaxAverage(WindowLayer):
         if self.mask is not None:
             mix = F.conv2d(x.flatten(0, 1).unsqueeze(1), self.mask, self.mix, *self.window[1:]).reshape(mean.shape)
         return mean + torch.sigmoid(mix) * (largest - mean)
+
+
+class AdaPool(WindowLayer):
+    """b * S(x) + (1 - b) * SoftPool(x), b = sigmoid(mix) in (0, 1), one learnt number a layer, 1/2 at the start.
+
+    S weighs a position by exp(2 |x m| / (x^2 + m^2)), m the mean of its window: the Dice-Sorensen coefficient of the
+    two. Padding has no weight; float32 inside. Source: Stergiou, Poppe, "AdaPool", IEEE TIP 2023.
+    """
+
+    def __init__(self, window: Window, **factory_kwargs: Any) -> None:
+        super().__init__(window)
+        self.mix = nn.Parameter(torch.zeros(1, **factory_kwargs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = torch.stack(list(window_slices(torch.ones_like(x[:1, :1]), self.window, "constant"))).float()
+        values = torch.stack(list(window_slices(x, self.window, "constant"))).float()  # (k^2, B, C, h, w)
+        mean = values.sum(0) / inside.sum(0)
+        similarity = 2 * (values * mean).abs() / (values.square() + mean.square()).clamp(min=1e-30)
+        weights = similarity.exp() * inside
+        similar = (weights * values).sum(0) / weights.sum(0)
+        soft = lip2d(x, x, *self.window)
+        return (soft + torch.sigmoid(self.mix) * (similar.to(x.dtype) - soft)).contiguous(memory_format=layout_of(x))

@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any, BinaryIO
 
+import torch
 from tqdm import tqdm
 
 from lip_resnet.errors import EXIT_CODES, InputError, Stopped
@@ -37,7 +39,7 @@ def run_cells(design: Design, cells: Sequence[Cell], jobs: int) -> dict[str, str
     """Train and evaluate the cells that are not finished, ``jobs`` at a time, with a progress bar.
 
     A cell that was begun goes on from its last checkpoint; one that failed is tried again. SIGTERM and SIGINT stop the
-    running cells, which save first.
+    running cells, which save first. With several GPUs, cells that run at the same time have GPUs of their own.
 
     Returns:
         Failed cells -> the last line that each has printed.
@@ -47,13 +49,16 @@ def run_cells(design: Design, cells: Sequence[Cell], jobs: int) -> dict[str, str
     """
     todo = [cell for cell in cells if not cell.finished]
     children = Children(threads=max(1, (os.cpu_count() or 1) // (jobs * design.study.processes)))
+    free: SimpleQueue[str | None] = SimpleQueue()
+    for gpus in assign_gpus(jobs, design.study.processes):
+        free.put(gpus)
     failed: dict[str, str] = {}
     with (
         children.stopped_by_signals(),
         ThreadPoolExecutor(jobs) as pool,
         tqdm(total=len(cells), initial=len(cells) - len(todo), unit="cell", disable=None) as bar,
     ):
-        waiting = {pool.submit(_run_cell, design, cell, children): cell for cell in todo}
+        waiting = {pool.submit(_run_cell, design, cell, children, free): cell for cell in todo}
         while waiting:
             done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
             for future in done:
@@ -74,24 +79,48 @@ def _report(future: Future[dict[str, Any]], cell: Cell, failed: dict[str, str], 
         failed[str(cell)] = record["message"]
         bar.write(f"{cell}: failed: {record['message']} (see {cell.log})", file=sys.stderr)
     else:
-        top1 = json.loads(cell.row.read_text(encoding="utf-8"))["top1"]
-        bar.write(f"{cell}: top-1 {top1:.2f}%, {record['seconds'] / 60:.1f} min", file=sys.stderr)
+        row = json.loads(cell.row.read_text(encoding="utf-8"))
+        figure = f"AP {row['AP']:.2f}" if "AP" in row else f"top-1 {row['top1']:.2f}%"
+        bar.write(f"{cell}: {figure}, {record['seconds'] / 60:.1f} min", file=sys.stderr)
 
 
-def _run_cell(design: Design, cell: Cell, children: "Children") -> dict[str, Any]:
-    """Train and evaluate one cell, and write its record."""
+def assign_gpus(jobs: int, processes: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each of ``jobs`` cells of ``processes`` processes; None: as it is here.
+
+    They share GPUs where there are too few of them.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(torch.cuda.device_count())) if visible is None else visible.split(",")
+    gpus = [name.strip() for name in names if name.strip()]
+    groups = [gpus[first : first + processes] for first in range(0, len(gpus) - processes + 1, processes)]
+    if jobs == 1 or len(groups) < 2:
+        return [None] * jobs
+    return [",".join(groups[job % len(groups)]) for job in range(jobs)]
+
+
+def _run_cell(design: Design, cell: Cell, children: "Children", free: SimpleQueue[str | None]) -> dict[str, Any]:
+    """Train and evaluate one cell on free GPUs, and write its record."""
+    gpus = free.get()
+    try:
+        return _train_and_evaluate(design, cell, children, gpus)
+    finally:
+        free.put(gpus)
+
+
+def _train_and_evaluate(design: Design, cell: Cell, children: "Children", gpus: str | None) -> dict[str, Any]:
     before, printed = read_record(cell), cell.log.stat().st_size if cell.log.is_file() else 0
     started = time.monotonic()
     status, message = "stopped", ""
     if not children.stopping:
         recipe = cell.folder.with_name("recipe.yaml")
         train = ["train.py", "--config", recipe, "--output", cell.folder, "--resume", "auto", f"train.seed={cell.seed}"]
-        evaluate = ["eval.py", "--checkpoint", cell.folder, "--predictions", cell.predictions]
-        code = children.run(train, cell.log, design.study.processes)
+        flag = "--matches" if cell.detection else "--predictions"
+        evaluate = ["eval.py", "--checkpoint", cell.folder, flag, cell.predictions]
+        code = children.run(train, cell.log, design.study.processes, gpus)
         if code == 0 and not children.stopping:
             for leftover in (cell.predictions, cell.row):  # of an evaluation that was killed between the two
                 leftover.unlink(missing_ok=True)
-            code = children.run(evaluate, cell.log, design.study.processes)
+            code = children.run(evaluate, cell.log, design.study.processes, gpus)
         if cell.finished:
             status = "done"
         elif not children.stopping and code != _STOPPED:
@@ -134,22 +163,26 @@ class Children:
         self.stopping = False
         self._running: set[subprocess.Popen] = set()
 
-    def start(self, command: Sequence[object], output: BinaryIO, processes: int) -> subprocess.Popen:
-        """Start ``[script, *arguments]``, by torchrun if ``processes`` > 1; both streams go to ``output``."""
+    def start(
+        self, command: Sequence[object], output: BinaryIO, processes: int, gpus: str | None = None
+    ) -> subprocess.Popen:
+        """Start ``[script, *arguments]``, by torchrun if ``processes`` > 1; both streams go to ``output``.
+
+        ``gpus``: CUDA_VISIBLE_DEVICES of the command; None: as it is here.
+        """
         script, *arguments = map(str, command)
         line = [sys.executable, "-c", _CHILD, str(ROOT / script), *arguments]
         if processes > 1:
             launch = ["--standalone", f"--nproc_per_node={processes}", str(ROOT / script)]
             line = [sys.executable, "-c", _TORCHRUN, *launch, *arguments]
         # In a session of its own, so that Ctrl-C reaches this process alone, which then stops its cells by SIGTERM.
-        return subprocess.Popen(
-            line, stdout=output, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
-        )
+        environment = self.environment | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})
+        return subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
-    def run(self, command: Sequence[object], log: Path, processes: int) -> int:
+    def run(self, command: Sequence[object], log: Path, processes: int, gpus: str | None) -> int:
         """``start`` a command with its output appended to ``log``, and wait; returns its exit code."""
         with open(log, "ab") as file:
-            child = self.start(command, file, processes)
+            child = self.start(command, file, processes, gpus)
             self._running.add(child)
             if self.stopping:  # the signal came before
                 child.send_signal(signal.SIGTERM)

@@ -3,12 +3,14 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lip_resnet.study.costs import pareto
 from lip_resnet.study.results import Comparison, Result
 
 STYLE = Path(__file__).parents[1] / "figures.mplstyle"
@@ -16,23 +18,33 @@ STYLE = Path(__file__).parents[1] / "figures.mplstyle"
 
 
 def draw(paint: Callable[[Axes], None], width: float = 6.4, height: float = 3.4) -> str:
-    """An SVG image of one pair of axes; the same bytes every time.
-
-    Args:
-        paint: draws into the axes.
-        width, height: in inches; 100 pixels an inch.
-    """
-    with matplotlib.rc_context(fname=STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        paint(figure.subplots())
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    """An SVG image of one pair of axes, as text; arguments as for ``draw_file``."""
+    text = draw_file(paint, "svg", width, height).decode()
     return text[text.index("<svg") :]
 
 
+def draw_file(paint: Callable[[Axes], None], kind: str, width: float, height: float) -> bytes:
+    """An image of one pair of axes as a svg, png or pdf file; the same bytes every time.
+
+    A pdf is for paper: its text is dark, and its fonts are embedded as TrueType, which publishers require.
+
+    Args:
+        paint: draws into the axes.
+        width, height: in inches; 100 pixels of an SVG an inch.
+    """
+    paper: Any = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "0.1")
+    paper |= {"axes.edgecolor": "0.3", "pdf.fonttype": 42}
+    with matplotlib.rc_context(paper if kind == "pdf" else None, fname=STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure.subplots())
+        buffer = io.BytesIO()
+        undated = {"svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer"), "png": ("Software",)}
+        figure.savefig(buffer, format=kind, dpi=200, metadata=dict.fromkeys(undated[kind]))
+    return buffer.getvalue()
+
+
 def differences(comparisons: Sequence[Comparison], baseline: str) -> str:
-    """Each variant's difference to the baseline: every seed, the mean, and its 95% interval."""
+    """Each variant's difference to the baseline: every seed, the mean, and its 95% interval, which one seed has not."""
 
     def paint(axes: Axes) -> None:
         names = [each.variant for each in comparisons]
@@ -64,7 +76,7 @@ def accuracy_against_cost(points: Mapping[str, tuple[float, float, float | None]
         for name, (x, y, deviation) in points.items():
             colour = "C1" if name in front else "C0"
             axes.errorbar([x], [y], yerr=deviation, fmt="o", ms=7, color=colour, capsize=3)
-            axes.annotate(name, (x, y), xytext=(8, 5), textcoords="offset points", fontsize="small")
+            axes.annotate(name, (x, y), xytext=(8, -11), textcoords="offset points", fontsize="small")
         line = sorted(points[name][:2] for name in front)
         axes.plot([x for x, _ in line], [y for _, y in line], "-", lw=1, color="C1", label="Pareto front")
         axes.set_xlabel(cost)
@@ -75,17 +87,17 @@ def accuracy_against_cost(points: Mapping[str, tuple[float, float, float | None]
     return draw(paint, height=4.0)
 
 
-def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
-    """Names of the points (cost, accuracy) that no other point beats: at most its cost, at least its accuracy."""
-    return {
-        name
-        for name, (x, y) in points.items()
-        if not any((a <= x and b >= y) and (a < x or b > y) for a, b in points.values())
-    }
+def learning_curves(
+    results: Mapping[str, Mapping[int, Result]], label: str = "epoch", minutes: Mapping[str, float] | None = None
+) -> str:
+    """Validation top-1 over epochs, or over minutes of training: the mean of the seeds, and one standard deviation.
 
-
-def learning_curves(results: Mapping[str, Mapping[int, Result]]) -> str:
-    """Validation top-1 over epochs: the mean of the seeds, and a band of one standard deviation."""
+    Args:
+        results: variant -> seed -> result.
+        label: of the axis.
+        minutes: variant -> minutes of its whole training; those that it lacks are taken from the training log. None:
+            over epochs.
+    """
 
     def paint(axes: Axes) -> None:
         for number, (name, of_seeds) in enumerate(results.items()):
@@ -93,13 +105,18 @@ def learning_curves(results: Mapping[str, Mapping[int, Result]]) -> str:
             if not curves:
                 continue
             length = min(map(len, curves))
-            values = np.array([[top1 for _, top1 in curve[:length]] for curve in curves])
-            epochs, mean = [epoch + 1 for epoch, _ in curves[0][:length]], values.mean(0)
-            axes.plot(epochs, mean, "o-", ms=3, color=f"C{number}", label=f"{name} ({len(curves)} seeds)")
+            top1 = np.array([[each.top1 for each in curve[:length]] for curve in curves])
+            along = np.array([each.epoch + 1 for each in curves[0][:length]])
+            if minutes is not None and name in minutes:
+                along = along * minutes[name] / (curves[0][-1].epoch + 1)
+            elif minutes is not None:
+                along = np.mean([[each.minutes for each in curve[:length]] for curve in curves], axis=0)
+            seeds = f"{len(curves)} seed" + "s" * (len(curves) > 1)
+            axes.plot(along, top1.mean(0), "o-", ms=3, color=f"C{number}", label=f"{name} ({seeds})")
             if len(curves) > 1:
-                spread = values.std(0, ddof=1)
-                axes.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, color=f"C{number}", lw=0)
-        axes.set_xlabel("epoch")
+                low, high = (top1.mean(0) + sign * top1.std(0, ddof=1) for sign in (-1, 1))
+                axes.fill_between(along, low, high, alpha=0.2, color=f"C{number}", lw=0)
+        axes.set_xlabel(label)
         axes.set_ylabel("validation top-1 (%)")
         axes.legend(loc="lower right")
 

@@ -16,13 +16,26 @@ class Section:
     """Paragraphs; ``**bold**`` is the one mark."""
     table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
     """Header and rows."""
-    figure: tuple[str, str, str] | None = None
-    """File name without .svg, alternative text, SVG."""
+    figures: tuple[tuple[str, str, str], ...] = ()
+    """Of each: file name without .svg, alternative text, SVG."""
 
 
 def format_interval(interval: tuple[float, float] | None) -> str:
     """``+0.10 to +0.52``; a dash for None."""
     return "-" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+
+
+def format_p(value: float | None) -> str:
+    """A p value with four decimals, such as ``.0313``; a dash for None."""
+    if value is None:
+        return "-"
+    return "<.0001" if value < 1e-4 else f"{value:.4f}".lstrip("0") if value < 1 else "1"
+
+
+def equals_p(value: float) -> str:
+    """``= .0313`` or ``< .0001``, after the letter p."""
+    text = format_p(value)
+    return f"< {text[1:]}" if text.startswith("<") else f"= {text}"
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
@@ -34,8 +47,7 @@ def to_markdown(sections: Sequence[Section]) -> str:
             lines += [paragraph, ""]
         if section.table:
             lines += [render(*section.table).rstrip(), ""]
-        if section.figure:
-            name, alternative, _ = section.figure
+        for name, alternative, _ in section.figures:
             lines += [f"![{alternative}](figures/{name}.svg)", ""]
     return "\n".join(lines)
 
@@ -63,8 +75,7 @@ def to_html(sections: Sequence[Section]) -> str:
             cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
             body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
             parts.append(f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>")
-        if section.figure:
-            _, alternative, svg = section.figure
+        for _, alternative, svg in section.figures:
             text = html.escape(alternative, quote=True)
             labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
             parts.append(f"<figure>{labelled}<figcaption>{text}</figcaption></figure>")

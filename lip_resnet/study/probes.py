@@ -6,7 +6,7 @@ from typing import Any
 
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.protocol import difference
-from lip_resnet.evaluation.robustness import figures, read_probe
+from lip_resnet.evaluation.robustness import figures
 from lip_resnet.study.design import Design
 from lip_resnet.study.pages import Section, format_interval
 from lip_resnet.study.results import Result
@@ -17,20 +17,19 @@ Values = dict[str, dict[str, dict[int, float]]]
 
 
 def load_probes(results: dict[str, dict[int, Result]]) -> Values:
-    """The figures of every probe-NAME.json and eval-imagenet-c.json in the folders of finished cells.
+    """The figures of every probe-NAME.json and eval-imagenet-c.json of finished cells.
 
     Raises:
-        InputError: a file cannot be read, is of other weights than its cell's row, or differs from another cell's file
-            of that name in images or settings.
+        InputError: a file is of other weights than its cell's row, or differs from another cell's file of that name in
+            images or settings.
     """
     values: Values = {}
     first: dict[str, tuple[Path, dict[str, Any]]] = {}
     for variant, of_seeds in results.items():
         for seed, result in of_seeds.items():
-            folder = result.cell.folder
-            for path in [*sorted(folder.glob("probe-*.json")), *folder.glob("eval-imagenet-c.json")]:
-                row = read_probe(path)
-                _check(path, row, result.row, *first.setdefault(path.name, (path, row)))
+            for file, row in result.probes.items():
+                path = result.cell.folder / file
+                _check(path, row, result.row, *first.setdefault(file, (path, row)))
                 for name, value in figures(row).items():
                     values.setdefault(name, {}).setdefault(variant, {})[seed] = value
     return values

@@ -4,20 +4,17 @@ import csv
 import io
 import json
 import statistics as plain
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lip_resnet.config import InputError
 from lip_resnet.files import write_text
-from lip_resnet.study import statistics
-from lip_resnet.study.cells import read_record
+from lip_resnet.study import costs, detection, statistics
+from lip_resnet.study.costs import Results
 from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
-from lip_resnet.study.pages import Section, format_interval, to_html, to_markdown
+from lip_resnet.study.details import classes_section, seeds_section
+from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, to_html, to_markdown
 from lip_resnet.study.probes import robustness_section
-from lip_resnet.study.results import Comparison, Result, compare, load_results, right
-from lip_resnet.study.statistics import Paired
+from lip_resnet.study.results import Comparison, Result, compare, load_failed, load_results
 
 
 def write_report(design: Design) -> list[str]:
@@ -27,6 +24,8 @@ def write_report(design: Design) -> list[str]:
         InputError: no cell is finished, cells are not comparable, matplotlib is not installed, or a file cannot be
             written.
     """
+    if design.detection:
+        return detection.write_report(design)
     results = load_results(design)
     comparisons = compare(design, results)
     sections = build_sections(design, results, comparisons)
@@ -36,70 +35,95 @@ def write_report(design: Design) -> list[str]:
     except OSError as error:
         raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
     for section in sections:
-        if section.figure:
-            write_text(folder / "figures" / f"{section.figure[0]}.svg", section.figure[2])
+        for name, _, svg in section.figures:
+            write_text(folder / "figures" / f"{name}.svg", svg)
     write_text(folder / "report.md", to_markdown(sections))
     write_text(folder / "report.html", to_html(sections))
     write_text(folder / "report.csv", to_csv(design, results, comparisons))
-    return [*sections[0].text, *(str(folder / name) for name in ("report.md", "report.html", "report.csv"))]
+    notes = [line for section in sections if section.title == "Differences" for line in section.text]
+    return [*sections[0].text, *notes, *(str(folder / name) for name in ("report.md", "report.html", "report.csv"))]
 
 
-def build_sections(
-    design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]
-) -> list[Section]:
+def build_sections(design: Design, results: Results, comparisons: list[Comparison]) -> list[Section]:
     """The report's content, in order; the verdict first."""
     try:
-        from lip_resnet.study import figures
+        import lip_resnet.study.figures  # noqa: F401
     except ImportError as error:
         raise InputError('a report needs the package matplotlib: pip install "lip-resnet[study]"') from error
     study = design.study
     title = f"{design.folder.name}: {study.primary} against {study.baseline}"
     sections = [
-        Section(title, tuple(_verdict(design, comparisons))),
-        Section("Accuracy", _accuracy_notes(comparisons), _accuracy_table(design, results, comparisons)),
+        Section(title, tuple(verdict_lines(design, results, comparisons))),
+        Section("Accuracy", _accuracy_notes(comparisons), accuracy_table(design, results, comparisons)),
     ]
     if comparisons:
-        sections.append(_tests(design, comparisons))
-        figure = figures.differences(comparisons, study.baseline)
-        sections.append(
-            Section(
-                "Differences", figure=("differences", f"Top-1 difference of each variant to {study.baseline}", figure)
-            )
-        )
-    done = {name: of_seeds for name, of_seeds in results.items() if of_seeds}
-    points = {name: (_macs(of_seeds), *_mean_deviation(of_seeds)) for name, of_seeds in done.items()}
+        sections += [_tests(design, comparisons), _differences(design, comparisons)]
     sections.append(
         Section(
             "Cost",
-            (
-                "Multiply-adds are of one image. Training images/s are the median of the training log; other work on "
-                "the machine changes them. Times beside the baseline's are measured in turn by study.py measure.",
-            ),
-            _cost_table(design, done),
-            (
-                "accuracy_against_cost",
-                "Top-1 over multiply-adds, with the Pareto front",
-                figures.accuracy_against_cost(points, "multiply-adds of one image (G)"),
-            ),
+            costs.cost_notes(design),
+            costs.cost_table(design, results),
+            tuple(draw_costs(design, results)),
         )
     )
-    if any(len(result.curve) > 1 for of_seeds in done.values() for result in of_seeds.values()):
-        curves = figures.learning_curves(done)
-        sections.append(Section("Learning curves", figure=("learning_curves", "Validation top-1 over epochs", curves)))
+    if (equal := costs.equal_costs(design, results)) is not None:
+        sections.append(equal)
+    if curves := draw_curves(design, results):
+        sections.append(Section("Learning curves", figures=tuple(curves)))
     if (robustness := robustness_section(design, results)) is not None:
         sections.append(robustness)
     if comparisons:
-        sections.append(_classes(design, results, comparisons[0]))
-        sections.append(_one_by_one(comparisons))
+        sections += [classes_section(design, results, comparisons[0]), seeds_section(comparisons)]
     sections.append(_protocol(design, results))
     return sections
 
 
-def _verdict(design: Design, comparisons: list[Comparison]) -> list[str]:
-    """The declared comparison in words, and what it is based on."""
-    study, cells = design.study, design.cells()
-    finished, failed = sum(cell.finished for cell in cells), _failed(design)
-    lines = []
+def draw_costs(design: Design, results: Results) -> list[tuple[str, str, str]]:
+    """Accuracy against each measure that several variants have: file name, alternative text, SVG."""
+    from lip_resnet.study import figures
+
+    axes = {
+        "multiply-adds": ("accuracy_against_cost", "multiply-adds of one image (G)"),
+        "inference": ("accuracy_against_latency", "inference time (ms an image)"),
+        "training": ("accuracy_against_training", "time of a whole training (minutes at the measured step)"),
+    }
+    drawn = []
+    for measure, of_variants in costs.measures(design, results).items():
+        if len(of_variants) < 2 and measure != "multiply-adds":
+            continue
+        name, label = axes[measure]
+        points = {each: (cost, *mean_deviation(results[each])) for each, cost in of_variants.items()}
+        alternative = f"Top-1 over {label}, with the Pareto front"
+        drawn.append((name, alternative, figures.accuracy_against_cost(points, label)))
+    return drawn
+
+
+def draw_curves(design: Design, results: Results) -> list[tuple[str, str, str]]:
+    """Learning curves over epochs and over minutes; none where no cell has two validations."""
+    from lip_resnet.study import figures
+
+    done = {name: of_seeds for name, of_seeds in results.items() if of_seeds}
+    if not any(len(result.curve) > 1 for of_seeds in done.values() for result in of_seeds.values()):
+        return []
+    minutes, how = costs.measures(design, results)["training"], "at the measured time of a step"
+    if not minutes.keys() >= done.keys():
+        minutes, how = {}, "by the training log"
+    label = f"minutes of training ({how})"
+    return [
+        ("learning_curves", "Validation top-1 over epochs", figures.learning_curves(done)),
+        (
+            "learning_curves_minutes",
+            f"Validation top-1 over {label}",
+            figures.learning_curves(done, label, minutes),
+        ),
+    ]
+
+
+def verdict_lines(design: Design, results: Results, comparisons: list[Comparison]) -> list[str]:
+    """The question, the declared comparison in words, and what it is based on."""
+    study, cells = design.study, len(design.cells())
+    finished, failed = sum(map(len, results.values())), load_failed(design)
+    lines = [study.question] if study.question else []
     declared = next((each for each in comparisons if each.variant == study.primary), None)
     if declared is None:
         lines.append(f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished.")
@@ -111,12 +135,10 @@ def _verdict(design: Design, comparisons: list[Comparison]) -> list[str]:
             f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to run "
             "more seeds, not a result."
         )
-    if finished < len(cells):
-        lines.append(
-            f"**Not complete**: {finished} of {len(cells)} cells are finished; the table shows how many of each."
-        )
+    if finished < cells:
+        lines.append(f"**Not complete**: {finished} of {cells} cells are finished; the table shows how many of each.")
     if failed:
-        lines.append(f"**Failed cells**: {'; '.join(failed)}.")
+        lines.append(f"**Failed cells**: {'; '.join(f'{cell}: {message}' for cell, message in failed.items())}.")
     return lines
 
 
@@ -132,24 +154,19 @@ def sentence(comparison: Comparison, baseline: str) -> str:
     if paired.interval is None or paired.p_t is None:
         return f"{text}, one seed."
     text += f", 95% interval {paired.interval[0]:+.2f} to {paired.interval[1]:+.2f} (paired t over {seeds} seeds, "
-    text += f"p = {_p(paired.p_t)}"
-    text += ")." if paired.p_sign_flip is None else f"; exact sign-flip test p = {_p(paired.p_sign_flip)})."
-    if _disagree(paired):
+    text += f"p {equals_p(paired.p_t)}"
+    text += ")." if paired.p_sign_flip is None else f"; exact sign-flip test p {equals_p(paired.p_sign_flip)})."
+    if _disagree(comparison):
         least = statistics.smallest_sign_flip(seeds)
-        text += f" The two tests disagree; the sign-flip test cannot go below {_p(least)} with {seeds} seeds."
+        text += f" The two tests disagree; the sign-flip test cannot go below {format_p(least)} with {seeds} seeds."
     return text
 
 
-def _disagree(paired: Paired) -> bool:
-    """Whether one of the two tests rejects at 5% and the other does not."""
-    if paired.p_t is None or paired.p_sign_flip is None:
+def _disagree(comparison: Comparison) -> bool:
+    """Whether one of the two tests rejects at 5% and the other does not, each adjusted for a family."""
+    if comparison.p is None or comparison.p_sign_flip is None:
         return False
-    return (paired.p_t < statistics.ALPHA) != (paired.p_sign_flip < statistics.ALPHA)
-
-
-def _failed(design: Design) -> list[str]:
-    records = [(cell, read_record(cell)) for cell in design.cells() if not cell.finished]
-    return [f"{cell}: {record['message']}" for cell, record in records if record.get("status") == "failed"]
+    return (comparison.p < statistics.ALPHA) != (comparison.p_sign_flip < statistics.ALPHA)
 
 
 def _accuracy_notes(comparisons: list[Comparison]) -> tuple[str, ...]:
@@ -157,28 +174,29 @@ def _accuracy_notes(comparisons: list[Comparison]) -> tuple[str, ...]:
         "Top-1 of the last weights: mean and standard deviation over seeds. Differences to the baseline are paired by "
         "seed, with 95% intervals by the paired t test."
     ]
-    disagree = [each.variant for each in comparisons if _disagree(each.paired)]
-    if disagree:
-        notes.append(f"The t test and the sign-flip test disagree at 5% for {', '.join(disagree)}.")
+    if disagree := [each for each in comparisons if _disagree(each)]:
+        names = ", ".join(f"{each.variant} ({format_p(each.p)} and {format_p(each.p_sign_flip)})" for each in disagree)
+        notes.append(f"The t test, which decides, and the sign-flip test disagree at 5% for {names}.")
     return tuple(notes)
 
 
-def _accuracy_table(
-    design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]
+def accuracy_table(
+    design: Design, results: Results, comparisons: list[Comparison]
 ) -> tuple[list[str], list[list[str]]]:
+    """Every variant with its difference to the baseline and the verdict: header and rows."""
     header = ["variant", "seeds", "top-1 (%)", "difference", "95% interval", "p", "verdict"]
     rows = []
     by_name = {each.variant: each for each in comparisons}
     for name in [design.study.baseline, *design.compared]:
         if not results[name]:
             continue
-        mean, deviation = _mean_deviation(results[name])
+        mean, deviation = mean_deviation(results[name])
         row = [name, str(len(results[name])), f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")]
         each = by_name.get(name)
         if each is None:
             row += ["-"] * 3 + ["baseline" if name == design.study.baseline else "-"]
         else:
-            row += [f"{each.paired.mean:+.2f}", format_interval(each.paired.interval), _p(each.p), each.verdict]
+            row += [f"{each.paired.mean:+.2f}", format_interval(each.paired.interval), format_p(each.p), each.verdict]
         rows.append(row)
     return header, rows
 
@@ -186,101 +204,49 @@ def _accuracy_table(
 def _tests(design: Design, comparisons: list[Comparison]) -> Section:
     """Every test of a comparison, and the interval that includes the choice of the images."""
     family = sum(each.variant != design.study.primary for each in comparisons)
-    text = (
+    text = [
         f"{design.study.primary} is the declared comparison, tested by itself; the others are a family of {family}, "
         "whose p values are adjusted by Holm. The sign-flip test is exact and assumes no distribution, but has few "
         "values. The last interval is a bootstrap over seeds and images together: it includes what other images of the "
-        "same kind would change."
-    )
-    header = ["variant", "p (paired t)", "p (Holm)", "p (sign flip)", "interval over seeds and images"]
-    rows = [
-        [
-            each.variant,
-            _p(each.paired.p_t),
-            "declared" if each.variant == design.study.primary else _p(each.p),
-            _p(each.paired.p_sign_flip),
-            format_interval(each.bootstrap),
-        ]
-        for each in comparisons
+        "same kind would change.",
     ]
-    return Section("Tests", (text,), (header, rows))
-
-
-def _cost_table(design: Design, done: dict[str, dict[int, Result]]) -> tuple[list[str], list[list[str]]]:
-    """Sizes, the speed in the training log, and the times of costs.json, if ``study.py measure`` has written it."""
-    header = ["variant", "parameters (M)", "multiply-adds (G)", "training images/s", "minutes a cell"]
-    path = design.folder / "costs.json"
-    costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    kinds = [kind for kind in ("training", "inference") if kind in costs]
-    header += [f"{kind} time / baseline" for kind in kinds]
+    if counts := sorted({len(each.seeds) for each in comparisons} & statistics.BOOTSTRAP_COVERAGE.keys()):
+        held = ", ".join(f"{statistics.BOOTSTRAP_COVERAGE[count]:.1f}% with {count} seeds" for count in counts)
+        text.append(
+            f"In a simulation of 1,000 studies (docs/studies.md) the bootstrap's interval held the truth in {held}; "
+            "95% is meant."
+        )
+    header = ["variant", "p (paired t)", "p (t, Holm)", "p (sign flip)", "p (sign flip, Holm)"]
+    header += ["interval over seeds and images"]
     rows = []
-    for name, of_seeds in done.items():
-        first = next(iter(of_seeds.values()))
-        speeds = [result.images_per_second for result in of_seeds.values() if result.images_per_second]
-        seconds = [result.seconds for result in of_seeds.values() if result.seconds]
+    for each in comparisons:
+        declared = each.variant == design.study.primary
         rows.append(
             [
-                name,
-                f"{first.row['params'] / 1e6:.2f}",
-                f"{_macs(of_seeds):.3f}",
-                f"{plain.median(speeds):.0f}" if speeds else "-",
-                f"{plain.fmean(seconds) / 60:.1f}" if seconds else "-",
-                # a variant that was added after the measurement has no times
-                *(f"{costs[kind][name]['ratio']:.2f}" if name in costs[kind] else "-" for kind in kinds),
+                each.variant,
+                format_p(each.paired.p_t),
+                "declared" if declared else format_p(each.p),
+                format_p(each.paired.p_sign_flip),
+                "declared" if declared else format_p(each.p_sign_flip),
+                format_interval(each.bootstrap),
             ]
         )
-    return header, rows
+    return Section("Tests", tuple(text), (header, rows))
 
 
-def _classes(design: Design, results: dict[str, dict[int, Result]], comparison: Comparison) -> Section:
-    """Accuracy by class of the first comparison."""
+def _differences(design: Design, comparisons: list[Comparison]) -> Section:
+    """The figure of differences and intervals, or one line where there is no interval to draw."""
     from lip_resnet.study import figures
 
-    baseline, variant = results[design.study.baseline], results[comparison.variant]
-    labels = next(iter(variant.values())).predictions.label
-    gain = (right(variant, comparison.seeds).mean(0) - right(baseline, comparison.seeds).mean(0)) * 100
-    present = np.unique(labels)
-    by_class = [float(gain[labels == label].mean()) for label in present]
-    names = _class_names(next(iter(variant.values())), present)
-    order = np.argsort(by_class)
-    text = "Most gained: " + ", ".join(f"{names[index]} {by_class[index]:+.1f}" for index in order[::-1][:5])
-    text += "; most lost: " + ", ".join(f"{names[index]} {by_class[index]:+.1f}" for index in order[:5])
-    text += (
-        f" (points, mean over {len(comparison.seeds)} seeds). Single classes are few images: no test is made of them."
-    )
-    figure = figures.classes(names, by_class, comparison.variant, design.study.baseline)
-    alternative = f"Difference in accuracy of {comparison.variant} and {design.study.baseline} by class"
-    return Section("Classes", (text,), figure=("classes", alternative, figure))
+    baseline = design.study.baseline
+    if all(each.paired.interval is None for each in comparisons):
+        line = f"No figure of differences: intervals need two finished seeds of {baseline} and a variant, there is one."
+        return Section("Differences", (line,))
+    alternative = f"Top-1 difference of each variant to {baseline}"
+    return Section("Differences", figures=(("differences", alternative, figures.differences(comparisons, baseline)),))
 
 
-def _class_names(result: Result, labels: np.ndarray) -> list[str]:
-    """The folder of a class's first image, where images lie in class folders; else its number."""
-    predictions = result.predictions
-    first = {label: int(np.argmax(predictions.label == label)) for label in labels}
-    folders = {label: Path(predictions.images[index]).parts for label, index in first.items()}
-    if all(len(parts) > 1 for parts in folders.values()) and len({parts[0] for parts in folders.values()}) == len(
-        labels
-    ):
-        return [folders[label][0] for label in labels]
-    return [str(label) for label in labels]
-
-
-def _one_by_one(comparisons: list[Comparison]) -> Section:
-    """McNemar's test of every pair of runs."""
-    rows = [
-        [each.variant, str(seed), f"{difference:+.2f}", str(ours), str(theirs), _p(p)]
-        for each in comparisons
-        for seed, difference, (ours, theirs, p) in zip(each.seeds, each.paired.differences, each.mcnemar, strict=True)
-    ]
-    text = (
-        "McNemar's exact test of one pair of runs asks whether these two runs differ on other images. It says nothing "
-        "of another training: it is a detail, never the verdict."
-    )
-    header = ["variant", "seed", "difference", "only it is right", "only the baseline", "p (McNemar)"]
-    return Section("Seed by seed", (text,), (header, rows))
-
-
-def _protocol(design: Design, results: dict[str, dict[int, Result]]) -> Section:
+def _protocol(design: Design, results: Results) -> Section:
     """What was run, and on what."""
     first = next(result for of_seeds in results.values() for result in of_seeds.values())
     row, recipe = first.row, design.recipes[design.study.baseline]
@@ -301,22 +267,13 @@ def _protocol(design: Design, results: dict[str, dict[int, Result]]) -> Section:
     return Section("Protocol", text)
 
 
-def _macs(of_seeds: dict[int, Result]) -> float:
-    return next(iter(of_seeds.values())).row["macs"] / 1e9
-
-
-def _mean_deviation(of_seeds: dict[int, Result]) -> tuple[float, float | None]:
+def mean_deviation(of_seeds: dict[int, Result]) -> tuple[float, float | None]:
+    """Mean and standard deviation of top-1 over seeds; no deviation of one."""
     values = [result.row["top1"] for result in of_seeds.values()]
     return plain.fmean(values), plain.stdev(values) if len(values) > 1 else None
 
 
-def _p(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return "<.0001" if value < 1e-4 else f"{value:.4f}".lstrip("0") if value < 1 else "1"
-
-
-def to_csv(design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]) -> str:
+def to_csv(design: Design, results: Results, comparisons: list[Comparison]) -> str:
     """One line for each variant, a number in each column, full precision."""
     buffer = io.StringIO()
     lines = csv.writer(buffer, lineterminator="\n")
@@ -328,7 +285,7 @@ def to_csv(design: Design, results: dict[str, dict[int, Result]], comparisons: l
         if not of_seeds:
             continue
         row = next(iter(of_seeds.values())).row
-        values: list[Any] = [name, len(of_seeds), *_mean_deviation(of_seeds)]
+        values: list[Any] = [name, len(of_seeds), *mean_deviation(of_seeds)]
         each = by_name.get(name)
         if each is None:
             values += [None] * 8 + ["baseline" if name == design.study.baseline else None]

@@ -15,22 +15,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lip_resnet import distributed, memory
 from lip_resnet.compat import copy_tensors_, raise_recompile_limit
-from lip_resnet.config import Config, InputError
-from lip_resnet.data import Batch, TrainLoader, prefetch, to_device
-from lip_resnet.evaluation.evaluate import autocast
-from lip_resnet.evaluation.metrics import AccuracyCounts
+from lip_resnet.config import InputError, Recipe
+from lip_resnet.data import Batch, prefetch
 from lip_resnet.training import ddp
 from lip_resnet.training.checkpoints import check_entries
 from lip_resnet.training.freeze import classifier_of, freeze_trunk
 from lip_resnet.training.nonfinite import NonFiniteGuard, check_scale, step_optimizer, update_average
-from lip_resnet.training.objective import Objective
 from lip_resnet.training.optim import build_optimizer, lr_at
+from lip_resnet.training.task import Counts, Loader, Task
 
 
 @dataclass
 class TrainState:
     """All that changes while a network trains, and so all that a checkpoint must hold."""
 
+    task: Task
+    """What the network is trained to do."""
     model: nn.Module
     """The plain module, whose keys checkpoints use."""
     wrapped: nn.Module
@@ -38,7 +38,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
-    window: AccuracyCounts
+    window: Counts
     """This process's counts since the last log step."""
     guard: NonFiniteGuard
     step: int = 0
@@ -48,7 +48,7 @@ class TrainState:
     skipped: int = 0
     """Images of this process's batches that did not decode and were left out."""
     best: float = -math.inf
-    """Highest validation top-1 so far, percent, of the weights that ``train.rules`` names."""
+    """Highest validation metric ``task.best`` so far, percent, of the weights that ``train.rules`` names."""
     excluded_steps: set[int] = field(default_factory=set)
     """Steps (from 1) whose batches are not trained on: they were not finite before a rollback."""
     rollbacks: int = 0
@@ -117,8 +117,8 @@ class TrainState:
             raise InputError(f"{source}: not a training checkpoint of this recipe: {reason}") from error
 
 
-def build_state(model: nn.Module, config: Config, device: torch.device) -> TrainState:
-    """Move a network to its device and build what trains it: optimizer, average, DDP, loss scaler, guard.
+def build_state(model: nn.Module, config: Recipe, device: torch.device, task: Task) -> TrainState:
+    """Move a network to its device and build what trains it: optimizer, average, DDP, loss scaler, counts, guard.
 
     Raises:
         InputError: sync_bn without GPUs, or grad_checkpointing of a model without it.
@@ -133,21 +133,22 @@ def build_state(model: nn.Module, config: Config, device: torch.device) -> Train
     if train.grad_checkpointing:
         memory.enable_grad_checkpointing(model)
     optimizer = build_optimizer(model, config.optim)
-    if train.freeze_epochs:
+    if task.freeze_epochs:
         classifier_of(model)  # raises
     if train.compile:
         # One graph for each shape: at every size of the schedule and of evaluation, a whole batch and the parts of a
         # smaller last one, of two sizes at most; and once more for a frozen trunk.
-        raise_recompile_limit(3 * (len(config.data.sizes) + 1) * (2 if train.freeze_epochs else 1))
+        raise_recompile_limit(3 * (len(config.data.sizes) + 1) * (2 if task.freeze_epochs else 1))
         model.compile(mode=train.compile_mode, dynamic=False)
     wrapped = model
     if distributed.world_size() > 1:
         wrapped = ddp.wrap(model, device, train.gradient_compression)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "float16")
-    return TrainState(model, wrapped, optimizer, scaler, ema, AccuracyCounts(device), NonFiniteGuard(model, train))
+    guard = NonFiniteGuard(model, train)
+    return TrainState(task, model, wrapped, optimizer, scaler, ema, task.new_counts(device), guard)
 
 
-def warm_up_ddp(state: TrainState, config: Config) -> None:
+def warm_up_ddp(state: TrainState, config: Recipe) -> None:
     """Warm-up step for DDP: a forward and backward of blank images that change no state.
 
     After its first backward DDP sorts the gradients into new buckets, and with three processes or more the buckets
@@ -158,13 +159,10 @@ def warm_up_ddp(state: TrainState, config: Config) -> None:
         return
     device = next(state.model.parameters()).device
     buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
-    size, side = config.data.batch_size // (world * config.optim.accumulate), config.data.sizes[0]
-    images = to_device(torch.zeros(size, 3, side, side), device, config.train.channels_last)
+    size = config.data.batch_size // (world * config.optim.accumulate)
     state.wrapped.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with autocast(device, config.train.precision):
-            logits = state.wrapped(images)
-        logits.float().sum().backward()
+        state.task.forward(state.wrapped, *state.task.blank(size, largest=False), state.step, 0)[0].backward()
     state.optimizer.zero_grad()
     with torch.no_grad():
         for buffer, before in buffers:
@@ -173,8 +171,8 @@ def warm_up_ddp(state: TrainState, config: Config) -> None:
 
 def train_one_epoch(
     state: TrainState,
-    loader: TrainLoader,
-    config: Config,
+    loader: Loader,
+    config: Recipe,
     *,
     norm_excludes: Sequence[nn.Parameter] = (),
     on_step: Callable[[], bool | None],
@@ -203,10 +201,10 @@ def train_one_epoch(
 
     state.wrapped.train()
     state.optimizer.zero_grad()
-    if train.freeze_epochs:
-        freeze_trunk(state.model, state.optimizer, epoch < train.freeze_epochs)
-    objective = Objective(config, device)
-    step = TrainStep(state, config, objective, norm_excludes, on_phase, frozen=epoch < train.freeze_epochs)
+    frozen = epoch < state.task.freeze_epochs
+    if state.task.freeze_epochs:
+        freeze_trunk(state.model, state.optimizer, frozen)
+    step = TrainStep(state, config, norm_excludes, on_phase, frozen)
     counts, extra = state.window, dict[str, Tensor]()
     log_start = wait_start = time.perf_counter()
     waited = 0.0
@@ -231,11 +229,11 @@ def train_one_epoch(
                 extra["train/skipped"] = distributed.all_reduce_sum(torch.tensor(state.skipped, device=device))
             if train.on_nonfinite == "skip":
                 extra["train/nonfinite"] = state.guard.counters[0]
+            if not sums["images"]:
+                sums["loss"] = math.nan
             on_log(
                 {
-                    "train/loss": sums["loss"] if sums["images"] else math.nan,
-                    "train/top1": sums["top1"],
-                    "train/top5": sums["top5"],
+                    **{f"train/{name}": sums[name] for name in state.task.logged},
                     "train/lr": lr,
                     "train/images_per_second": sums["images"] / elapsed,
                     "train/data_wait": waited / elapsed,
@@ -254,7 +252,6 @@ class TrainStep:
 
     Args:
         state: from ``build_state``, its modules in training mode; ``state.step`` is read, not advanced.
-        objective: prepares images and targets, and computes the loss.
         norm_excludes, on_phase: as for ``train_one_epoch``.
         frozen: whether ``freeze_trunk`` has left the classifier's gradients alone, too few for DDP.
     """
@@ -262,13 +259,12 @@ class TrainStep:
     def __init__(
         self,
         state: TrainState,
-        config: Config,
-        objective: Objective,
+        config: Recipe,
         norm_excludes: Sequence[nn.Parameter] = (),
         on_phase: Callable[[str], None] = lambda phase: None,
         frozen: bool = False,
     ) -> None:
-        self.state, self.config, self.objective, self.on_phase = state, config, objective, on_phase
+        self.state, self.config, self.on_phase = state, config, on_phase
         self.network, self.frozen = state.model if frozen else state.wrapped, frozen
         ddp_or_none = self.network if isinstance(self.network, DistributedDataParallel) else None
         self.no_sync = ddp_or_none.no_sync if ddp_or_none else contextlib.nullcontext
@@ -292,19 +288,19 @@ class TrainStep:
         state, clip, scaler = self.state, self.config.optim.clip_norm, self.state.scaler
         guard, world, extra = state.guard, distributed.world_size(), dict[str, Tensor]()
         guard.start_step(state.window.sums)
-        for part, (images, labels) in enumerate(batch.parts):
+        for part, (images, targets) in enumerate(batch.parts):
             self.on_phase("forward")
             last = part == len(batch.parts) - 1
             with contextlib.nullcontext() if last else self.no_sync():
-                logits, labels, loss = self.forward(self.network, images, labels, state.step, part)
+                loss, counted = state.task.forward(self.network, images, targets, state.step, part)
                 self.on_phase("backward")
                 for group, saved in self.buffers:
                     copy_tensors_(saved, group)
                 # DDP averages over processes; this weight makes that the mean over all images of the batch.
-                scaler.scale(guard.scale_loss(loss, len(labels) * world / batch.size)).backward()
+                scaler.scale(guard.scale_loss(loss, len(images) * world / batch.size)).backward()
             for group, saved in self.buffers:  # batch norm's statistics count the forward once, not its recomputation
                 copy_tensors_(group, saved)
-            state.window.add(logits.detach(), labels, loss.detach())
+            state.window.add(*counted)
         if self.frozen:
             ddp.average_gradients(self.parameters)
 
@@ -327,21 +323,11 @@ class TrainStep:
         guard.enqueue(state.step + 1, lr, bad, batch.parts, self._rerun(batch, state.step))
         return extra
 
-    def forward(
-        self, network: nn.Module, images: Tensor, labels: Tensor, step: int, part: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Part ``part`` of step ``step`` (both from 0) -> logits (B, classes) float32, labels, mean loss ()."""
-        images, labels, targets = self.objective.prepare(images, labels, step, part)
-        with autocast(images.device, self.config.train.precision):
-            logits = network(images)
-        logits = logits.float()
-        return logits, labels, self.objective.loss(logits, targets)
-
     def _rerun(self, batch: Batch, step: int) -> Callable[[], Iterator[Tensor]]:
         """Computes the batch's losses again, by the plain module and with the randomness of step ``step`` (from 0)."""
         return lambda: (
-            self.forward(self.state.model, images, labels, step, part)[2]
-            for part, (images, labels) in enumerate(batch.parts)
+            self.state.task.forward(self.state.model, images, targets, step, part)[0]
+            for part, (images, targets) in enumerate(batch.parts)
         )
 
 

@@ -5,15 +5,15 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from lip_resnet import checkpoint, distributed
-from lip_resnet.compat import copy_tensors_, move_towards_
-from lip_resnet.config import InputError, TrainConfig
+from lip_resnet.compat import copy_tensors_, move_towards_, tree_map_only
+from lip_resnet.config import InputError, LoopConfig
 from lip_resnet.evaluation.nonfinite import FirstNonFinite
 
 CHECK_DELAY_STEPS = 2
@@ -35,7 +35,7 @@ class _PendingStep(NamedTuple):
 
     step: int
     rate: float
-    parts: list[tuple[Tensor, Tensor]]
+    parts: list[tuple[Tensor, Any]]
     losses: Callable[[], Iterator[Tensor]]
     """Runs the step's forwards again: the loss of each part."""
     flags: Tensor
@@ -59,7 +59,7 @@ class NonFiniteGuard:
     A step calls ``start_step``, ``scale_loss`` for each part, ``is_bad``, ``undo_if`` and ``enqueue``, in this order.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: LoopConfig) -> None:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         self.folder: Path | None = None
@@ -123,12 +123,12 @@ class NonFiniteGuard:
         step: int,
         rate: float,
         bad: Tensor,
-        parts: list[tuple[Tensor, Tensor]],
+        parts: list[tuple[Tensor, Any]],
         losses: Callable[[], Iterator[Tensor]],
     ) -> None:
         """Queue the flags of optimizer step ``step`` (from 1), to be read once the device has computed them.
 
-        ``rate`` is the learning rate, ``parts`` the (images, labels) of the batch and ``losses`` runs the step's
+        ``rate`` is the learning rate, ``parts`` the (images, targets) of the batch and ``losses`` runs the step's
         forwards again: they serve the report of a non-finite step.
 
         Raises:
@@ -196,7 +196,7 @@ class NonFiniteGuard:
             "seed": self.config.seed,
             "skipped": True,
             "images": [images.cpu() for images, _ in pending.parts],
-            "labels": [labels.cpu() for _, labels in pending.parts],
+            "labels": [tree_map_only(Tensor, Tensor.cpu, targets) for _, targets in pending.parts],
         }
         try:
             self.folder.mkdir(exist_ok=True)

@@ -8,16 +8,15 @@ from torch import nn
 
 from lip_resnet import distributed, memory
 from lip_resnet.compat import is_compiled
-from lip_resnet.config import Config
+from lip_resnet.config import Recipe
 from lip_resnet.errors import InputError
-from lip_resnet.training.engine import TrainState, TrainStep
-from lip_resnet.training.objective import Objective
+from lip_resnet.training.engine import TrainState
 
 LEAST = 2
 """Images of which batch norm can compute statistics."""
 
 
-def suggest(state: TrainState, config: Config, samples: int) -> str:
+def suggest(state: TrainState, config: Recipe, samples: int) -> str:
     """One line: what did not fit, and which values of ``optim.accumulate``, ``data.batch_size`` and
     ``train.grad_checkpointing`` do.
 
@@ -28,10 +27,10 @@ def suggest(state: TrainState, config: Config, samples: int) -> str:
         samples: training images, of which the last batch may hold too few for more parts.
     """
     device, world = state.guard.device, distributed.world_size()
-    batch_size, parts, side = config.data.batch_size, config.optim.accumulate, config.data.sizes[-1]
+    batch_size, parts = config.data.batch_size, config.optim.accumulate
     share, used = batch_size // world, memory.describe_peak(device)
     images = share // parts
-    step = TrainStep(state, config, Objective(config, device))
+    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     # Momentum, and what adamw allocates in its first step.
     copies = 0 if state.optimizer.state else 2
 
@@ -40,10 +39,9 @@ def suggest(state: TrainState, config: Config, samples: int) -> str:
         return not (keeps_last and 0 < samples % size < LEAST * world * accumulate) and size <= samples
 
     def attempt(count: int) -> None:
-        reserved = [torch.empty_like(parameter) for parameter in step.parameters for _ in range(copies)]
-        blank, labels = torch.zeros(count, 3, side, side, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
-        loss = step.forward(state.model, blank, labels, state.step, 0)[2]
-        torch.autograd.grad(loss, step.parameters, allow_unused=True)
+        reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(copies)]
+        loss, _ = state.task.forward(state.model, *state.task.blank(count, largest=True), state.step, 0)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
         del reserved
 
     advice = []

@@ -2,26 +2,28 @@
 
 import contextlib
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lip_resnet import checkpoint, distributed, memory
-from lip_resnet.config import Config, Effect, TrainConfig
-from lip_resnet.data import EvalLoader, TrainLoader, describe_source
+from lip_resnet.config import Effect, LoopConfig, Recipe
+from lip_resnet.data import describe_source
 from lip_resnet.errors import InputError, Stopped
-from lip_resnet.evaluation.baselines import judge, row_of
 from lip_resnet.evaluation.compatibility import check_class_names, recorded_classes
-from lip_resnet.evaluation.evaluate import evaluate
 from lip_resnet.training import run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import TrainState, train_one_epoch, warm_up_ddp
 from lip_resnet.training.interrupts import REPORT, SAVE, STOP, Interrupts
+from lip_resnet.training.messages import describe_end
 from lip_resnet.training.nonfinite import Rollback
 from lip_resnet.training.out_of_memory import suggest
+from lip_resnet.training.task import Loader, Task
 from lip_resnet.training.watchdog import Watchdog
 
 Datasets = dict[str, dict[str, Any]]
@@ -61,7 +63,7 @@ def describe_datasets(train: Any, val: Any) -> Datasets:
     return datasets
 
 
-def restore(state: TrainState, config: Config, source: Path, provenance: Provenance) -> None:
+def restore(state: TrainState, config: Recipe, source: Path, provenance: Provenance) -> None:
     """Load a training checkpoint into ``state`` and its provenance into ``provenance``. A collective.
 
     Rank 0 reads the file and broadcasts it, so that all ranks continue from the same file even on a file system that
@@ -72,7 +74,7 @@ def restore(state: TrainState, config: Config, source: Path, provenance: Provena
         InputError: not a training checkpoint, or one of another recipe, or of other data.
     """
     payload = distributed.on_main(lambda: checkpoint.load(source))
-    earlier = checkpoint.read_recipe(payload, str(source)) or config
+    earlier = checkpoint.read_recipe(payload, str(source), type(config)) or config
     weights = f"start from its weights with model.weights={source}"
     run_folder.check_same_recipe(config, earlier, str(source), weights)
     state.load_state_dict(payload, str(source))
@@ -103,14 +105,28 @@ def check_same_data(theirs: Datasets, ours: Datasets, where: str) -> None:
                 raise InputError(f"{where} was trained with other data: {key} of {split}: {before}, here {now}")
 
 
+class Built(NamedTuple):
+    """What a recipe names, built by the command of its task."""
+
+    task: Task
+    model: nn.Module
+    loader: Loader
+    provenance: Provenance
+    weights: str | None
+    """The weights that a fresh start begins with."""
+    describe_datasets: Callable[[], Datasets]
+    """``Provenance.datasets``; a collective, called once a run folder is open."""
+    observe: Callable[[nn.Module], runlog.Observed] | None = None
+    """What is logged of the evaluated network beside its metrics; called on rank 0 alone."""
+
+
 @dataclass
 class Run:
     """A run, built from its parts; ``fit`` trains it to the end."""
 
-    config: Config
+    config: Recipe
     state: TrainState
-    loader: TrainLoader
-    val_loader: EvalLoader
+    loader: Loader
     checkpoints: Checkpoints
     log: runlog.RunLog
     total: int
@@ -118,6 +134,11 @@ class Run:
     provenance: Provenance
     norm_excludes: list[nn.Parameter]
     """As for ``train_one_epoch``."""
+    observe: Callable[[nn.Module], runlog.Observed] | None = None
+    """Called on rank 0 after each evaluation, with the network whose top-1 selects the best; TensorBoard shows the
+    result. It must not change the network or the state of random numbers."""
+    last: float = math.nan
+    """The metric that selects the best, at the last evaluation of this start, percent."""
 
     @property
     def finished(self) -> bool:
@@ -167,7 +188,10 @@ class Run:
             # Still inside `interrupts`: a signal now must not cost the last checkpoint.
             distributed.on_main(self.checkpoints.wait)
         if used := memory.describe_peak(state.guard.device):
-            self.log.say(used)
+            self.log.say(f"memory    {used}")
+        seconds = time.monotonic() - self.log.started
+        for line in describe_end(self.folder, state.task.best, self.last, state.best, seconds):
+            self.log.say(line)
 
     def _train_epoch(self, interrupts: Interrupts) -> bool:
         """Train to the end of the epoch; True if a signal asks to stop."""
@@ -204,6 +228,8 @@ class Run:
                 on_phase=self.watchdog.set_phase,
             )
         self.watchdog.pause()
+        if epoch_ended() and not self._evaluation_is_due():
+            self.log.end_epoch(epoch)
         if epoch_ended():
             action = max(action, interrupts.synchronize())  # before the evaluation, which can take minutes
         # Also before an evaluation, which can fail and saves again when it has not.
@@ -219,15 +245,19 @@ class Run:
         """Evaluate, log and save; True if a signal asks to stop."""
         state = self.state
         values = self.validate()
-        self.log.log(state.step, (state.step - 1) // len(self.loader), values)
         prefix = "val_ema" if self.config.train.rules == "ema" else "val"
-        top1 = values[f"{prefix}/top1"]
-        improved, state.best = top1 > state.best, max(state.best, top1)
+        value = self.last = values[f"{prefix}/{state.task.best}"]
+        improved, state.best = value > state.best, max(state.best, value)
+        best = {f"{prefix}/best_{state.task.best}": state.best}
+        self.log.log(state.step, (state.step - 1) // len(self.loader), values, best)
+        if (observe := self.observe) is not None:
+            network = state.model if state.ema is None or prefix == "val" else state.ema.module
+            self.log.show(state.step, lambda: observe(network))
         state.evaluated = state.step
         if state.step >= self.total:
-            self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in ("top1", "top5")})
-            if verdict := judge(row_of(self.config, len(self.val_loader.source), top1)):
-                self.log.say(verdict)
+            self.log.finish()
+            if remark := state.task.remark(value):
+                self.log.say(remark)
         self.save(best=improved)
         return interrupts.synchronize() == STOP
 
@@ -278,36 +308,28 @@ class Run:
         distributed.on_main(write)
 
     def validate(self) -> dict[str, float]:
-        """Loss, top-1 and top-5 (percent) under val/, and those of the average, if there is one, under val_ema/.
+        """The task's metrics under val/, and those of the average, if there is one, under val_ema/.
 
-        NaN, with a warning, where logits are not finite.
+        NaN, with a warning, where the network's outputs are not finite.
         """
-        networks = {"val": self.state.model}
+        task, networks = self.state.task, {"val": self.state.model}
         if self.state.ema is not None:
             networks["val_ema"] = self.state.ema.module
-        data, train = self.config.data, self.config.train
         values: dict[str, float] = {}
         for prefix, network in networks.items():
             try:
-                result = evaluate(
-                    network,
-                    self.val_loader,
-                    precision=train.precision,
-                    channels_last=train.channels_last,
-                    mean=data.mean,
-                    std=data.std,
-                )
+                result = task.evaluate(network)
             except FloatingPointError as error:  # the training itself is finite: its checkpoint must not be lost
                 self.log.say(f"warning: {prefix} at step {self.state.step}: {error}; it is not a candidate for best")
-                result = dict.fromkeys(("loss", "top1", "top5"), math.nan)
-            values |= {f"{prefix}/{name}": result[name] for name in ("loss", "top1", "top5")}
+                result = dict.fromkeys(task.metrics, math.nan)
+            values |= {f"{prefix}/{name}": result[name] for name in task.metrics}
         return values
 
 
-def profiler(train: TrainConfig, folder: Path) -> contextlib.AbstractContextManager:
-    """torch.profiler over ``train.profile`` steps of rank 0, for TensorBoard; does nothing where that is 0.
+def profiler(train: LoopConfig, folder: Path) -> contextlib.AbstractContextManager:
+    """torch.profiler over ``train.profile`` steps of rank 0; does nothing where that is 0.
 
-    The trace is gzipped, which makes it some 15 times smaller.
+    The trace, a JSON file that ui.perfetto.dev opens, is gzipped, which makes it some 15 times smaller.
     """
     if not train.profile or not distributed.is_main():
         return contextlib.nullcontext()

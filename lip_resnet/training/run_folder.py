@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TextIO
 
 from lip_resnet import checkpoint
-from lip_resnet.config import Config, Effect
+from lip_resnet.config import Effect, Recipe
 from lip_resnet.data.sources import folder as folder_set
 from lip_resnet.errors import InputError
-from lip_resnet.recipe import load_config
+from lip_resnet.recipe import load_recipe, of_task
 from lip_resnet.training.checkpoints import Checkpoints
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """Names of the temporary files of ``files.write_atomically``; no other file is ever removed."""
 
 
-def check_same_recipe(config: Config, other: Config, where: str, advice: str = "choose another --output") -> None:
+def check_same_recipe(config: Recipe, other: Recipe, where: str, advice: str = "choose another --output") -> None:
     """Refuse to continue a run with a recipe that would train other weights.
 
     ``train.max_steps``, which only says where a run stops, is the one key with an effect on weights that may differ.
@@ -33,8 +33,9 @@ def check_same_recipe(config: Config, other: Config, where: str, advice: str = "
         advice: what to do, other than to continue with the run's value.
 
     Raises:
-        InputError: a key differs; names the first.
+        InputError: a key differs, and the message names the first; or it is of another task.
     """
+    of_task(other, type(config), where)
     ours, theirs = config.values(Effect.WEIGHTS), other.values(Effect.WEIGHTS)
     for key, value in ours.items():
         if key != "train.max_steps" and value != theirs[key]:
@@ -77,7 +78,19 @@ def read_selection(path: str, folder: Path, resume: str) -> str:
     return folder_set.read_selection(path)
 
 
-def open_run(folder: Path, config: Config, resume: str) -> Opened:
+def check_vacant(folder: Path) -> None:
+    """Check that a new run can be written to ``folder``.
+
+    Raises:
+        InputError: it holds a run or other files.
+    """
+    if _is_occupied(folder):
+        if not (folder / "config.yaml").is_file():
+            raise InputError(f"--output {folder} exists and is not a run; choose another")
+        raise InputError(f"--output {folder} already holds a run; continue it with --resume auto or choose another")
+
+
+def open_run(folder: Path, config: Recipe, resume: str) -> Opened:
     """Lock and prepare a run folder, and choose the checkpoint to continue from; no run is ever overwritten.
 
     Args:
@@ -93,12 +106,10 @@ def open_run(folder: Path, config: Config, resume: str) -> Opened:
     occupied = _is_occupied(folder)
     source = None if resume in ("none", "auto") else checkpoint.resolve(resume)
     continues = resume == "auto" or (source is not None and source.parent.resolve() == checkpoints.resolve())
-    if occupied and not recipe.is_file():
-        raise InputError(f"--output {folder} exists and is not a run; choose another")
-    if occupied and not continues:
-        raise InputError(f"--output {folder} already holds a run; continue it with --resume auto or choose another")
+    if not continues or not recipe.is_file():
+        check_vacant(folder)
     if occupied:
-        check_same_recipe(config, load_config(recipe), str(folder))
+        check_same_recipe(config, load_recipe(recipe), str(folder))
     if source is not None and not source.is_file():
         raise InputError(f"--resume {resume}: no such checkpoint")
     notes: list[str] = []

@@ -18,20 +18,21 @@ from lip_resnet.study.design import Design
 KINDS: dict[str, Callable[..., Callable[[], object]]] = {"training": make_step, "inference": make_inference}
 
 
-def measure(design: Design, candidates: Sequence[str], rounds: int, batch: int) -> Row:
+def measure(design: Design, candidates: Sequence[str], rounds: int, batch: int, clock: str) -> Row:
     """Time a training step and a forward pass of every variant and candidate, in turn, on this machine.
 
     Args:
         candidates: further models, such as deeper ResNets, with the baseline's recipe.
         rounds: measured rounds.
         batch: images of each.
+        clock: of ``bench.timing.CLOCKS``; a GPU has its own.
 
     Returns:
-        ``batch``, ``environment``, and for ``training`` and ``inference``: name -> milliseconds an image (median and
-        quartiles), and the ``ratio`` to the baseline, the median over the rounds.
+        ``batch``, ``clock``, ``environment``, and for ``training`` and ``inference``: name -> milliseconds an image
+        (median and quartiles), and the ``ratio`` to the baseline, the median over the rounds.
 
     Raises:
-        InputError: a network fails.
+        InputError: a network fails, or CPU time is asked for on a GPU or of several threads, which it would add up.
     """
     recipes = dict(design.recipes)
     for name in candidates:
@@ -39,8 +40,14 @@ def measure(design: Design, candidates: Sequence[str], rounds: int, batch: int) 
         network = baseline.model.model_copy(update={"name": name, "args": {}, "downsampling": {}})
         recipes.setdefault(name, baseline.model_copy(update={"model": network}))
     device = distributed.device()
-    options = argparse.Namespace(rounds=rounds, clock="wall", device=device.type)
-    row: Row = {"batch": batch, "environment": describe_environment()}
+    if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
+        raise InputError("--clock cpu is for one thread on the CPU: set OMP_NUM_THREADS=1 and CUDA_VISIBLE_DEVICES=")
+    options = argparse.Namespace(rounds=rounds, clock=clock, device=device.type)
+    row: Row = {
+        "batch": batch,
+        "clock": "gpu" if device.type == "cuda" else clock,
+        "environment": describe_environment(),
+    }
     for kind, make in KINDS.items():
         times, failed = compare(
             list(recipes), lambda name, make=make: _prepare(recipes[name], make, batch, device), options

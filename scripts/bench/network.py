@@ -18,9 +18,10 @@ from bench.contestants import FLOOR, build_network
 from bench.timing import LAYOUTS, Row, attempt, compare, ratio, spread
 from lip_resnet.config import Config
 from lip_resnet.data import Batch
+from lip_resnet.evaluation.evaluate import autocast
 from lip_resnet.recipe import load_config
-from lip_resnet.training.engine import TrainStep, autocast, build_state
-from lip_resnet.training.objective import Objective
+from lip_resnet.training.classification import Classification
+from lip_resnet.training.engine import TrainStep, build_state
 
 RECIPE = Path(__file__).parents[2] / "configs" / "imagenet" / "lip_resnet50_step90.yaml"
 
@@ -52,8 +53,9 @@ def make_batch(config: Config, device: torch.device) -> Batch:
 
 def make_inference(model: nn.Module, config: Config, device: torch.device) -> Callable[[], object]:
     """One forward pass as in an evaluation, of normalised images."""
-    model = build_state(model, config, device).model.eval()
-    images, *_ = Objective(config, device).prepare(*make_batch(config, device).parts[0], 0, 0)
+    task = Classification(config, device)
+    model = build_state(model, config, device, task).model.eval()
+    images, *_ = task.prepare(*make_batch(config, device).parts[0], 0, 0)
 
     def infer() -> torch.Tensor:
         with torch.inference_mode(), autocast(device, config.train.precision):
@@ -64,9 +66,9 @@ def make_inference(model: nn.Module, config: Config, device: torch.device) -> Ca
 
 def make_step(model: nn.Module, config: Config, device: torch.device) -> Callable[[], object]:
     """One training step of ``train.py``, on a batch on the device."""
-    state, batch = build_state(model, config, device), make_batch(config, device)
+    state, batch = build_state(model, config, device, Classification(config, device)), make_batch(config, device)
     state.wrapped.train()
-    step = TrainStep(state, config, Objective(config, device))
+    step = TrainStep(state, config)
     return lambda: step(batch, config.optim.lr)
 
 

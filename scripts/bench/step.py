@@ -17,8 +17,9 @@ from bench.contestants import NETWORKS
 from bench.network import build_config, make_batch
 from bench.timing import Row, WrongResult, compare, ratio, spread
 from lip_resnet.config import Config
-from lip_resnet.training.engine import TrainState, TrainStep, autocast, build_state
-from lip_resnet.training.objective import Objective
+from lip_resnet.evaluation.evaluate import autocast
+from lip_resnet.training.classification import Classification
+from lip_resnet.training.engine import TrainState, TrainStep, build_state
 
 BARE, AS_TRAINED = "forward, backward, update", "as train.py"
 PARTS: dict[str, tuple[str, ...]] = {
@@ -44,17 +45,17 @@ GPU_VARIANTS = {
 class BareStep:
     """The reference: normalise, forward, backward, update, and the ``parts`` of the engine's step: norm, counts."""
 
-    def __init__(self, state: TrainState, config: Config, objective: Objective, parts: tuple[str, ...]) -> None:
-        self.state, self.config, self.objective, self.parts = state, config, objective, parts
+    def __init__(self, state: TrainState, config: Config, task: Classification, parts: tuple[str, ...]) -> None:
+        self.state, self.config, self.task, self.parts = state, config, task, parts
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 and labels (B,) -> loss ()."""
         state = self.state
-        images, labels, targets = self.objective.prepare(images, labels, state.step, 0)
+        images, labels, targets = self.task.prepare(images, labels, state.step, 0)
         with autocast(images.device, self.config.train.precision):
             logits = state.wrapped(images)
         logits = logits.float()
-        loss = self.objective.loss(logits, targets)
+        loss = self.task.loss(logits, targets)
         state.scaler.scale(loss).backward()
         if "counts" in self.parts:
             state.window.add(logits.detach(), labels, loss.detach())
@@ -70,12 +71,13 @@ def make_variant(
     name: str, model: nn.Module, config: Config, device: torch.device
 ) -> tuple[Callable[[], object], Callable[[], float]]:
     """A step to time, and the same step returning its loss, to check."""
-    state, objective, batch = build_state(model, config, device), Objective(config, device), make_batch(config, device)
+    task, batch = Classification(config, device), make_batch(config, device)
+    state = build_state(model, config, device, task)
     state.wrapped.train()
     if name in PARTS:
-        bare = BareStep(state, config, objective, PARTS[name])
+        bare = BareStep(state, config, task, PARTS[name])
         return lambda: bare(*batch.parts[0]), lambda: bare(*batch.parts[0]).item()
-    step = TrainStep(state, config, objective)
+    step = TrainStep(state, config)
 
     def loss() -> float:
         state.window.reset()

@@ -3,17 +3,17 @@
 import ast
 import sys
 
-import prepare_imagenet
 import pytest
 from helpers import ROOT
 from helpers.sets import folder_config
+from prepare import archives
 from scipy.io import savemat
 from torchvision.datasets import SVHN
 
 from lip_resnet.config import InputError
 from lip_resnet.data import build_sources
 
-OPTIONAL = {"aiohttp", "datasets", "fsspec", "nvidia", "s3fs", "scipy", "sklearn"}
+OPTIONAL = {"aiohttp", "captum", "datasets", "fsspec", "nvidia", "s3fs", "scipy", "sklearn"}
 
 
 def test_no_module_imports_them_at_its_top():
@@ -53,4 +53,4 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path, module, root, name
 def test_the_devkit_needs_scipy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(InputError, match=r"scipy: pip install \"lip-resnet\[data\]\""):
-        prepare_imagenet.read_devkit(tmp_path / "devkit.tar.gz")
+        archives.read_devkit(tmp_path / "devkit.tar.gz")

@@ -321,10 +321,10 @@ def test_flat_and_misnamed_splits(root, tmp_path):
     (flat / "Val").rename(flat / "val")
     (flat / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(encoded("JPEG"))
     words = "val holds no class folders; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
-    assert refusal(folder_config(flat), 3, ("train", "val")).endswith(words)
+    line = refusal(folder_config(flat), 3, ("train", "val"))
+    assert line.endswith(f"{words}, Kaggle's by python scripts/prepare_imagenet.py --kaggle KAGGLE --output DIR")
     (flat / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 1 1 1\n")
-    assert "Kaggle's" in (line := refusal(folder_config(flat), 3, ("train", "val")))
-    assert f"{flat}/LOC_val_solution.csv" in line
+    assert f"prepare_imagenet.py --kaggle {flat} --output DIR" in refusal(folder_config(flat), 3, ("train", "val"))
 
 
 @pytest.mark.parametrize(

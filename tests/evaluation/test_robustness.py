@@ -1,5 +1,6 @@
 """Robustness probes against counts by hand, on networks whose answers are known."""
 
+import functools
 import json
 import os
 
@@ -12,8 +13,9 @@ from PIL import Image
 from torch import nn
 
 import eval as eval_command
-from lip_resnet import seeding
+from lip_resnet import distributed, seeding
 from lip_resnet.config import EvalDataConfig, InputError, ModelConfig
+from lip_resnet.evaluation.attribution import measure_deletion, measure_localisation
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.robustness import (
     ShiftedCrops,
@@ -26,6 +28,7 @@ from lip_resnet.evaluation.robustness import (
     wilson,
 )
 from lip_resnet.evaluation.testsets import open_set
+from lip_resnet.layers import replace_downsampling
 from lip_resnet.models.registry import create_model
 
 CLASSES = ("ant", "bee", "cat")
@@ -251,3 +254,102 @@ def test_bad_rows(tmp_path, text):
     (tmp_path / "probe-shift.json").write_text(text)
     with pytest.raises(InputError, match=r"probe-shift\.json: not a row of probe\.py"):
         read_probe(tmp_path / "probe-shift.json")
+
+
+def map_scores(network, images, labels, about, mean, std):
+    """Of a batch: the brightest pixel as a map, and the area of its mask."""
+    if about.ndim == 1:
+        drop = 1 / (1 + about[:, None].astype(float))
+        return {"importance": drop * [1.0, 0.5, 0.0], "random": np.tile([1.0, 0.5, 0.0], (len(about), 1))}
+    brightest = images.sum(1).flatten(1).argmax(1).numpy()
+    hit = about.reshape(len(about), -1)[np.arange(len(about)), brightest]
+    area = about.mean((1, 2))
+    return {"importance": np.stack([hit, 2 * area], 1), "chance": np.stack([area, area], 1)}
+
+
+def test_deletion_by_hand(dots, monkeypatch):
+    score = {"score": map_scores}
+    for every, batch in ((None, 7), (3, 5)):
+        config = config_of(dots, eval_batch_size=batch)
+        measured = measure(functools.partial(measure_deletion, **score), Answers(strongest_channel), config, every)
+        areas = 100 * 0.5 / (1 + np.arange(0, 40, every or 1))
+        deletion = measured.result["deletion"]["importance"]
+        assert measured.result["images"] == len(areas)
+        assert deletion["auc"] == pytest.approx(areas.mean())
+        assert deletion["curve"] == pytest.approx([2 * areas.mean(), areas.mean(), 0])
+        half = 1.959964 * areas.std(ddof=1) / len(areas) ** 0.5
+        assert deletion["interval"] == pytest.approx([areas.mean() - half, areas.mean() + half])
+        assert measured.result["importance_less"]["random"]["auc"] == pytest.approx(areas.mean() - 50)
+        assert figures(measured.result) == {
+            "deletion AUC, importance": deletion["auc"],
+            "deletion AUC, random": pytest.approx(50.0),
+        }
+        assert measured.settings == {"name": "deletion", "every": every or 1, "methods": ["importance", "random"]}
+    one = measure(functools.partial(measure_deletion, **score), Answers(strongest_channel), config, None).result
+    monkeypatch.setattr(distributed, "gather_objects", lambda parts: [parts[1::2], parts[::2]])  # of two processes
+    assert measure(functools.partial(measure_deletion, **score), Answers(strongest_channel), config, None).result == one
+    with pytest.raises(InputError, match="--every is 0; it must be at least 1"):
+        measure(functools.partial(measure_deletion, **score), Answers(strongest_channel), config, 0)
+
+
+def test_boxes_go_the_way_of_their_images(dots, tmp_path):
+    """The box of a dot is its pixel: after a crop, after a resize; boxes outside the crop are left out."""
+    names = sorted(f"val/{CLASSES[index % 3]}/{index:02}.png" for index in range(40))
+    boxes = []
+    for name in names:
+        pixels = np.asarray(Image.open(dots / name)).max(2)
+        row, column = np.unravel_index(pixels.argmax(), pixels.shape)
+        boxes.append((name, column, row, column + 1, row + 1))
+    write_boxes(tmp_path / "boxes.tsv", boxes)
+    probing = functools.partial(measure_localisation, score=map_scores)
+    for size, resize, area in ((32, 32, 1 / 32**2), (28, 32, 1 / 28**2), (64, 64, 4 / 64**2)):
+        config = config_of(dots, eval_size=size, eval_resize=resize)
+        result = measure(probing, Answers(strongest_channel), config, tmp_path / "boxes.tsv").result
+        assert (result["images"], result["outside"]) == (40, 0)
+        if size <= 32:  # an enlarged pixel is blurred
+            assert result["localisation"]["chance"]["energy"] == pytest.approx(100 * area)
+        assert result["localisation"]["importance"]["pointing"] == 100
+        assert result["importance_less"]["chance"]["energy"] == result["localisation"]["chance"]["energy"]
+        assert figures(result)["pointing game, importance"] == 100
+    write_boxes(tmp_path / "boxes.tsv", [(row[0], 0, 0, 2, 2) if "bee" in row[0] else row for row in boxes])
+    config = config_of(dots, eval_resize=32)
+    assert measure(probing, Answers(strongest_channel), config, tmp_path / "boxes.tsv").result["outside"] == 13
+    write_boxes(tmp_path / "boxes.tsv", [(name, 0, 0, 2, 2) for name in names])
+    with pytest.raises(InputError, match=r"all boxes of .* lie outside the crop of 28 pixels"):
+        measure(probing, Answers(strongest_channel), config, tmp_path / "boxes.tsv")
+
+
+@pytest.mark.parametrize("name", ["deletion", "localisation"])
+def test_maps_by_command(dots, tmp_path, capsys, monkeypatch, name):
+    """A network with LIP gets a row that a report reads; one without layers of weights is refused by name."""
+    boxes = [(f"{CLASSES[index % 3]}/{index:02}.png", 4, 4, 20, 20) for index in range(40)]
+    write_boxes(tmp_path / "boxes.tsv", boxes)
+    option = ("--every", 8) if name == "deletion" else ("--boxes", tmp_path / "boxes.tsv")
+    for layer in ("lip_projection", "strided"):
+        recipe, file = tmp_path / "recipe.yaml", tmp_path / f"{layer}.pt"
+        recipe.write_text(
+            f"model: {{name: test_resnet, num_classes: 3, downsampling: {{stem: {layer}}}}}\n"
+            f"data: {{name: folder, root: {dots}, batch_size: 8, size: 32, eval_size: 32, eval_resize: 32}}\n"
+            "optim: {lr: 0.1}\ntrain: {epochs: 1}\n"
+        )
+        network = create_model("test_resnet", num_classes=3)
+        replace_downsampling(network, {"stem": layer})
+        torch.save(network.state_dict(), file)
+        arguments = (name, file, "--config", recipe, "--workers", 0, *option, "--output", tmp_path / f"{layer}.json")
+        if layer == "strided":
+            assert "has no layer that weighs by content" in refuse(capsys, monkeypatch, probe, *arguments)
+            continue
+        code, out, error = call(capsys, monkeypatch, probe, *arguments)
+        assert code == 0, error
+        row = read_probe(tmp_path / f"{layer}.json")
+        assert row["images"] == (5 if name == "deletion" else 40)
+        if name == "localisation":
+            chance = row["localisation"]["chance"]["energy"]
+            assert chance == pytest.approx(100 * 16**2 / 32**2)
+            assert row["localisation"]["importance"]["energy"] == pytest.approx(chance, rel=1e-3)  # equal logits
+            assert f"energy in the box, chance {chance:.3f}%" in out
+        else:
+            assert row["deletion"]["importance"]["auc"] == row["deletion"]["random"]["auc"]
+    assert "--every belongs to the probe deletion, not to sizes" in refuse(
+        capsys, monkeypatch, probe, "sizes", tmp_path / "x.pt", "--every", 2
+    )

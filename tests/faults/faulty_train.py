@@ -12,10 +12,10 @@ from pathlib import Path
 
 import lip_commands
 from lip_resnet import distributed
-from lip_resnet.training import objective
+from lip_resnet.training import classification
 
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
-prepare = objective.Objective.prepare
+prepare = classification.Classification.prepare
 
 
 def faulty(self, images, labels, step, part):
@@ -33,7 +33,7 @@ def faulty(self, images, labels, step, part):
     return images, labels, targets
 
 
-objective.Objective.prepare = faulty
+classification.Classification.prepare = faulty
 sys.argv[0] = "train.py"
 if __name__ == "__main__":
     lip_commands.train()

@@ -18,6 +18,7 @@ from lip_resnet.config import InputError
 from lip_resnet.models import registry
 from lip_resnet.recipe import load_config, parse_config
 from lip_resnet.training.checkpoints import Checkpoints
+from lip_resnet.training.classification import Classification
 from lip_resnet.training.engine import build_state
 
 SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8"]
@@ -25,7 +26,8 @@ SMALL = ["model.args.channels=[8,8,8,8]", "model.args.stem_width=8"]
 
 def fresh_state():
     config = load_config(RECIPE, SMALL)
-    return build_state(registry.build_model(config.model), config, torch.device("cpu")), config
+    cpu = torch.device("cpu")
+    return build_state(registry.build_model(config.model), config, cpu, Classification(config, cpu)), config
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from lip_resnet import distributed
 from lip_resnet.config import Config
 from lip_resnet.data import Batch, prefetch
 from lip_resnet.models import registry
+from lip_resnet.training.classification import Classification
 from lip_resnet.training.engine import TrainState, TrainStep, build_state, train_one_epoch
-from lip_resnet.training.objective import Objective
 
 LIP = {"main": "lip_bottleneck"}
 LAYOUT_KERNELS = ("nchwtonhwc", "nhwctonchw")
@@ -46,7 +46,8 @@ def prepare(device: str, batch: int, side: int, **changes: object) -> tuple[Conf
     sizes = {"data__size": side, "data__eval_size": side, "data__eval_resize": side, "data__batch_size": batch}
     config = small_config(**{"model__downsampling": LIP, "optim__lr": 0.01, **sizes, **changes})
     torch.manual_seed(0)
-    return config, build_state(registry.build_model(config.model), config, torch.device(device))
+    task = Classification(config, torch.device(device))
+    return config, build_state(registry.build_model(config.model), config, torch.device(device), task)
 
 
 def make_step(device: str, batch: int, side: int, **changes: object) -> tuple[TrainState, TrainStep, Batch]:
@@ -55,7 +56,7 @@ def make_step(device: str, batch: int, side: int, **changes: object) -> tuple[Tr
     state.wrapped.train()
     torch.manual_seed(0)
     made = make_batch(config, torch.device(device))
-    return state, TrainStep(state, config, Objective(config, torch.device(device))), made
+    return state, TrainStep(state, config), made
 
 
 def check_skipped_step(device: str, precision: str, batch: int = 2, side: int = 32, **changes: object) -> None:

@@ -12,6 +12,7 @@ from lip_resnet.commands import train
 from lip_resnet.data import EvalLoader, TrainLoader, build_sources
 from lip_resnet.models import registry
 from lip_resnet.training import run_folder
+from lip_resnet.training.classification import Classification
 from lip_resnet.training.engine import build_state, train_one_epoch
 
 CPU = torch.device("cpu")
@@ -20,10 +21,11 @@ CPU = torch.device("cpu")
 def prepare(**changes):
     config = small_config(**changes)
     torch.manual_seed(0)
-    state = build_state(registry.build_model(config.model, drop_rate=config.train.drop), config, CPU)
+    model = registry.build_model(config.model, drop_rate=config.train.drop)
     images, val = build_sources(config.data, config.model.num_classes)
     loader = TrainLoader(images, config.data, config.optim.accumulate, config.train.seed)
-    return config, state, loader, EvalLoader(val, config.data)
+    val_loader = EvalLoader(val, config.data)
+    return config, build_state(model, config, CPU, Classification(config, CPU, val_loader)), loader, val_loader
 
 
 def how(config):

@@ -10,8 +10,11 @@ from torch import nn
 
 from lip_resnet.errors import InputError
 from lip_resnet.insight import importance_maps, sites_of
+from lip_resnet.insight.weights import WEIGHINGS
+from lip_resnet.insight.windows import example_window
 from lip_resnet.layers import make_layer, replace_downsampling
 from lip_resnet.layers.pooling import LIP2d
+from lip_resnet.ops.lip import lip2d
 
 PHOTOGRAPHS = torch.randint(256, (2, 3, 41, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -56,6 +59,102 @@ def test_maps_of_known_logits():
     assert maps.weight.sum() == pytest.approx(entropy.size, rel=1e-5)  # each window's weights sum to 1
     assert maps.logit_mean == pytest.approx(logits.mean(), rel=1e-4)
     assert maps.name == "1"
+    equal = importance_maps(pooled_by(make_layer("average", 3)), PHOTOGRAPHS)[0].weight
+    np.testing.assert_allclose(maps.relative_weight, maps.weight / equal, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (5, 3, 2)])
+@pytest.mark.parametrize("name", WEIGHINGS)
+def test_weights_of_compared_layers_are_the_jacobian_s(name, window):
+    """By autograd through the layer itself: d sum(y) / d x, with SoftPool's own weights held fixed."""
+    torch.manual_seed(0)
+    model, layer = pooled_by(LIP2d(Known(0.8), *window)), make_layer(name, 3, *window)
+    own, maps = importance_maps(model, PHOTOGRAPHS, compare=[name], channels=[0, 1, 2])
+    features = (PHOTOGRAPHS / 255 - torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)) / torch.tensor(
+        (0.229, 0.224, 0.225)
+    ).view(3, 1, 1)
+    features = model[0](features).detach().requires_grad_()
+    y = lip2d(features, features.detach(), *window) if name == "softpool" else layer(features)
+    (weight,) = torch.autograd.grad(y.sum(), features)
+    np.testing.assert_allclose(maps.weight, weight, rtol=1e-4, atol=1e-6)
+    assert (own.layer, maps.layer, own.name, maps.name) == ("lip", name, "1", "1")
+    if name != "blur":
+        assert np.nanmax(maps.relative_weight) <= window[0] ** 2 + 1e-4
+    # The same as of a network that has the layer.
+    model[1] = layer
+    (installed,) = importance_maps(model, PHOTOGRAPHS, channels=[0, 1, 2])
+    np.testing.assert_allclose(installed.weight, maps.weight, rtol=1e-5)
+    np.testing.assert_allclose(installed.entropy, maps.entropy, rtol=1e-5)
+    assert installed.layer == name
+
+
+def test_entropy_of_blur_and_strided():
+    """By hand: two independent draws of (1/4, 1/2, 1/4); one sure position."""
+    binomial = -2 * (0.5 * math.log(0.25) + 0.5 * math.log(0.5)) / math.log(9)
+    for name, entropy in (("blur", binomial), ("strided", 0.0)):
+        (maps,) = importance_maps(pooled_by(make_layer(name, 3)), PHOTOGRAPHS)
+        np.testing.assert_allclose(maps.entropy, entropy, atol=1e-6)
+        assert np.isnan(maps.importance).all()
+        assert math.isnan(maps.logit_mean)
+
+
+def test_features_are_read_before_they_are_changed_in_place():
+    torch.manual_seed(0)
+    plain = pooled_by(make_layer("softpool", 3))
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = plain
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            y = self.pool(x)
+            x.zero_()
+            return y
+
+    (expected,), (maps,) = (importance_maps(model, PHOTOGRAPHS) for model in (plain, InPlace()))
+    np.testing.assert_array_equal(maps.weight, expected.weight)
+    assert maps.entropy.mean() < 1
+
+
+def test_a_compiled_network_a_bfloat16_one_and_modes_of_modules():
+    torch.manual_seed(0)
+    model = pooled_by(LIP2d(Known(0.8)))
+    (expected,) = importance_maps(model, PHOTOGRAPHS)
+    compiled = torch.compile(model.eval(), backend="eager")
+    with torch.no_grad():
+        compiled(PHOTOGRAPHS / 255)  # its graph has no hooks, and fits what importance_maps calls
+    (maps,) = importance_maps(compiled, PHOTOGRAPHS)
+    np.testing.assert_array_equal(maps.weight, expected.weight)
+    model.train()
+    model[0].eval()  # as a frozen batch norm is
+    (low,) = importance_maps(model.bfloat16(), PHOTOGRAPHS)
+    np.testing.assert_allclose(low.weight, expected.weight, atol=0.05)
+    assert (model.training, model[0].training, model[1].training) == (True, False, True)
+
+
+def test_an_example_window_is_one_of_the_network_s():
+    """Its features and weights, read from the maps' own layer at the place that it names."""
+    torch.manual_seed(0)
+    model = pooled_by(LIP2d(Known(0.8)))
+    example = example_window(model, PHOTOGRAPHS[0], "1", mean=(0, 0, 0), std=(1, 1, 1))
+    with torch.no_grad():
+        features = model[0](PHOTOGRAPHS[0] / 255)
+    inside = (slice(example.top, example.top + 3), slice(example.left, example.left + 3))
+    values = features[example.channel][inside]
+    assert example.map_size == (41, 56)
+    torch.testing.assert_close(example.features, values)
+    logits = torch.exp(0.8 * features[0][inside])
+    torch.testing.assert_close(example.weights["lip"], logits / logits.sum(), rtol=1e-4, atol=0)
+    row, column = (example.top + 1) // 2, (example.left + 1) // 2
+    assert example.output("lip") == pytest.approx(model(PHOTOGRAPHS[:1] / 255)[0, example.channel, row, column].item())
+    outputs = {"average": values.mean(), "max": values.max(), "strided": values[1, 1]}
+    for name, output in outputs.items():
+        assert example.output(name) == pytest.approx(output.item(), rel=1e-5), name
+    assert example.output("softpool") == pytest.approx((values.exp() * values).sum().item() / values.exp().sum().item())
+    assert example.entropy == pytest.approx(example.mean_entropy, abs=1e-3)
+    assert example_window(model, PHOTOGRAPHS[0, :, :2, :2], "1") is None
 
 
 @pytest.mark.parametrize(("name", "entropy"), [("average", 1.0), ("max", 0.0)])
@@ -111,7 +210,14 @@ def test_networks_and_images_that_cannot_be_shown():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d((3, 2), 2), nn.MaxPool2d(2, 2, dilation=2)]
+    "layer",
+    [
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.AvgPool2d((3, 2), 2),
+        nn.MaxPool2d(2, 2, dilation=2),
+        nn.AvgPool2d(3, 2, padding=1),  # counts the zeros of the padding
+        timm.layers.BlurPool2d(3, pad_mode="constant"),
+    ],
 )
 def test_windows_that_have_no_map_are_no_sites(layer):
     assert not sites_of(pooled_by(layer))

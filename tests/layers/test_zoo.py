@@ -9,6 +9,7 @@ from timm.layers import BlurPool2d
 from torch import Tensor, nn
 
 from lip_resnet.layers.downsampling import DOWNSAMPLING, make_layer
+from lip_resnet.ops.lip import lip2d
 
 
 def features(channels: int = 4, height: int = 13, width: int = 10) -> Tensor:
@@ -121,6 +122,34 @@ def test_pasa_by_unfolding():
     windows = F.pad(x, (1,) * 4, mode="reflect").unfold(2, 3, 2).unfold(3, 3, 2).flatten(4).permute(0, 1, 4, 2, 3)
     close(layer(x), (weights * windows).sum(2), 1e-6)  # the layer's softmax is in float32
     assert make_layer("pasa", 64).conv.weight.numel() == 648 * 64
+
+
+def test_self_attentive_by_torchs_attention():
+    """Maps that patches of 4x4 fill exactly, and one image row of patches, where upsampling is known."""
+    x, layer = features(6, 12, 8), layer_of("self_attentive", 6)
+    logits = layer.logits
+    attention = nn.MultiheadAttention(128, 4, bias=False, batch_first=True).double()
+    attention.in_proj_weight.data = logits.qkv.weight.flatten(1)
+    nn.init.eye_(attention.out_proj.weight)
+    patches = F.unfold(x, 4, stride=4).transpose(1, 2)
+    tokens = patches @ logits.embed.weight.flatten(1).T + logits.embed.bias
+    mixed = attention(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).reshape(2, 128, 3, 2)
+    restored = F.conv2d(F.interpolate(mixed, size=(12, 8), mode="bilinear"), logits.conv.weight, logits.conv.bias)
+    close(logits(x), restored.sigmoid(), 1e-9)
+    close(layer(x), lip2d(x, restored.sigmoid(), 3, 2, 1), 1e-9)
+    assert logits(features(6, 13, 9)).shape == (2, 6, 13, 9)
+
+
+def test_adapool_by_unfolding():
+    x, layer = features(), layer_of("adapool")
+    windows = F.pad(x, (1,) * 4, value=math.nan).unfold(2, 3, 2).unfold(3, 3, 2).flatten(4)
+    mean = windows.nanmean(-1, keepdim=True)
+    weights = (2 * (windows * mean).abs() / (windows**2 + mean**2)).exp()
+    similar = (weights * windows).nansum(-1) / weights.nansum(-1)
+    soft = (windows.exp() * windows).nansum(-1) / windows.exp().nansum(-1)
+    b = layer.mix.sigmoid()
+    close(layer(x), b * similar + (1 - b) * soft, 1e-6)  # the layer computes in float32
+    assert torch.equal(layer(torch.zeros_like(x)), torch.zeros_like(soft))
 
 
 def test_adown_and_scdown_by_hand():

@@ -22,6 +22,8 @@ from helpers import small_config
 from helpers.commands import call, refuse
 from helpers.sets import add
 from PIL import Image
+from prepare import archives as archive_files
+from prepare import writing
 from scipy.io import savemat
 from torchvision.datasets.imagenet import ARCHIVE_META
 
@@ -105,14 +107,14 @@ def test_archives_to_folders(prepare, archives, tmp_path):
 
 
 def test_a_killed_run_is_continued(monkeypatch, prepare, archives, tmp_path):
-    write, expected = prepare_imagenet._write_image, archives[1]
+    write, expected = writing._write_image, archives[1]
 
     def slow(*arguments):
         time.sleep(0.1)
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_imagenet, "_write_image", slow)
+        patch.setattr(writing, "_write_image", slow)
         process = multiprocessing.get_context("fork").Process(target=prepare, args=("--any-archive",))
         process.start()
         deadline = time.monotonic() + 60
@@ -143,7 +145,7 @@ def test_re_encoding(prepare, archives, tmp_path):
 
 def test_archives_to_shards(monkeypatch, prepare, archives, tmp_path):
     expected = archives[1]
-    monkeypatch.setattr(prepare_imagenet, "_PER_SHARD", 5)
+    monkeypatch.setattr(writing, "_PER_SHARD", 5)
     assert prepare("--any-archive", "--format", "shards") == 0
     shards = sorted(tmp_path.glob("*/*.tar"))
     names = ["train/000000.tar", "train/000001.tar", "train/000002.tar", "val/000000.tar"]
@@ -189,7 +191,7 @@ def test_wrong_sizes_and_checksums_are_refused(monkeypatch, prepare, archives, t
     assert prepare(output=tmp_path / "out") == 2
     assert "the official archive 147,897,477,120: is its download complete?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(prepare_imagenet, "_BYTES", {key: paths[key].stat().st_size for key in ("train", "val")})
+    monkeypatch.setattr(archive_files, "_BYTES", {key: paths[key].stat().st_size for key in ("train", "val")})
     assert prepare(output=tmp_path / "out") == 2
     assert "the official archive's fa75699e90414af021442c21a62c3abf" in capsys.readouterr().err
     assert prepare(archives=tmp_path / "none") == 2
@@ -200,8 +202,8 @@ def test_wrong_sizes_and_checksums_are_refused(monkeypatch, prepare, archives, t
 def test_a_full_disk(monkeypatch, prepare, archives, tmp_path, capsys, layout):
     """The line names the file that could not be written, what is written stays, and the same command continues."""
     flags = ("--any-archive", "--format", layout)
-    monkeypatch.setattr(prepare_imagenet, "_PER_SHARD", 5)
-    replace, room = prepare_imagenet.os.replace, [3 if layout == "folder" else 1]
+    monkeypatch.setattr(writing, "_PER_SHARD", 5)
+    replace, room = writing.os.replace, [3 if layout == "folder" else 1]
 
     def full(source, target):
         if Path(source).suffix == ".part":
@@ -211,7 +213,7 @@ def test_a_full_disk(monkeypatch, prepare, archives, tmp_path, capsys, layout):
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_imagenet.os, "replace", full)
+        patch.setattr(writing.os, "replace", full)
         assert prepare(*flags) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"--output: cannot write {tmp_path}/" in line
@@ -227,6 +229,7 @@ def test_a_full_disk(monkeypatch, prepare, archives, tmp_path, capsys, layout):
         (("--longest", -5), "--longest is -5; it must be at least 1"),
         (("--quality", 900), "--quality is 900; it must be 1 to 95"),
         (("--effect", "somewhere"), "or --effect FOLDER"),
+        (("--kaggle", "somewhere"), "give --archives DIR or --kaggle DIR"),
     ],
 )
 def test_wrong_flags(prepare, capsys, flags, words):

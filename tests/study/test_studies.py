@@ -1,9 +1,11 @@
 """Studies: refusals of unfair designs, cells that go on, reports; with stand-ins for train.py and eval.py."""
 
 import csv
+import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from scipy import stats
 
 from lip_resnet.config import InputError
 from lip_resnet.errors import Stopped
-from lip_resnet.study import cells, design, probes, report, results
+from lip_resnet.study import cells, costs, design, details, export, probes, report, results, statistics
 
 STUDY = {
     "base": "digits/resnet50",
@@ -57,8 +59,9 @@ for index in range(400):
     lines.append(f"c{label}/{index}.png,{label},{top1},{top1} 0 1 2,0.5,1.0")
 pathlib.Path(sys.argv[sys.argv.index("--predictions") + 1]).write_text("\\n".join(lines) + "\\n")
 row = {"model": folder.parent.name, "top1": correct / 4, "top5": 100.0, "loss": 1.0, "images": 400, "params": 10**6}
-row |= {"macs": 10**9, "correct1": correct, "seed": seed, "protocol": {"data": "digits", "training": None}}
-row["environment"] = {"hardware": "a CPU", "torch": "2", "timm": "1"}
+row |= {"macs": 10**9, "correct1": correct, "seed": seed, "step": 10, "protocol": {"data": "digits", "training": None}}
+row["environment"] = {"hardware": "a CPU", "torch": "2", "timm": "1", "command": sys.argv}
+row["checkpoint"] = str(folder.resolve())
 (folder / "eval.json").write_text(json.dumps(row))
 """
 
@@ -69,10 +72,8 @@ def write(tmp_path, **changes):
     return path
 
 
-@pytest.fixture
-def stand_ins(tmp_path, monkeypatch):
-    """train.py and eval.py that answer at once, started without PyTorch."""
-    root = tmp_path / "checkout"
+def make_stand_ins(folder, monkeypatch):
+    root = folder / "checkout"
     root.mkdir()
     (root / "train.py").write_text(TRAIN)
     (root / "eval.py").write_text(EVAL)
@@ -80,6 +81,12 @@ def stand_ins(tmp_path, monkeypatch):
     plain = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     monkeypatch.setattr(cells, "_CHILD", plain)
     return root
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """train.py and eval.py that answer at once, started without PyTorch."""
+    return make_stand_ins(tmp_path, monkeypatch)
 
 
 REFUSED = {
@@ -156,6 +163,37 @@ def test_cells_go_on_and_are_never_repeated(tmp_path, stand_ins):
     assert cells.read_record(study.cells()[0])["seconds"] > 0
 
 
+def test_cells_that_run_together_have_gpus_of_their_own(tmp_path, stand_ins, monkeypatch):
+    """By the environment of the started processes; the first waits for the second, the third takes what is free."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5")
+    (stand_ins / "train.py").write_text(
+        "import os, pathlib, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r}) / 'gpus'\n"
+        "(folder / str(os.getpid())).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "while len(list(folder.iterdir())) < 2: time.sleep(0.01)\n"
+    )
+    (stand_ins / "eval.py").write_text("")
+    (tmp_path / "gpus").mkdir()
+    study = design.load_design(write(tmp_path), output=tmp_path / "out")
+    design.write_design(study)
+    cells.run_cells(study, study.cells()[:3], jobs=2)
+    used = [path.read_text() for path in (tmp_path / "gpus").iterdir()]
+    assert len(used) == 3
+    assert set(used) == {"4", "5"}
+
+
+def test_gpus_of_jobs(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,GPU-2,3,4")
+    assert cells.assign_gpus(3, 2) == ["0,1", "GPU-2,3", "0,1"]  # shared, for there are too few
+    assert cells.assign_gpus(1, 2) == cells.assign_gpus(1, 1) == [None]
+    assert cells.assign_gpus(2, 4) == [None, None]  # one group
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cells.assign_gpus(2, 1) == [None, None]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(cells.torch.cuda, "device_count", lambda: 3)
+    assert cells.assign_gpus(4, 1) == ["0", "1", "2", "0"]
+
+
 def test_the_message_of_a_failure_is_of_the_last_start(tmp_path, stand_ins):
     (stand_ins / "train.py").write_text("import sys; sys.exit('RuntimeError: a bug')")
     study = design.load_design(write(tmp_path), output=tmp_path / "out")
@@ -212,18 +250,27 @@ def test_a_study_that_is_killed_while_it_begins_goes_on(tmp_path, monkeypatch):
     assert all((study.folder / name / "recipe.yaml").is_file() for name in study.recipes)
 
 
-@pytest.fixture
-def finished(tmp_path, stand_ins):
-    study = design.load_design(write(tmp_path), output=tmp_path / "out")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    study = design.load_design(write(folder), output=folder / "out")
     design.write_design(study)
-    assert not cells.run_cells(study, study.cells(), jobs=2)
-    return study
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_stand_ins(folder, monkeypatch)
+        assert not cells.run_cells(study, study.cells(), jobs=2)
+    return study.folder
+
+
+@pytest.fixture
+def finished(tmp_path, trained):
+    """A finished study, the test's own copy."""
+    shutil.copytree(trained, tmp_path / "out")
+    return design.load_record(tmp_path / "out")
 
 
 def test_report(finished):
     pytest.importorskip("matplotlib")
-    measured = {"plain": {"ratio": 1.0}, "lip": {"ratio": 1.25}}  # before the variant average was added
-    (finished.folder / "costs.json").write_text(json.dumps({"training": measured}))
+    write_costs(finished.folder, {"plain": 1.0, "lip": 1.25})  # before the variant average was added
     metrics = finished.cells()[0].folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"val/top1": 0.0', '"val/top1": null'))  # logits were not finite
     printed = report.write_report(design.load_record(finished.folder))
@@ -238,16 +285,29 @@ def test_report(finished):
     page = (folder / "report.html").read_text()
     costs = (folder / "report.md").read_text().split("## Cost")[1].split("##")[0]
     cells = [line.split("|") for line in costs.splitlines() if "|" in line]
-    assert [row[-2].strip() for row in cells][2:] == ["1.00", "1.25", "-"]
-    assert page.count("<svg") == 4
+    # 640 images at 2 ms, in minutes.
+    shown = [[row[column].strip() for column in (4, 6)] for row in cells][2:]
+    assert shown == [["2.00 (1.00)", "0.0 (1.00)"], ["2.50 (1.25)", "0.0 (1.25)"], ["-", "-"]]
+    assert page.count("<svg") == 7
     assert not re.findall(r'(?:src|href)="(?!#)', page.replace('xlink:href="#', '"#'))
     first = page.encode(), (folder / "report.md").read_bytes()
     report.write_report(finished)
     assert ((folder / "report.html").read_bytes(), (folder / "report.md").read_bytes()) == first
 
 
+def write_costs(folder, ratios):
+    times = {name: {"ms": 2 * ratio, "ratio": ratio} for name, ratio in ratios.items()}
+    (folder / "costs.json").write_text(json.dumps({"training": times, "inference": times}))
+
+
 def write_probe(cell, value, **changes):
-    row = {"probe": "shift", "consistency": value, "seed": cell.seed, "protocol": {"eval_size": 32, "training": None}}
+    row = {
+        "probe": "shift",
+        "consistency": value,
+        "seed": cell.seed,
+        "step": 10,
+        "protocol": {"eval_size": 32, "training": None},
+    }
     (cell.folder / "probe-shift.json").write_text(json.dumps(row | changes))
 
 
@@ -269,18 +329,200 @@ def test_probes_are_shown_with_paired_differences(finished):
     assert "Robustness" in titles
     for changes, line in (
         ({"seed": 9}, "of seed 9, the cell's row of 0; remove the file and probe again"),
-        ({"step": 9}, "of step 9, the cell's row of None"),
+        ({"step": 9}, "of step 9, the cell's row of 10"),
         ({"protocol": {"eval_size": 64}}, "cannot be compared: eval_size: 64 against 32; probe all cells alike"),
         ({"dataset": {"names": "x"}}, "cannot be compared: other images"),
     ):
         write_probe(finished.cells()[1], 81.0, **changes)
         with pytest.raises(InputError, match=line):
-            probes.load_probes(loaded)
+            probes.load_probes(results.load_results(finished))
+
+
+def read_report(folder):
+    report.write_report(design.load_record(folder))
+    return [(folder / f"report.{kind}").read_bytes() for kind in ("md", "html", "csv")]
+
+
+def test_an_exported_study_reports_the_same(finished, stand_ins, tmp_path):
+    """From a half-finished study, with a failed cell, probes and costs."""
+    pytest.importorskip("matplotlib")
+    failed = finished.cells()[-1]
+    failed.row.unlink()
+    failed.record.write_text(json.dumps({"status": "failed", "seconds": 1.0, "message": f"{tmp_path}/x.png: no image"}))
+    metrics = finished.cells()[0].folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"val/top1": 0.0', '"val/top1": null'))
+    write_costs(finished.folder, {"plain": 1.0, "lip": 1.25, "average": 1.5})
+    write_probe(finished.cells()[0], 80.0)
+    target = tmp_path / "results" / finished.folder.name
+    assert export.export(finished, target) == f"{target}: 8 of 9 cells, {size_of(target) / 1000:.0f} kB"
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert set(before) == {"study.yaml", "cells.jsonl", "predictions.csv.gz", "costs.json"}
+    text = b"".join(before.values()) + gzip.decompress(before["predictions.csv.gz"])
+    assert str(tmp_path.parent).encode() not in text
+    assert b"command" not in text
+    # The same figures, but for the folder in the message of the failed cell.
+    expected = [text.replace(f"{tmp_path}/".encode(), b"") for text in read_report(finished.folder)]
+    assert read_report(target) == expected
+    table = list(csv.reader(gzip.decompress(before["predictions.csv.gz"]).decode().splitlines()))
+    for cell in finished.cells()[:-1]:
+        lines = list(csv.reader(cell.predictions.open()))
+        column = table[0].index(str(cell))
+        assert [[*line[:2], line[column]] for line in table[1:]] == [line[:3] for line in lines[1:]]
+    # Again, and once more from there, with the last cell finished; a measurement that the study has not stays.
+    export.export(design.load_record(target), tmp_path / "copy")
+    assert not cells.run_cells(finished, [failed], jobs=1)
+    (finished.folder / "costs.json").unlink()
+    assert "9 of 9 cells" in export.export(finished, target)
+    assert (target / "costs.json").read_bytes() == before["costs.json"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == before
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_an_export_overwrites_nothing_else(finished, tmp_path):
+    target = tmp_path / "results"
+    export.export(finished, target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    other = design.load_design(write(tmp_path, primary="average"), output=tmp_path / "other")
+    design.write_design(other)
+    with pytest.raises(InputError, match="no cell is finished"):
+        export.export(other, target)
+    for name in finished.recipes:
+        (other.folder / name).rmdir() if not any((other.folder / name).iterdir()) else shutil.rmtree(
+            other.folder / name
+        )
+        shutil.copytree(finished.folder / name, other.folder / name)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "thesis.txt").touch()
+    for study, folder, line in (
+        (other, target, "holds another study: its primary is lip, here average; choose another folder"),
+        (finished, finished.folder, "is the study's own folder"),
+        (finished, tmp_path / "files", r"is not an exported study: it holds thesis\.txt"),
+        (finished, other.folder, "is not an exported study: it holds average"),
+        (finished, tmp_path / "study.yaml", "is a file"),
+    ):
+        with pytest.raises(InputError, match=line):
+            export.export(study, folder)
+    finished.cells()[0].row.unlink()
+    with pytest.raises(InputError, match=r"has plain/seed0, which .* lacks"):
+        export.export(finished, target)
+    with pytest.raises(InputError, match="is an exported study, which has no run folders"):
+        design.write_design(design.load_design(write(tmp_path), output=target))
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_a_damaged_export_is_one_line(finished, tmp_path):
+    export.export(finished, tmp_path / "results")
+    for name, change, line in (
+        ("cells.jsonl", lambda data: data[:-9], "not the cells of an exported study"),
+        ("cells.jsonl", lambda data: data.replace(b'"lip"', b'"lap"'), "lap/seed0 is no cell of study.yaml"),
+        ("cells.jsonl", lambda data: data.replace(b'"done"', b'"won"'), "status 'won'"),
+        ("cells.jsonl", lambda data: data.replace(b'"curve"', b'"curf"'), "plain/seed0: not a cell .*'curve'"),
+        ("cells.jsonl", lambda data: data.replace(b'"top5"', b'"top6"'), "plain/seed0: not a row .*top5"),
+        ("predictions.csv.gz", lambda data: data[:-9], "not the predictions of an exported study"),
+        ("predictions.csv.gz", lambda data: b"image,label", "cannot read: Not a gzipped file"),
+        ("predictions.csv.gz", lambda data: gzip.compress(b"image,label\na,0\n"), "lacks plain/seed0"),
+    ):
+        path = tmp_path / "results" / name
+        before = path.read_bytes()
+        path.write_bytes(change(before))
+        with pytest.raises(InputError, match=line) as refused:
+            results.load_results(design.load_record(tmp_path / "results"))
+        assert "\n" not in str(refused.value)
+        path.write_bytes(before)
+
+
+def test_damaged_costs_are_one_line(finished):
+    for text, line in (
+        ("{", "costs.json: not a measurement of study.py measure"),
+        ("[]", "not a measurement"),
+        ('{"training": {}}', "no training time of the baseline plain"),
+        ('{"training": {"plain": {"ms": 1.0, "ratio": 1}}}', "lacks 'inference'"),
+        ('{"training": {"plain": {"ms": NaN, "ratio": 1}}}', "training plain: ms is nan"),
+        ('{"training": {"plain": {"ms": 1.0}}}', "lacks 'ratio'.*measure again, or remove it"),
+    ):
+        (finished.folder / "costs.json").write_text(text)
+        with pytest.raises(InputError, match=line) as refused:
+            costs.cost_table(finished, {})
+        assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match=line):
+        report.write_report(finished)
+    assert not (finished.folder / "report.md").exists()
+
+
+def test_one_seed_has_no_figure_of_differences(tmp_path, stand_ins):
+    pytest.importorskip("matplotlib")
+    study = design.load_design(write(tmp_path, seeds=[0]), output=tmp_path / "out")
+    design.write_design(study)
+    assert not cells.run_cells(study, study.cells(), jobs=2)
+    printed = report.write_report(study)
+    assert "too few seeds to say" in printed[0]
+    line = "No figure of differences: intervals need two finished seeds of plain and a variant, there is one."
+    assert line in printed
+    assert line in (study.folder / "report.md").read_text()
+    assert not (study.folder / "figures" / "differences.svg").exists()
+
+
+def test_variants_at_equal_cost(finished):
+    loaded = results.load_results(finished)
+    write_costs(finished.folder, {"plain": 1.0, "lip": 1.4, "average": 1.45})
+    for result in loaded["lip"].values():
+        result.row["macs"] = 2 * 10**9  # no other is within 25%
+    top1 = {name: np.array([of_seeds[seed].row["top1"] for seed in range(3)]) for name, of_seeds in loaded.items()}
+    gain = top1["lip"] - top1["average"]
+    low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
+    section = costs.equal_costs(finished, loaded)
+    at_time = ["average", "1.04", "3", f"{gain.mean():+.2f}", f"{low:+.2f} to {high:+.2f}"]
+    assert section.table[1] == [["inference", *at_time], ["training", *at_time]]
+    fronts = {row[0]: row[-1] for row in costs.cost_table(finished, loaded)[1]}
+    assert fronts["lip"] == "multiply-adds, inference, training"
+    assert "inference" not in fronts["average"]  # lip is quicker and better
+
+
+def test_gains_by_class_are_counted(finished):
+    pytest.importorskip("matplotlib")
+    loaded = results.load_results(finished)
+    section = details.classes_section(finished, loaded, results.compare(finished, loaded)[0])
+    for row in section.table[1]:
+        correct = {"plain": 0, "lip": 0}
+        for cell in finished.cells():
+            if cell.variant in correct:
+                lines = [line for line in csv.DictReader(cell.predictions.open()) if line["image"].startswith(row[0])]
+                correct[cell.variant] += sum(line["label"] == line["top1"] for line in lines)
+        gain = (correct["lip"] - correct["plain"]) / 3
+        assert row[1:] == ["100", str(correct["plain"]), str(correct["lip"]), f"{gain:+.1f}"]
+    assert {row[0] for row in section.table[1]} == {"c0", "c1", "c2", "c3"}
+
+
+def test_the_minutes_of_a_curve(tmp_path):
+    """Steps of 64 images at 32 and 16 images/s: 2 and 4 seconds."""
+    log = [{"step": 5, "epoch": 0, "train/images_per_second": 32.0}, {"step": 5, "epoch": 0, "val/top1": 1.0}]
+    log += [{"step": 20, "epoch": 1, "train/images_per_second": 16.0}, {"step": 20, "epoch": 1, "val/top1": None}]
+    (tmp_path / "m").write_text("".join(json.dumps(line) + "\n" for line in log))
+    curve, speed = results._read_log(tmp_path / "m", 64)
+    assert curve[0] == (0, 1.0, round(10 / 60, 3))
+    assert curve[1].minutes == pytest.approx(70 / 60, abs=1e-3)
+    assert np.isnan(curve[1].top1)
+    assert speed == 24.0
+    (tmp_path / "m").write_text("{")
+    with pytest.raises(InputError, match="not the log of a training"):
+        results._read_log(tmp_path / "m", 64)
+
+
+def test_disagreeing_tests_are_named():
+    """Three seeds far from zero: the t test rejects, the sign-flip test cannot; of a family by adjusted p."""
+    paired = statistics.compare_paired([3.0, 3.1, 3.2])
+    for name, p, p_sign_flip, named in (("a", 0.001, 0.25, True), ("b", 0.2, 0.25, False), ("c", 0.01, 0.03, False)):
+        each = results.Comparison(name, [0, 1, 2], paired, p, p_sign_flip, None, [], "better")
+        assert any(f"for {name} (" in note for note in report._accuracy_notes([each])) == named
 
 
 def test_family_is_adjusted_and_the_declared_comparison_is_not(finished):
     compared = results.compare(finished, results.load_results(finished))
     assert [each.variant for each in compared] == ["lip", "average"]
+    assert compared[0].p_sign_flip == compared[0].paired.p_sign_flip == 0.25
     assert compared[0].p == compared[0].paired.p_t
     only, theirs, _ = compared[0].mcnemar[0]
     assert only - theirs == pytest.approx(4 * compared[0].paired.differences[0])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lip_resnet.data import Batch, normalize
 from lip_resnet.training import engine, run
+from lip_resnet.training.classification import Classification
 from lip_resnet.training.engine import TrainState, TrainStep, build_state
-from lip_resnet.training.objective import Objective
 
 CPU = torch.device("cpu")
 CLASSES = 4
@@ -35,9 +35,9 @@ def take_step(parts: list[tuple[Tensor, Tensor]], size: int, **changes: object) 
     """One step of SGD: the state after it, minus the change of the weights (with lr 1 the gradient), what is logged."""
     config = small(**PLAIN | changes)
     torch.manual_seed(0)
-    state = build_state(nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)), config, CPU)
+    state = build_state(nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)), config, CPU, Classification(config, CPU))
     before = flat(state.model)
-    step = TrainStep(state, config, Objective(config, CPU), [state.model[1].bias])
+    step = TrainStep(state, config, [state.model[1].bias])
     extra = step(Batch(parts, size, 0), config.optim.lr)
     return state, before - flat(state.model), extra
 
@@ -117,7 +117,7 @@ def test_logged_numbers_by_hand(monkeypatch):
     """Steps 1 to 2, 3 to 4 and the epoch's last: speed, share of waiting, and the last step's learning rate."""
     clock, logged = Clock(monkeypatch), []
     config = small(**PLAIN, train__log_every=2, train__epochs=2, optim__schedule="linear")
-    state = build_state(nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)), config, CPU)
+    state = build_state(nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)), config, CPU, Classification(config, CPU))
     losses: list[float] = []
     add = state.window.add
 
@@ -135,11 +135,11 @@ def test_logged_numbers_by_hand(monkeypatch):
     assert [values["train/loss"] for values in logged] == pytest.approx(means)
 
 
-def prepared(step: int = 3, part: int = 0, **changes: object) -> tuple[Tensor, Tensor, Objective]:
-    """images and targets of a part of a step, and the objective."""
-    objective = Objective(small(**changes), CPU)
-    images, _, targets = objective.prepare(*noise(8, side=8), step, part)
-    return images, targets, objective
+def prepared(step: int = 3, part: int = 0, **changes: object) -> tuple[Tensor, Tensor, Classification]:
+    """images and targets of a part of a step, and the task."""
+    task = Classification(small(**changes), CPU)
+    images, _, targets = task.prepare(*noise(8, side=8), step, part)
+    return images, targets, task
 
 
 MIXING = [{"train__mixup": 0.8}, {"train__cutmix": 1.0}]
@@ -149,13 +149,13 @@ MIXING = [{"train__mixup": 0.8}, {"train__cutmix": 1.0}]
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
 def test_mixed_targets_are_smoothed_once(mixing, loss):
     mixed = prepared(**mixing)[1]
-    _, targets, objective = prepared(**mixing, train__label_smoothing=0.2, train__loss=loss)
+    _, targets, task = prepared(**mixing, train__label_smoothing=0.2, train__loss=loss)
     torch.testing.assert_close(targets, 0.8 * mixed + 0.2 / CLASSES)
     logits = torch.randn(8, CLASSES, generator=torch.Generator().manual_seed(1))
     want = -(targets * logits.log_softmax(1)).sum(1).mean()
     if loss == "binary_cross_entropy":
         want = -(targets * F.logsigmoid(logits) + (1 - targets) * F.logsigmoid(-logits)).mean()
-    torch.testing.assert_close(objective.loss(logits, targets), want)
+    torch.testing.assert_close(task.loss(logits, targets), want)
 
 
 @pytest.mark.parametrize("mixing", MIXING)
@@ -239,9 +239,9 @@ def evaluate_in_turn(monkeypatch, rules: str, accuracies: list[float]) -> tuple[
     monkeypatch.setattr(run.Run, "validate", lambda self: next(values))
     monkeypatch.setattr(run.Run, "save", lambda self, best=False: saved.append(best))
     log = types.SimpleNamespace(log=lambda *given: logged.append(given), finish=lambda *given: logged.append(given))
-    state = types.SimpleNamespace(step=0, evaluated=0, best=-torch.inf)
+    state = types.SimpleNamespace(task=Classification, step=0, evaluated=0, best=-torch.inf)
     config = small_config(train__epochs=len(accuracies), train__rules=rules, train__ema_decay=0.9)
-    one = run.Run(config, state, range(4), None, None, log, 4 * len(accuracies), run.Provenance([1]), [])
+    one = run.Run(config, state, range(4), None, log, 4 * len(accuracies), run.Provenance([1]), [])
     for epoch in range(len(accuracies)):
         state.step = 4 * (epoch + 1)
         one._evaluate(types.SimpleNamespace(synchronize=lambda: 0))
@@ -254,8 +254,10 @@ def test_best_is_the_first_of_equals_by_the_weights_that_decide(monkeypatch, rul
     assert saved == [True, False, False, True, False]
     assert (one.state.best, one.state.evaluated) == (60.0, 20)
     evaluations, (final,) = logged[:5], logged[5:]
+    assert (final, one.last) == ((), 60.0)
     assert [given[:2] for given in evaluations] == [(4, 0), (8, 1), (12, 2), (16, 3), (20, 4)]  # step, epoch
-    assert final[1] == {"top1": 60.0, "top5": 99.0}
+    tag = "val_ema/best_top1" if rules == "ema" else "val/best_top1"
+    assert [given[3][tag] for given in evaluations] == [50.0, 50.0, 50.0, 60.0, 60.0]
 
 
 def test_the_state_of_an_average_is_not_the_model_s():

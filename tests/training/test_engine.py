@@ -13,6 +13,7 @@ from helpers.training import how, prepare, run
 from lip_resnet import distributed
 from lip_resnet.data import EvalLoader, build_sources, normalize
 from lip_resnet.evaluation.evaluate import evaluate
+from lip_resnet.training.classification import Classification
 from lip_resnet.training.engine import build_state
 
 
@@ -274,10 +275,10 @@ class Linear(torch.nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
 def test_one_compiled_graph_for_each_shape(monkeypatch):
     """No graph has a dynamic shape, and no size of a long schedule falls back to eager mode."""
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     graphs = []
 
     def backend(graph, inputs):
@@ -289,7 +290,7 @@ def test_one_compiled_graph_for_each_shape(monkeypatch):
     sizes = (32, 34, 36)
     schedule = [[epoch, size] for epoch, size in enumerate(sizes)]
     config = small_config(train__compile=True, data__size_schedule=schedule, data__size=32)
-    state = build_state(Linear(), config, torch.device("cpu"))
+    state = build_state(Linear(), config, torch.device("cpu"), Classification(config, torch.device("cpu")))
     shapes = [(batch, 3, size, size) for size in sizes for batch in (6, 5, 4)]  # two smaller parts of the last batch
     for _ in range(2):
         for shape in shapes:

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from helpers.training import prepare, run, same, whole_state
+from helpers.training import CPU, prepare, run, same, whole_state
 from torch import nn
 
 from lip_resnet.config import InputError
 from lip_resnet.data import normalize
 from lip_resnet.models import registry
+from lip_resnet.training.classification import Classification
 from lip_resnet.training.engine import build_state
 from lip_resnet.training.optim import lr_at
 
@@ -72,4 +73,4 @@ def test_a_network_without_a_classifier_is_refused():
     model = registry.build_model(config.model)
     model.default_cfg = {**model.default_cfg, "classifier": None}
     with pytest.raises(InputError, match=r"train\.freeze_epochs: timm names no classifier of ResNet"):
-        build_state(model, config, torch.device("cpu"))
+        build_state(model, config, CPU, Classification(config, CPU))

@@ -11,6 +11,7 @@ from torch import nn
 from lip_resnet.data import TrainLoader, build_sources
 from lip_resnet.models.registry import initialize
 from lip_resnet.recipe import load_config
+from lip_resnet.training.classification import Classification
 from lip_resnet.training.engine import build_state, train_one_epoch
 from lip_resnet.training.optim import build_optimizer
 
@@ -35,7 +36,7 @@ def test_large_recipe_takes_its_optimizer_s_steps(path):
     torch.manual_seed(0)
     model = timm.create_model(config.model.name)
     initialize(model)
-    state = build_state(model, config, torch.device("cpu"))
+    state = build_state(model, config, torch.device("cpu"), Classification(config, torch.device("cpu")))
     source, _ = build_sources(config.data, config.model.num_classes)
     loader = TrainLoader(source, config.data, config.optim.accumulate, 0)
     assert len(loader) == 3

@@ -9,7 +9,7 @@ from helpers import small_config
 from helpers.training import prepare, run, same, whole_state
 
 from lip_resnet import checkpoint
-from lip_resnet.training import nonfinite, objective
+from lip_resnet.training import classification, nonfinite
 from lip_resnet.training.engine import train_one_epoch
 
 BAD = 3
@@ -18,7 +18,7 @@ BAD = 3
 @pytest.fixture
 def nan_image(monkeypatch):
     """One image of step BAD has a NaN after normalisation."""
-    original = objective.Objective.prepare
+    original = classification.Classification.prepare
 
     def spoiled(self, images, labels, step, part):
         images, labels, targets = original(self, images, labels, step, part)
@@ -26,7 +26,7 @@ def nan_image(monkeypatch):
             images[5, 1, 2, 3] = math.nan
         return images, labels, targets
 
-    monkeypatch.setattr(objective.Objective, "prepare", spoiled)
+    monkeypatch.setattr(classification.Classification, "prepare", spoiled)
 
 
 def watch(state, loader, config, seen: list, logged: list | None = None) -> None:

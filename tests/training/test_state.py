@@ -13,6 +13,7 @@ from lip_resnet import checkpoint, distributed
 from lip_resnet.config import InputError
 from lip_resnet.training import run
 from lip_resnet.training.checkpoints import Checkpoints
+from lip_resnet.training.classification import Classification
 from lip_resnet.training.engine import TrainState, build_state
 from lip_resnet.training.nonfinite import Rollback
 
@@ -20,7 +21,8 @@ CHANGES = {"model__num_classes": 4, "train__ema_decay": 0.5, "train__precision":
 
 
 def fresh(**changes: object) -> TrainState:
-    return build_state(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), small_config(**CHANGES | changes), CPU)
+    config = small_config(**CHANGES | changes)
+    return build_state(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), config, CPU, Classification(config, CPU))
 
 
 CPU = torch.device("cpu")
@@ -168,7 +170,7 @@ def a_run(state: object, **changes: object) -> run.Run:
     """Of three epochs of four steps."""
     config = small_config(train__epochs=3, **changes)
     log = types.SimpleNamespace(rewind=lambda *given: None, say=lambda line: None)
-    one = run.Run(config, state, range(4), None, None, log, 12, run.Provenance([1]), [])
+    one = run.Run(config, state, range(4), None, log, 12, run.Provenance([1]), [])
     one.watchdog = types.SimpleNamespace(pause=lambda: None)
     return one
 
@@ -194,7 +196,7 @@ def test_a_run_evaluates_its_weights_and_their_average(monkeypatch):
     state = worn()
     results = {state.model: 10.0, state.ema.module: 20.0}
     monkeypatch.setattr(
-        run, "evaluate", lambda network, *_, **__: dict.fromkeys(("top1", "top5", "loss"), results[network])
+        state.task, "evaluate", lambda network: dict.fromkeys(("top1", "top5", "loss"), results[network])
     )
     values = a_run(state, train__ema_decay=0.5).validate()
     assert values == {

@@ -10,8 +10,18 @@ from lip_resnet.data.decode import readable_suffixes
 from lip_resnet.data.sources.base import Files, LeftOut
 from lip_resnet.data.sources.classes import explain_difference
 
-_KAGGLE = "LOC_val_solution.csv"
+KAGGLE_TABLE = "LOC_val_solution.csv"
+KAGGLE_IMAGES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", ".")
+"""Where ImageNet's train/ and val/ may be below a folder of Kaggle's archive."""
+_KAGGLE_COMMAND = "python scripts/prepare_imagenet.py --kaggle {} --output DIR"
 _SIMILAR = {"train": ("training",), "val": ("validation", "valid", "dev", "test")}
+
+
+def hint_for_kaggle(folder: Path) -> str:
+    """What to do with a directory that holds Kaggle's ImageNet; "" for another one."""
+    if not any((folder / below).is_dir() for below in KAGGLE_IMAGES[:-1]):
+        return ""
+    return f"; it is Kaggle's ImageNet, which {_KAGGLE_COMMAND.format(folder)} links into class folders: give that DIR"
 
 
 def hint_for_loose_images(folder: Path) -> str:
@@ -19,9 +29,10 @@ def hint_for_loose_images(folder: Path) -> str:
     suffixes = readable_suffixes()
     if not any(path.suffix.lower() in suffixes for path in folder.iterdir()):
         return ""
-    hint = "; its images must be in class folders: scripts/prepare_imagenet.py sorts them"
-    table = next((path for above in folder.resolve().parents[:4] if (path := above / _KAGGLE).is_file()), None)
-    return hint + (f", and docs/data.md has the command for Kaggle's {table}" if table else "")
+    above = folder.resolve().parents[:4]
+    roots = (each for each in above if (each / KAGGLE_TABLE).is_file() or (each / KAGGLE_IMAGES[0]).is_dir())
+    command = _KAGGLE_COMMAND.format(next(roots, "KAGGLE"))
+    return f"; its images must be in class folders: scripts/prepare_imagenet.py sorts them, Kaggle's by {command}"
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -169,7 +180,7 @@ def folder_sources(
         if not (root / split).is_dir():
             present = {entry.name.lower(): entry.name for entry in root.iterdir() if entry.is_dir()}
             other = next((present[name] for name in (split, *_SIMILAR.get(split, ())) if name in present), None)
-            hint = f"; rename or link {other}/" if other else ""
+            hint = f"; rename or link {other}/" if other else hint_for_kaggle(root)
             raise InputError(
                 f"data.root: {root} has no {split}/; it must hold {' and '.join(s + '/' for s in splits)}{hint}"
             )
