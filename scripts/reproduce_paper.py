@@ -87,7 +87,8 @@ def main() -> None:
 def count_networks(paper: Paper) -> dict[str, dict[str, Check]]:
     """Row -> ``check_sizes`` of its network, built without memory for its weights."""
     with torch.device("meta"):
-        return {row.name: check_sizes(row, registry.create_model(row.model, **row.args)) for row in paper.rows}
+        models = {row.name: registry.create_model(row.model, **row.args) for row in paper.rows}
+    return {row.name: check_sizes(row, models[row.name]) for row in paper.rows}
 
 
 def prepare(folder: Path, force: bool) -> None:
