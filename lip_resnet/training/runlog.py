@@ -60,7 +60,8 @@ class RunLog:
     ) -> None:
         self.active = distributed.is_main()
         self.folder, self.total_steps, self.task = folder, total_steps, task
-        self.first_step, self.evaluated = step, evaluated
+        self.first_step = self.logged = step
+        self.evaluated, self.sums = evaluated, dict[str, float]()
         self.started = time.monotonic()
         self.config, self.environment, self.has_failed = config, environment, False
         self.unwritten = b""
@@ -68,8 +69,7 @@ class RunLog:
         distributed.on_main(lambda: self._open(config, environment))
 
     def _open(self, config: Recipe, environment: dict[str, Any]) -> None:
-        step = self.logged = self.first_step
-        self.sums = dict[str, float]()
+        step = self.first_step
         try:
             write_text(self.folder / "config.yaml", config.dump())
             path = self.folder / "env.json"
@@ -242,7 +242,8 @@ class RunLog:
         """Drop the numbers of steps after ``step``: the run has gone back to its checkpoint."""
         if self.active:
             self.close()
-        self.first_step, self.evaluated = step, evaluated
+        self.first_step = self.logged = step
+        self.evaluated, self.sums = evaluated, {}
         distributed.on_main(lambda: self._open(self.config, self.environment))
 
     def close(self) -> None:

@@ -79,6 +79,18 @@ def test_epochs_stay_in_the_terminal_without_the_time(opened):
     assert "step 13/96" not in printed.getvalue()
 
 
+def test_other_ranks_say_and_write_nothing(opened, monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "on_main", lambda function: None)
+    log, printed = opened(terminal=True)
+    write_epoch(log, 0)
+    write_epoch(log, 1, evaluated=False)
+    log.rewind(8, 8)
+    log.finish()
+    assert printed.getvalue() == ""
+    assert not list((tmp_path / "a run").iterdir())
+
+
 def test_tensorboard_opens_on_top1(opened, tmp_path):
     log, _ = opened(terminal=False)
     write_epoch(log, 0)
