@@ -172,8 +172,7 @@ def write_results(path: Path, detections: Detections) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    lines = ",\n".join(map(to_json, to_results(detections)))
-    write_text(path, f"[\n{lines}\n]\n")
+    write_text(path, to_json(to_results(detections)) + "\n")
 
 
 def read_results(path: Path) -> Detections:

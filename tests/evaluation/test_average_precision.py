@@ -79,6 +79,41 @@ def test_equals_the_referee(seed, decimals):
     np.testing.assert_allclose(list(ours.values()), referee(truth, detections), rtol=0, atol=1e-9)
 
 
+def one_image(objects: list[tuple], detections: list[tuple]) -> tuple[dict, Detections]:
+    """Objects (x, y, width, height, crowd) and detections (x, y, width, height, score) of one category."""
+    annotations = [
+        {"id": number, "image_id": 1, "category_id": 1, "bbox": list(box), "area": box[2] * box[3], "iscrowd": crowd}
+        for number, (*box, crowd) in enumerate(objects, 1)
+    ]
+    truth = {"images": [{"id": 1}], "categories": [{"id": 1}], "annotations": annotations}
+    table, ones = np.array(detections, dtype=np.float64), np.ones(len(detections), dtype=np.int64)
+    return truth, Detections(ones, ones, table[:, :4], table[:, 4])
+
+
+RANKED = [(500 + 60 * (n % 20), 60 * (n // 20), 50, 50, 0.9 - n / 1000) for n in range(100)]
+BY_HAND = {
+    "of equal overlaps the last": (
+        [(0, 0, 100, 40, 0), (20, 0, 100, 40, 0)],
+        [(10, 0, 100, 40, 0.9), (0, 0, 90, 40, 0.8)],
+        100.0,
+    ),
+    "an object before a crowd": ([(0, 0, 400, 400, 1), (0, 0, 50, 50, 0)], [(0, 0, 50, 60, 0.9)], 70.0),
+    "any number in a crowd": ([(0, 0, 400, 400, 1), (500, 0, 50, 50, 0)], [(9, 9, 50, 50, 0.9), (0, 0, 50, 50, 0.8),
+                              (500, 0, 50, 50, 0.5)], 100.0),
+    "a hundred": ([(0, 0, 50, 50, 0)], [*RANKED[:99], (0, 0, 50, 50, 0.1)], 1.0),
+    "a hundred and one": ([(0, 0, 50, 50, 0)], [*RANKED, (0, 0, 50, 50, 0.1)], 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_rules_by_hand(name):
+    objects, boxes, expected = BY_HAND[name]
+    truth, detections = one_image(objects, boxes)
+    ours = average_precision(match(truth, detections))
+    np.testing.assert_allclose(list(ours.values()), referee(truth, detections), rtol=0, atol=1e-9)
+    assert ours["AP" if expected != 100.0 or "equal" not in name else "AP50"] == pytest.approx(expected)
+
+
 def test_more_than_a_hundred_detections_and_none():
     truth, detections = made(1, images=2)
     many = Detections(*(np.concatenate([column] * 40) for column in detections))
