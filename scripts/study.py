@@ -18,6 +18,7 @@ from bench.timing import CLOCKS
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.files import to_json, write_text
+from lip_resnet.recipe import find_recipe
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
         else:
             print("\n".join(report.write_report(record)))
         return
-    if Path(options.study).is_dir():
+    if find_recipe(options.study).is_dir():
         if options.overrides or options.output:
             raise InputError(f"{options.study} is a study's folder: it takes no overrides and no --output")
         study = design.load_record(Path(options.study))

@@ -142,8 +142,8 @@ class Design:
 
 
 def default_folder(path: str | Path) -> Path:
-    """The folder of a study file, runs/studies/<its name>; or ``path``, if it is a folder."""
-    if Path(path).is_dir():
+    """The folder of a study file, runs/studies/<its name>; or ``path``, if it is a folder and no shipped study."""
+    if find_recipe(path).is_dir():
         return Path(path)
     return Path("runs/studies") / find_recipe(path).stem
 

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 
 import pytest
 from helpers import small_config
@@ -192,6 +193,12 @@ def test_formats():
     markdown = render(header, lines, notes, "md").splitlines()
     assert len({len(line) for line in markdown}) == 1
     assert markdown[0].split("|")[1].strip() == "model"
+
+
+def test_the_rule_of_a_narrow_column_has_a_dash():
+    """GitHub takes a line of `:` alone for text, and shows no table."""
+    rule = render(["a", "p"], [["b", "-"]]).splitlines()[1]
+    assert all(re.fullmatch(r"-+:?", cell.strip()) for cell in rule.strip("|").split("|"))
 
 
 def test_numbers_are_columns_of_csv():

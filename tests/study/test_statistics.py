@@ -139,5 +139,8 @@ def test_a_thousand_studies():
     print(true, null)
     assert 0.93 <= true["t interval"] <= 0.97
     assert true["bootstrap interval"] >= 0.93  # it counts the noise of single predictions twice: conservative
+    for seeds, percent in statistics.BOOTSTRAP_COVERAGE.items():
+        held = simulate(1000, seeds, 1000, 2.0, np.random.default_rng(0))["bootstrap interval"]
+        assert 100 * held == pytest.approx(percent, abs=1)
     assert null["t test rejects"] <= 0.06
     assert null["sign-flip test rejects"] <= 0.06

@@ -216,6 +216,15 @@ def test_a_signal_stops_the_cells(tmp_path, stand_ins):
     assert json.loads((tmp_path / "out" / "plain" / "seed0.json").read_text())["status"] == "stopped"
 
 
+def test_a_study_is_named_by_its_file_or_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studies" / "digits").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    assert str(design.default_folder("mine")) == "mine"
+    assert str(design.default_folder("studies/digits")) == "runs/studies/digits"  # shipped, whatever lies here
+    assert str(design.default_folder("mine.yaml")) == "runs/studies/mine"
+
+
 def test_another_study_is_not_continued(tmp_path):
     folder = tmp_path / "out"
     design.write_design(design.load_design(write(tmp_path), output=folder))
