@@ -24,7 +24,8 @@ def train_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
     parser.add_argument("--config", required=True, help="the recipe: a YAML file, or a shipped one by name")
     parser.add_argument("--output", help="the run folder (default: runs/<folder of the recipe>/<its name>)")
     parser.add_argument("--resume", default="none", metavar="auto|none|PATH", help="continue a run (default: none)")
-    parser.add_argument("--check", action="store_true", help="check recipe, data and network; train and write nothing")
+    dry_run = "build everything, take three steps, print speed, memory and hours of the recipe; write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser
 
@@ -64,9 +65,13 @@ def eval_parser(
     add("--partial", action="store_true", help="accept imagenet-c with missing folders: no mCE")
     where = "where to write the row (default for a run: RUN/eval.json, or RUN/eval-NAME.json with --dataset)"
     add("--output", help=f"{where}; for several sets a directory, for rows of those names")
-    add("--predictions", metavar="FILE.csv", help="write the prediction of every image, with its loss and margin")
+    predictions = "write the prediction of every image, with its loss and margin; of a detector a .json in COCO's form"
+    add("--predictions", metavar="FILE.csv", help=predictions)
+    add("--matches", metavar="FILE.npz", help="of a detector: write its matches, for scripts/compare_detections.py")
+    add("--intervals", action="store_true", help="of a detector: 95%% bootstrap intervals of AP and APs over images")
     add("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
-    add("--size", dest="eval_size", type=int, help="side of the centre crop, pixels; alone it scales --resize too")
+    size = "side of the centre crop, pixels; alone it scales --resize too; for a detector the images' shorter side"
+    add("--size", dest="eval_size", type=int, help=size)
     add(
         "--resize",
         dest="eval_resize",

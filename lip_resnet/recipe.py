@@ -159,7 +159,12 @@ def of_task(recipe: Recipe, schema: type[R], source: str) -> R:
     if isinstance(recipe, schema):
         return recipe
     given, allowed = (next(task for task, each in SCHEMAS.items() if each is kind) for kind in (type(recipe), schema))
-    raise _refusal(f"{source} is of task: {given}; here it must be of task: {allowed}")
+    raise InputError(f"{source} is of task: {given}; here it must be of task: {allowed}")
+
+
+def task_of(tree: Any) -> Any:
+    """The task of a recipe before it is validated."""
+    return tree.get("task", "classification") if isinstance(tree, dict) else "classification"
 
 
 def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -195,7 +200,7 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
 
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     """``parse_section`` of a whole recipe by the schema of its task, such as the config stored in a checkpoint."""
-    task = tree.get("task", "classification") if isinstance(tree, dict) else "classification"
+    task = task_of(tree)
     if not isinstance(task, str) or task not in SCHEMAS:
         raise _refusal(f"{source}: task: given {str(task)[:80]!r}; it must be one of {', '.join(SCHEMAS)}")
     if isinstance(tree, dict) and task == "classification":  # not a key of Config: earlier versions did not have it

@@ -138,7 +138,7 @@ def importance() -> bytes:
         figures.draw_scale(figure, axes.flat, "")
         figure.supxlabel("weight in LIP's windows, as a multiple of that in average pooling", fontsize="small")
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160)
+        figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight", pad_inches=0.04)
     return buffer.getvalue()
 
 
@@ -156,11 +156,11 @@ def deletion() -> bytes:
             curve, area = methods[name]["curve"], methods[name]["auc"]
             share = np.linspace(0, 100, len(curve))
             axes.plot(share, curve, "o-", ms=3.5, color=colour, label=f"{name}: area {area:.1f}%")
-        axes.set_xlabel("cells of the photograph that are removed (%), in the order of")
+        axes.set_xlabel("share of the cells of the photograph that are removed (%)")
         axes.set_ylabel("probability of the class (%)")
         axes.set_xlim(0, 100)
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper right", title="order of removal", alignment="left")
 
     return figures.draw_file(paint, "svg", 8.0, 3.4)
 

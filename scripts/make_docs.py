@@ -16,7 +16,8 @@ from bench import tables
 from reproduce_paper import count_networks
 
 from lip_resnet import cli
-from lip_resnet.config import EFFECTS, Config, Effect, InputError
+from lip_resnet.config import Config, DetectionConfig, DetectorConfig, Effect, InputError
+from lip_resnet.config.recipe import effects_of
 from lip_resnet.evaluation.baselines import load_baselines
 from lip_resnet.evaluation.cost import count_parameters, macs_of_map
 from lip_resnet.evaluation.paper import load_paper, render_table
@@ -177,22 +178,32 @@ def map_probes() -> str:
 
 
 def recipe_keys() -> str:
-    """Every key of a recipe: its type, default, docstring and effect."""
+    """Every key of a recipe of classification: its type, default, docstring and effect."""
     effects = "\n".join(f"- *{effect.name.lower()}*: {effect.value}" for effect in Effect)
     parts = [f"The last column says what another value changes.\n\n{effects}"]
-    for section, field in Config.model_fields.items():
-        model = field.annotation
-        schema = model.model_json_schema()["properties"]
-        header = ["key", "values", "default", "meaning", "changes"]
-        lines = []
-        for key, about in model.model_fields.items():
+    return "\n\n".join(parts + [_keys(name, field.annotation) for name, field in Config.model_fields.items()])
+
+
+def detection_keys() -> str:
+    """The keys of a recipe of detection that one of classification does not have."""
+    fields = DetectionConfig.model_fields
+    backbone = _keys("model.backbone", DetectorConfig.model_fields["backbone"].annotation)
+    return "\n\n".join([_keys("model", fields["model"].annotation), backbone, _keys("data", fields["data"].annotation)])
+
+
+def _keys(section: str, model: Any) -> str:
+    """The table of a section's keys, without those of sections in it."""
+    schema, effects = model.model_json_schema()["properties"], effects_of(model)
+    header = ["key", "values", "default", "meaning", "changes"]
+    lines = []
+    for key, about in model.model_fields.items():
+        if key in effects:
             default = "required" if about.is_required() else f"`{_yaml(about.get_default(call_default_factory=True))}`"
-            meaning, effect = " ".join(about.description.split()), EFFECTS[f"{section}.{key}"]
-            cells = [f"`{section}.{key}`", _values(schema[key]), default, meaning, effect.name.lower()]
+            meaning = " ".join(about.description.split())
+            cells = [f"`{section}.{key}`", _values(schema[key]), default, meaning, effects[key].name.lower()]
             lines.append([cell.replace("|", "&#124;") for cell in cells])
-        table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
-        parts.append("\n".join([f"### {section}", "", model.__doc__, "", *table]))
-    return "\n\n".join(parts)
+    table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
+    return "\n".join([f"### {section}", "", model.__doc__, "", *table])
 
 
 def _yaml(value: Any) -> str:
@@ -248,6 +259,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"networks": networks, "study": first_study},
     "docs/results.md": {"results": study_results},
     "docs/recipes.md": {"recipe-keys": recipe_keys, "baselines": baselines},
+    "docs/detection.md": {"detection-keys": detection_keys},
     "docs/layers.md": {"zoo": layers},
     "docs/downsampling.md": {"criteria": criteria, "costs": layer_costs},
     "docs/paper.md": {"paper-report": paper},

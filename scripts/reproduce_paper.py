@@ -15,8 +15,8 @@ import torch
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_commands import DATA_HELP, DATA_NAME_HELP
 from lip_resnet import checkpoint, cli, distributed
-from lip_resnet.config import InputError
-from lip_resnet.evaluation import tables
+from lip_resnet.config import DetectionConfig, InputError
+from lip_resnet.evaluation import paper_detection, tables
 from lip_resnet.evaluation.evaluate import evaluate_reference
 from lip_resnet.evaluation.location import KINDS
 from lip_resnet.evaluation.paper import (
@@ -33,12 +33,14 @@ from lip_resnet.evaluation.paper import (
     protocol_difference,
     render_report,
 )
-from lip_resnet.evaluation.protocol import reference_protocol
-from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.evaluation.paper_detection import render_section
+from lip_resnet.evaluation.protocol import describe_training, difference, reference_protocol
+from lip_resnet.evaluation.rows import is_detection, read_rows
 from lip_resnet.files import sha256, to_json, write_text
 from lip_resnet.models import registry
 from lip_resnet.models.identify import check_finite, identify
 from lip_resnet.models.weights import put_weights
+from lip_resnet.recipe import load_recipe, of_task
 
 ROOT = Path(__file__).parents[1]
 FIGURES = PAPER_FILE
@@ -62,11 +64,16 @@ def main() -> None:
     folder = Path(options.output) if options.output else None
     if folder is not None:
         distributed.on_main(lambda: prepare(folder, options.force))
-    accuracies = compare_rows(options.rows, paper) + evaluate_checkpoints(options, paper)
+    rows = [(name, row) for name in options.rows for row in read_rows([name])]
+    detectors = compare_detectors([(name, row) for name, row in rows if is_detection(row)], paper)
+    accuracies = compare_rows([(name, row) for name, row in rows if not is_detection(row)], paper)
+    accuracies += evaluate_checkpoints(options, paper)
 
     sizes = count_networks(paper)
     report = build_report(paper, sizes, accuracies)
-    markdown = render_report(paper, sizes, accuracies, report)
+    off = report["off"] + sum(each["ok"] is False for each in detectors)
+    report |= {"detectors": detectors, "off": off, "ok": off == 0}
+    markdown = render_report(paper, sizes, accuracies, report) + "\n" + render_section(paper.detection, detectors)
     if distributed.is_main():
         print(markdown, end="")
         if folder is not None:
@@ -80,7 +87,8 @@ def main() -> None:
 def count_networks(paper: Paper) -> dict[str, dict[str, Check]]:
     """Row -> ``check_sizes`` of its network, built without memory for its weights."""
     with torch.device("meta"):
-        return {row.name: check_sizes(row, registry.create_model(row.model, **row.args)) for row in paper.rows}
+        models = {row.name: registry.create_model(row.model, **row.args) for row in paper.rows}
+    return {row.name: check_sizes(row, models[row.name]) for row in paper.rows}
 
 
 def prepare(folder: Path, force: bool) -> None:
@@ -114,10 +122,32 @@ def accuracy(row: Row, result: dict[str, Any], images: int, retrained: bool, **f
     return {"row": row.name, "retrained": retrained, **facts, **measured, "checks": checks}
 
 
-def compare_rows(paths: list[str], paper: Paper) -> list[dict[str, Any]]:
+def compare_detectors(rows: list[tuple[str, dict[str, Any]]], paper: Paper) -> list[dict[str, Any]]:
+    """Detectors of eval.py's rows; those with another protocol or other images are listed and not compared."""
+    measured = []
+    for path, result in rows:
+        row = paper_detection.find(paper.detection, result)
+        if row is None:
+            name = tables.label(result["model"], tables.keywords_of(result), result["detector"])
+            epochs = (result["protocol"].get("training") or {}).get("train.epochs")
+            raise InputError(f"{path}: {name} of {epochs} epochs is not a detector of {FIGURES.name}")
+        measured.append(paper_detection.compare(row, result, path, detection_difference(result, ROOT / row.recipe)))
+    return measured
+
+
+def detection_difference(row: dict[str, Any], recipe: Path) -> str | None:
+    """The first key in which a detector's row differs from its recipe on 8 processes, but for the initial weights."""
+    from lip_resnet.detection.rows import DetectionEvalConfig, describe_protocol  # needs torchvision's operators
+
+    config = of_task(load_recipe(recipe, ["data.root=."]), DetectionConfig, str(recipe))
+    training = describe_training(config, [8]) | {"model.weights": row["protocol"]["training"]["model.weights"]}
+    return difference(row["protocol"], describe_protocol(DetectionEvalConfig.from_recipe(config), training))
+
+
+def compare_rows(rows: list[tuple[str, dict[str, Any]]], paper: Paper) -> list[dict[str, Any]]:
     """Accuracies of eval.py's rows; those with another protocol or other images are listed and not compared."""
     measured = []
-    for path, result in [(name, row) for name in paths for row in read_rows([name])]:
+    for path, result in rows:
         keywords = tables.keywords_of(result)
         row = paper.find(result["model"], keywords)
         if row is None:

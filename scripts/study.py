@@ -66,6 +66,8 @@ def main() -> None:
     if options.action == "plan":
         print(plan.describe(study, options.jobs, measure=not options.no_measure))
         return
+    if study.detection and options.action == "measure":
+        raise InputError("measure is for studies of classifiers; of detectors the report has the minutes of every cell")
     if options.action == "measure":
         row = costs.measure(study, options.candidates, options.rounds, options.batch, options.clock)
         if (study.folder / "study.yaml").is_file():

@@ -1,6 +1,5 @@
 """``eval.py``: reads weights and their protocol, evaluates each set, prints its result and writes its row."""
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from lip_resnet import checkpoint, distributed, memory
 from lip_resnet.config import Config, InputError
 from lip_resnet.data import EvalLoader
 from lip_resnet.evaluation import rows, testsets
-from lip_resnet.evaluation.classes import note_on_names
 from lip_resnet.evaluation.compatibility import check_normalization, check_set, recorded_classes
-from lip_resnet.evaluation.evaluate import evaluate_set, print_result
+from lip_resnet.evaluation.evaluate import evaluate_set, print_notes, print_result
 from lip_resnet.evaluation.predictions import PredictionLog, check_new_file
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
 from lip_resnet.models import registry
 from lip_resnet.models.weights import choose_weights, extract_weights, put_weights
-from lip_resnet.recipe import load_config
+from lip_resnet.recipe import load_config, read_tree, task_of
 
 
 def main(options: Namespace) -> None:
@@ -28,13 +26,20 @@ def main(options: Namespace) -> None:
     if options.pretrained and not options.model:
         raise InputError("--pretrained needs --model NAME")
     device = distributed.choose_device(options.device)
+    payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
+    if is_detection(options, payload):
+        from lip_resnet.commands import eval_detection  # needs torchvision's operators
+
+        eval_detection.main(options, payload)
+        return
+    if options.matches or options.intervals:
+        raise InputError(f"--{'matches' if options.matches else 'intervals'} is for detectors")
     names = testsets.choose(options.dataset, options.partial)
     several = len(names) > 1
     if options.predictions:
         check_new_file(Path(options.predictions), several)
     outputs = [rows.row_path(options.checkpoint, options.output, name, several) for name in names]
 
-    payload = checkpoint.load(checkpoint.resolve(options.checkpoint)) if options.checkpoint else {}
     trained = checkpoint.read_recipe(payload, options.checkpoint)
     kind = options.weights or (trained.train.rules if trained else None)
     ema = choose_weights(payload, options.checkpoint, kind) == "ema"
@@ -54,7 +59,7 @@ def main(options: Namespace) -> None:
     for data in sets:
         check_set(payload, data, options.checkpoint)
     if distributed.is_main():
-        print_notes(options, configs, sets, trained)
+        print_notes(configs, sets, trained, bool(options.dataset), bool(options.eval_size and not options.eval_resize))
     # Before the network: the loader's workers are forked before other threads start.
     loader = EvalLoader(testsets.Joined(sets), configs[0].data)
     model = build(recipe, options, payload, ema)
@@ -74,20 +79,14 @@ def main(options: Namespace) -> None:
         if distributed.is_main() and output is not None:
             source = options.checkpoint or f"timm:{recipe.model.name}"
             row = rows.build_row(model, source, ema, data, config, result, payload, trained)
-            rows.write_row(output, row)
+            named = {"predictions": options.predictions} if options.predictions else {}
+            rows.write_row(output, row | named)
 
 
-def print_notes(options: Namespace, configs: list[EvalConfig], sets: list[testsets.EvalSet], trained: Any) -> None:
-    """What follows from the command line and the set without being asked for, a line each on stderr."""
-    resizes = [config.data.eval_resize for config, data in zip(configs, sets, strict=True) if data.name != "imagenet-c"]
-    if resizes and options.eval_size and not options.eval_resize:
-        line = f"--size {options.eval_size} keeps the crop's share of the image: --resize {resizes[0]}"
-        print(f"note: {line}", file=sys.stderr)
-    if options.dataset or configs[0].model.num_classes != len(testsets.wnids()):
-        return
-    note = note_on_names(sets[0].source.classes, testsets.wnids())
-    if note and (trained is None or sets[0].classes):
-        print(f"note: {note}", file=sys.stderr)
+def is_detection(options: Namespace, payload: dict[str, Any]) -> bool:
+    """Whether the recipe of ``--config``, or of the checkpoint, is of ``task: detection``."""
+    tree = read_tree(options.config)[0] if options.config else payload.get("config")
+    return task_of(tree) == "detection"
 
 
 def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config | None) -> EvalConfig:

@@ -6,20 +6,24 @@ from typing import Any
 from torch import nn
 
 from lip_resnet import checkpoint, distributed
-from lip_resnet.config import DataConfig, InputError, ModelConfig
+from lip_resnet.config import DataConfig, DetectionDataConfig, InputError, ModelConfig
 from lip_resnet.evaluation.compatibility import check_class_names, check_normalization, recorded_classes
 from lip_resnet.evaluation.protocol import describe_training
 from lip_resnet.files import sha256
 from lip_resnet.models.description import recorded_network
 from lip_resnet.models.registry import build_model, check_pretrained_name, create_pretrained
 from lip_resnet.models.weights import choose_weights, extract_weights, hash_weights, put_weights
+from lip_resnet.recipe import task_of
 
 TIMM = "timm:"
 """Before a name in ``model.weights`` that is timm's, such as timm:resnet50.a1_in1k, and not a path."""
 
 
 def load_initial_weights(
-    model: nn.Module, config: ModelConfig, data: DataConfig | None = None, classes: list[str] | None = None
+    model: nn.Module,
+    config: ModelConfig,
+    data: DataConfig | DetectionDataConfig | None = None,
+    classes: list[str] | None = None,
 ) -> dict[str, Any]:
     """Load ``config.weights``, a checkpoint file, a run folder or ``timm:NAME``, into a model.
 
@@ -34,6 +38,10 @@ def load_initial_weights(
         InputError: no such file or name, not weights of this model, or those of other classes or another normalisation.
     """
     source, payload, digest = distributed.on_main(lambda: _read(config, data))
+    if (task := task_of(payload.get("config"))) != "classification":
+        raise InputError(
+            f"{source} is of task: {checkpoint.printable(task)}; a network starts from the weights of a classification"
+        )
     # A file without a recipe does not say that its network had other layers than `downsampling`.
     converts = config.convert or recorded_network(payload, source) is None
     try:
@@ -52,8 +60,8 @@ def load_initial_weights(
         recipe = checkpoint.read_recipe(payload, source)
     if not config.new_head:
         check_class_names(recorded_classes(payload), classes, source, "for other classes set model.new_head: true")
-        if data is not None and not config.convert:
-            check_normalization(recipe, data, source, "to train on with another set model.convert: true")
+    if data is not None and not config.convert and (not config.new_head or isinstance(data, DetectionDataConfig)):
+        check_normalization(recipe, data, source, "to train on with another set model.convert: true")
     processes = payload.get("processes") or []
     counted = isinstance(processes, list) and all(type(n) is int and n > 0 for n in processes)
     if recipe is not None and processes and counted:
@@ -63,7 +71,7 @@ def load_initial_weights(
     return {"training": training, "sha256": digest, "content": content, "weights": kind}
 
 
-def _read(config: ModelConfig, data: DataConfig | None) -> tuple[str, dict[str, Any], str | None]:
+def _read(config: ModelConfig, data: DataConfig | DetectionDataConfig | None) -> tuple[str, dict[str, Any], str | None]:
     """``config.weights``: its name in errors, the checkpoint, and the file's sha256 (None of timm's).
 
     Raises:

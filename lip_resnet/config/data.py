@@ -16,7 +16,7 @@ from lip_resnet.config.fields import (
     Range,
     Section,
     Trains,
-    check_normalization,
+    check_mean_and_std,
 )
 
 SizeFrom = Annotated[tuple[Count, Positive], Field(strict=False)]
@@ -78,7 +78,7 @@ class EvalDataConfig(Section):
                 raise ValueError(f"{key} needs data.name: {kind}; data.name is {self.name}")
         if self.eval_size > self.eval_resize:
             raise ValueError(f"eval_size {self.eval_size} is larger than eval_resize {self.eval_resize}, its maximum")
-        check_normalization(self.mean, self.std)
+        check_mean_and_std(self.mean, self.std)
         return self
 
 

@@ -13,7 +13,7 @@ from lip_resnet.config.fields import (
     Positive,
     Section,
     Trains,
-    check_normalization,
+    check_mean_and_std,
 )
 from lip_resnet.config.model import NetworkConfig
 from lip_resnet.config.recipe import Recipe
@@ -24,9 +24,6 @@ Stage = Literal["stem", "stage1", "stage2", "stage3", "stage4"]
 class BackboneConfig(NetworkConfig):
     """The network whose features are detected on: the only section in which a LIP recipe and its baseline differ."""
 
-    weights: Neutral[str | None] = None
-    """The weights to start from: a classification run or checkpoint file, a released LIP file, or timm for timm's own.
-    Runs are compared by what it holds, not by its path."""
     norm: Trains[Literal["batch", "frozen", "group"]] = "batch"
     """Batch norm as in training (with train.sync_bn over all processes); frozen: the statistics and affine map of
     `weights`; group: a group norm of 32 groups in its place, for training from random weights in small batches."""
@@ -53,6 +50,8 @@ class DetectorConfig(Section):
     backbone: BackboneConfig
     fpn_channels: Trains[Positive] = 256
     """Channels of the feature pyramid."""
+    head_channels: Trains[Positive] = 1024
+    """For `faster_rcnn`: channels of the two layers of the box head."""
     anchor_sizes: Trains[Annotated[tuple[Positive, ...], Field(strict=False, examples=[[32, 64, 128, 256, 512]])]] = (
         *(32, 64, 128, 256, 512),
     )
@@ -106,7 +105,7 @@ class EvalDetectionDataConfig(Section):
             )
         if self.size > self.max_size:
             raise ValueError(f"size {self.size} is larger than max_size {self.max_size}, its maximum")
-        check_normalization(self.mean, self.std)
+        check_mean_and_std(self.mean, self.std)
         return self
 
 

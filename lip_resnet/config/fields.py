@@ -45,7 +45,7 @@ def is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def check_normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def check_mean_and_std(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """Check the keys ``mean`` and ``std`` of pixels.
 
     Raises:

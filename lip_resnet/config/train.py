@@ -60,9 +60,11 @@ class LoopConfig(Section):
     """Steps between log lines; only then does the host wait for the device."""
     log_images: Neutral[Annotated[int, Field(ge=0, le=64)]] = 0
     """At each evaluation, write the importance maps of this many validation images to TensorBoard, and for each site
-    the entropy of its weights and the mean and deviation of its logits; 0 is off. It needs matplotlib."""
+    the entropy of its weights and the mean and deviation of its logits; of a detector its detections; 0 is off. It
+    needs matplotlib."""
     profile: Neutral[Count] = 0
-    """Trace this many steps with torch.profiler, after the first 5, for TensorBoard; 0 is off."""
+    """Trace this many steps with torch.profiler, after the first 5: tensorboard/*.pt.trace.json.gz, which
+    https://ui.perfetto.dev opens; 0 is off."""
 
     @model_validator(mode="after")
     def _check_loop(self) -> "LoopConfig":

@@ -6,9 +6,10 @@ of a source.
 """
 
 from lip_resnet.data.fingerprint import class_names, describe_source
-from lip_resnet.data.loaders import Batch, EvalLoader, TrainLoader
+from lip_resnet.data.loaders import EvalLoader, TrainLoader
 from lip_resnet.data.prefetch import prefetch
 from lip_resnet.data.sources import Source, build_sources
+from lip_resnet.data.steps import Batch
 from lip_resnet.data.transforms import normalize, to_device
 
 __all__ = [

@@ -109,12 +109,20 @@ def decode_exact(data: bytes, path: str) -> Image.Image:
     with image_errors(path, "decode"), _named_warnings(path):
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise BadImage(f"{path}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which hides truncated files")
-        image: Image.Image = Image.open(io.BytesIO(data))
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-            image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise BadImage(f"{path}: cannot decode this image: pixels of mode {image.mode} have no known range")
-        return image.convert("RGB")
+        return to_rgb(Image.open(io.BytesIO(data)), path)
+
+
+def to_rgb(image: Image.Image, path: str) -> Image.Image:
+    """A PIL image of any mode as RGB, as ``decode_exact`` converts it; ``path`` is its name in errors.
+
+    Raises:
+        BadImage: its pixels are 32-bit numbers of no known range.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise BadImage(f"{path}: cannot decode this image: pixels of mode {image.mode} have no known range")
+    return image.convert("RGB")
 
 
 @contextlib.contextmanager

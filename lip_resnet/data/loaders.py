@@ -5,39 +5,22 @@ nothing else: not on the number of workers or processes, nor on where a run was 
 """
 
 import math
-import multiprocessing
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from lip_resnet import distributed, seeding
 from lip_resnet.config import DataConfig, EvalDataConfig, InputError
-from lip_resnet.data.decode import BadImage, image_errors, one_line
+from lip_resnet.data.decode import BadImage, image_errors
 from lip_resnet.data.gpu_decode import BatchDecoder, Packer, Parcel, on_this_gpu
 from lip_resnet.data.sources.base import Encoded, Label, Samples, name_sample, prefetch_samples
+from lip_resnet.data.steps import StepLoader, check_batch_size, read_packets
 from lip_resnet.data.transforms import TrainTransform, eval_transform
 from lip_resnet.data.workers import PREFETCH_FACTOR, BufferPool, DeferredBatchSampler, InFlightSamples, start_loader
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One optimizer step's share of this process."""
-
-    parts: list[tuple[Tensor, Any]]
-    """(images (b, 3, H, W) uint8, channels-last; labels (b,) int64), one pair for each accumulated part. Other tasks
-    have other targets than labels: tensors in nested lists and dicts."""
-    size: int
-    """Images of the step over all processes, including skipped ones."""
-    skipped: int
-    """Images of this share that ``data.on_error: skip`` has left out."""
 
 
 class _Packet(NamedTuple):
@@ -177,8 +160,8 @@ class _TrainSampler:
                 yield keys[cut:end]
 
 
-class TrainLoader:
-    """This process's share of every optimizer step of an epoch; its workers start at once.
+class TrainLoader(StepLoader):
+    """Images and labels of every step.
 
     Args:
         source: the training images.
@@ -187,67 +170,31 @@ class TrainLoader:
         decoder: for ``decode: gpu``; None for this process's GPU.
 
     Raises:
-        InputError: ``data.batch_size`` does not divide by processes x accumulate, a part of the last batch would have
-            fewer than 2 images, or ``decode: gpu`` has no GPU or library.
+        InputError: as ``check_batch_size``; or ``decode: gpu`` has no GPU or library.
     """
 
     def __init__(
         self, source: Samples, config: DataConfig, accumulate: int, seed: int, decoder: BatchDecoder | None = None
     ) -> None:
-        world, batch_size, samples = distributed.world_size(), config.batch_size, len(source)
-        parts = world * accumulate
-        if batch_size % parts:
-            raise InputError(
-                f"data.batch_size {batch_size} does not divide by {world} processes x optim.accumulate {accumulate}"
-            )
-        remainder = samples % batch_size
-        if config.last_batch == "drop" and samples < batch_size:
-            raise InputError(f"data.batch_size {batch_size} is larger than the {samples} training images")
-        if config.last_batch == "keep" and 0 < remainder < 2 * parts:
-            raise InputError(
-                f"the last batch has {remainder} images for {parts} parts (processes x accumulate), and batch "
-                "statistics need 2 in each; set data.last_batch: drop or another data.batch_size"
-            )
-        self.config, self.accumulate, self.source = config, accumulate, source
+        check_batch_size(config, len(source), accumulate, least=2)
+        self.config = config
         if config.decode == "gpu" and decoder is None:
             decoder = on_this_gpu(config.interpolation)
         self.decoder = decoder
-        self.skipped: dict[str, int] = {}
-        self.skipped_to: Path | None = None
-        self.sampler = _TrainSampler(samples, config, accumulate, seed)
-        self.in_flight = InFlightSamples(config.workers)
+        in_flight = InFlightSamples(config.workers)
         self.pool = None
         if config.workers and config.decode != "gpu":
             # As many as the workers can fill in advance, and as the caller can hold while it waits for the next.
             buffers = PREFETCH_FACTOR * config.workers + 2 * accumulate + 1
-            self.pool = BufferPool(buffers, -(-batch_size // parts) * config.sizes[-1] ** 2 * 3)
+            images = -(-config.batch_size // (distributed.world_size() * accumulate))
+            self.pool = BufferPool(buffers, images * config.sizes[-1] ** 2 * 3)
         memory = None if self.pool is None else self.pool.memory
-        dataset = _TrainBatches(source, config, seed, memory, self.in_flight)
-        sampler = DeferredBatchSampler(self.sampler, self.pool)
-        self.loader = start_loader(dataset, sampler, config.workers, pin=False)
+        dataset = _TrainBatches(source, config, seed, memory, in_flight)
+        sampler = _TrainSampler(len(source), config, accumulate, seed)
+        super().__init__(source, sampler, dataset, in_flight, accumulate, config.workers, self.pool)
 
-    def __len__(self) -> int:
-        """Optimizer steps in an epoch."""
-        return self.sampler.steps
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The steps of an epoch, counted from 0, from ``first_step`` on.
-
-        Raises:
-            InputError: an image does not decode (``data.on_error: stop``), fewer than 2 of a part do (``skip``), or a
-                worker died.
-        """
-        self.sampler.epoch, self.sampler.first_step = epoch, first_step
-        packets = _packets(self.loader, self.in_flight, self.source)
-        for step in range(first_step, len(self)):
-            parts = [next(packets) for _ in range(self.accumulate)]
-            skipped = sum(len(packet.skipped) for packet in parts)
-            yield Batch([self._unpack(packet) for packet in parts], self.sampler.size(step), skipped)
-        next(packets, None)  # runs the loader to its end, which keeps its workers for the next epoch
-
-    def _unpack(self, packet: _Packet) -> tuple[Tensor, Tensor]:
-        for line in packet.skipped:
-            self._skip(line)
+    def unpack(self, packet: _Packet) -> tuple[Tensor, Tensor]:
+        """A packet -> images (b, 3, side, side) uint8 in channels-last order, and labels (b,) int64."""
         decoded = len(packet.labels)
         if packet.skipped and decoded < 2:
             raise InputError(
@@ -261,40 +208,6 @@ class TrainLoader:
             assert self.pool is not None
             images = self.pool.lend(images, (decoded, packet.side, packet.side, 3))
         return images.permute(0, 3, 1, 2), labels
-
-    def _skip(self, line: str) -> None:
-        line = one_line(line)
-        self.skipped[line] = self.skipped.get(line, 0) + 1
-        if self.skipped[line] == 1:
-            tqdm.write(f"skipped: {line}", file=sys.stderr)
-            if self.skipped_to is not None:
-                try:
-                    with open(self.skipped_to, "a", encoding="utf-8", errors="backslashreplace") as file:
-                        file.write(line + "\n")
-                except OSError as error:
-                    tqdm.write(f"warning: {self.skipped_to}: cannot write: {error.strerror}", file=sys.stderr)
-
-
-def _packets(loader: DataLoader, in_flight: InFlightSamples, source: Samples) -> Iterator[Any]:
-    """The workers' packets.
-
-    Raises:
-        InputError: one is the line of an error, or a worker died.
-    """
-    try:
-        for packet in loader:
-            if isinstance(packet, str):
-                raise InputError(packet)
-            yield packet
-    except RuntimeError as error:
-        death = in_flight.explain(error, source)
-        if death is None:
-            raise
-        for child in multiprocessing.active_children():
-            # The other workers may be waiting for a lock that the dead one held.
-            if child.pid in in_flight.pids():
-                child.kill()
-        raise death from error
 
 
 class EvalLoader:
@@ -326,6 +239,6 @@ class EvalLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for packet in _packets(self.loader, self.in_flight, self.source):
+        for packet in read_packets(self.loader, self.in_flight, self.source):
             images, labels = packet
             yield images, labels

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lip_resnet.compat import tree_leaves, tree_map_only
-from lip_resnet.data.loaders import Batch
+from lip_resnet.data.steps import Batch
 
 
 def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

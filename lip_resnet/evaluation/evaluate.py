@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lip_resnet import distributed, memory
 from lip_resnet.config import InputError
 from lip_resnet.data import EvalLoader, normalize, to_device
 from lip_resnet.evaluation import metrics, testsets
+from lip_resnet.evaluation.classes import note_on_names
 from lip_resnet.evaluation.compatibility import check_set, recorded_classes
 from lip_resnet.evaluation.metrics import AccuracyCounts, cross_entropy
 from lip_resnet.evaluation.nonfinite import FirstNonFinite
@@ -25,6 +27,12 @@ _DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bf
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to ``precision``; disabled for float32 and tf32."""
     return torch.autocast(device.type, _DTYPES[precision], enabled=_DTYPES[precision] != torch.float32)
+
+
+def progress_bar(images: int) -> tqdm:
+    """A bar of so many evaluated images, on rank 0 where stderr is a terminal; it disappears at the end."""
+    disable = None if distributed.is_main() else True  # None: tqdm asks whether it is a terminal
+    return tqdm(total=images, desc="evaluation", unit=" images", leave=False, dynamic_ncols=True, disable=disable)
 
 
 @torch.inference_mode()
@@ -71,15 +79,17 @@ def evaluate(
         with autocast(device, precision):
             return model(images).float()
 
-    for batch, (indices, (images, labels)) in enumerate(zip(loader.batches, loader, strict=True)):
-        with memory.explained(functools.partial(_smaller_batch, forward, images, device)):
-            logits = forward(images)
-        labels = to_device(labels, device)
-        nonfinite[batch] = (~logits.isfinite().all(dim=1)).sum()
-        # In float64 where there is one, as logits that differ by more than float32's range have a finite loss too.
-        counts.add(logits, labels, cross_entropy(logits.to(counts.sums.dtype), labels))
-        if predictions is not None:
-            predictions.add(range(indices.start - start, indices.stop - start), logits, labels)
+    with progress_bar(loader.samples) as bar:
+        for batch, (indices, (images, labels)) in enumerate(zip(loader.batches, loader, strict=True)):
+            with memory.explained(functools.partial(_smaller_batch, forward, images, device)):
+                logits = forward(images)
+            labels = to_device(labels, device)
+            nonfinite[batch] = (~logits.isfinite().all(dim=1)).sum()
+            # In float64 where there is one, as logits that differ by more than float32's range have a finite loss too.
+            counts.add(logits, labels, cross_entropy(logits.to(counts.sums.dtype), labels))
+            if predictions is not None:
+                predictions.add(range(indices.start - start, indices.stop - start), logits, labels)
+            bar.update(min(len(labels) * distributed.world_size(), loader.samples - bar.n))
     result = counts.reduce()
     bad = int(distributed.all_reduce_sum(nonfinite.sum()))
     if bad:
@@ -189,6 +199,27 @@ def evaluate_reference(
         raise InputError(f"--data {data} has {len(val.source)} images; the published counts are of {images}")
     model.to(distributed.device())
     return evaluate_set(model, val, EvalLoader(val.source, config.data), config)
+
+
+def print_notes(
+    configs: list[EvalConfig], sets: list[testsets.EvalSet], trained: Any, named: bool, scaled: bool
+) -> None:
+    """What follows from the command line and the set without being asked for, a line each on stderr.
+
+    Args:
+        trained: the recipe of the training; None where it is unknown.
+        named: whether ``sets`` are test sets, and not the recipe's validation set.
+        scaled: whether another size of the crop was asked for, and not of the resized image.
+    """
+    resizes = [config.data.eval_resize for config, data in zip(configs, sets, strict=True) if data.name != "imagenet-c"]
+    if resizes and scaled:
+        line = f"--size {configs[0].data.eval_size} keeps the crop's share of the image: --resize {resizes[0]}"
+        print(f"note: {line}", file=sys.stderr)
+    if named or configs[0].model.num_classes != len(testsets.wnids()):
+        return
+    note = note_on_names(sets[0].source.classes, testsets.wnids())
+    if note and (trained is None or sets[0].classes):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def print_result(data: testsets.EvalSet, result: dict[str, Any], with_name: bool) -> None:

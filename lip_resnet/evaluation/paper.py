@@ -10,6 +10,7 @@ from torch import nn
 from lip_resnet.config import InputError, Section
 from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, tables
+from lip_resnet.evaluation.paper_detection import DetectorRow
 from lip_resnet.evaluation.protocol import EvalConfig, describe_protocol, describe_training, difference
 from lip_resnet.evaluation.render import render
 from lip_resnet.recipe import load_config
@@ -103,6 +104,7 @@ class Paper(Section):
     classes: int
     rows: list[Row]
     gains: list[Gain]
+    detection: list[DetectorRow]
     out_of_scope: list[Skipped]
 
     def find(self, model: str, args: dict[str, Any]) -> Row | None:
@@ -111,12 +113,17 @@ class Paper(Section):
         return next((row for row in self.rows if (row.model, row.args) == network), None)
 
     def accuracies(self) -> dict[str, dict[str, float]]:
-        """``tables.label`` of a network -> published ``top1`` and ``top5``: ``tables.build_table``'s ``paper``."""
-        return {
+        """``tables.label`` of a network -> published figures: ``tables.build_table``'s ``paper``.
+
+        Of detectors, ``DetectorRow.key``.
+        """
+        networks = {
             tables.label(row.model, row.args): row.published.model_dump(include={"top1", "top5"}, exclude_none=True)
             for row in self.rows
             if row.published is not None
         }
+        detectors = {row.key: row.figures for row in self.detection if row.inferred is None or row.published.AP50}
+        return networks | detectors
 
 
 def load_paper(path: Path = PAPER_FILE) -> Paper:

@@ -19,18 +19,21 @@ from lip_resnet.files import write_text
 COLUMNS = ("image", "label", "top1", "top5", "margin", "loss")
 
 
-def check_new_file(path: Path, several: bool) -> None:
-    """Refuse a file of predictions that exists or cannot be written, and one for several sets. A collective.
+def check_new_file(path: Path, several: bool, flag: str = "--predictions") -> None:
+    """Refuse a file that exists or cannot be written, and one for several sets. A collective.
+
+    Args:
+        flag: the option that names the file.
 
     Raises:
         InputError: one of these.
     """
     if several:
-        raise InputError(f"--predictions {path} is for one set; give one --dataset")
+        raise InputError(f"{flag} {path} is for one set; give one --dataset")
     if distributed.on_main(path.exists):
-        raise InputError(f"{path} exists; choose another --predictions or remove it")
+        raise InputError(f"{path} exists; choose another {flag} or remove it")
     if not path.resolve().parent.is_dir():
-        raise InputError(f"--predictions {path}: {path.parent} is not a directory")
+        raise InputError(f"{flag} {path}: {path.parent} is not a directory")
 
 
 @dataclass(frozen=True)

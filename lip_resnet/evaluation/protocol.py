@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 import timm
 
-from lip_resnet.config import EFFECTS, Config, Effect, EvalDataConfig, InputError, ModelConfig, Section
+from lip_resnet.config import (
+    Config,
+    DetectionConfig,
+    Effect,
+    EvalDataConfig,
+    InputError,
+    ModelConfig,
+    Section,
+    effects_of,
+)
 from lip_resnet.evaluation.location import locate
 from lip_resnet.evaluation.testsets import SIDE_OF_C
 from lip_resnet.recipe import parse_section
@@ -126,7 +135,7 @@ def adapt(
 
 
 def describe_training(
-    config: Config,
+    config: Config | DetectionConfig,
     processes: list[int],
     initial_weights: dict[str, Any] | None = None,
     datasets: dict[str, Any] | None = None,
@@ -144,27 +153,35 @@ def describe_training(
     """
     training = {key: value for key, value in config.values(Effect.WEIGHTS).items() if not key.startswith("model.")}
     del training["train.seed"]
-    start: Any = config.model.weights
+    start: Any = config.model.weights if isinstance(config, Config) else config.model.backbone.weights
     if start is not None and isinstance(initial_weights, dict):
         start = initial_weights.get("training") or {"sha256": initial_weights.get("sha256")}
         start = {**start, "content": initial_weights.get("content")}
-    training |= {"model.weights": start, "model.new_head": config.model.new_head}
-    selection: Any = config.data.classes
-    train_set = datasets.get("train") if isinstance(datasets, dict) else None
-    if selection is not None and isinstance(train_set, dict):
-        selection = train_set.get("names") or selection
-    training["data.classes"] = selection
+    training["model.weights"] = start
+    if isinstance(config, Config):
+        selection: Any = config.data.classes
+        train_set = datasets.get("train") if isinstance(datasets, dict) else None
+        if selection is not None and isinstance(train_set, dict):
+            selection = train_set.get("names") or selection
+        training |= {"model.new_head": config.model.new_head, "data.classes": selection}
     # Batch norm sees this many images: with another number of processes it is another experiment.
     shares = [config.optim.accumulate * (1 if config.train.sync_bn else count) for count in processes]
     training["images_per_batch_norm"] = ", then ".join(str(config.data.batch_size // share) for share in shares)
     return training
 
 
-def update_training(training: dict[str, Any]) -> dict[str, Any]:
+def update_training(training: dict[str, Any], task: str = "classification") -> dict[str, Any]:
     """``describe_training`` of an earlier version in today's form: neutral keys dropped, new keys at their defaults."""
-    minimal = {"model": {"name": "-"}, "data": {"name": "digits", "batch_size": 1}, "optim": {"lr": 1.0}}
-    defaults = describe_training(Config.model_validate({**minimal, "train": {"epochs": 1}}), [1])
-    return defaults | {key: value for key, value in training.items() if key in defaults or key not in EFFECTS}
+    common = {"optim": {"lr": 1.0}, "train": {"epochs": 1}}
+    minimal: Config | DetectionConfig
+    if task == "detection":
+        detector = {"model": {"backbone": {"name": "-"}}, "data": {"name": "digit_scenes", "batch_size": 1}}
+        minimal = DetectionConfig.model_validate({**detector, **common})
+    else:
+        classifier = {"model": {"name": "-"}, "data": {"name": "digits", "batch_size": 1}}
+        minimal = Config.model_validate({**classifier, **common})
+    defaults, keys = describe_training(minimal, [1]), effects_of(type(minimal))
+    return defaults | {key: value for key, value in training.items() if key in defaults or key not in keys}
 
 
 def describe_protocol(

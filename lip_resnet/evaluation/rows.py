@@ -12,12 +12,14 @@ from lip_resnet.config import Config, InputError, ModelConfig
 from lip_resnet.data import describe_source
 from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, protocol
+from lip_resnet.evaluation.average_precision import METRICS
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.testsets import EvalSet
 from lip_resnet.files import to_json, write_text
 from lip_resnet.recipe import parse_section
 
 _REQUIRED = ("model", "top1", "top5", "loss", "images", "params", "macs", "protocol")
+_REQUIRED_OF_DETECTION = ("model", *METRICS, "images", "params", "macs", "protocol")
 
 
 def row_path(
@@ -102,6 +104,11 @@ def write_row(path: Path, row: dict[str, Any]) -> None:
     write_text(path, to_json(row, indent=2) + "\n")
 
 
+def is_detection(row: Any) -> bool:
+    """Whether a row is of a detector."""
+    return isinstance(row, dict) and "AP" in row
+
+
 def read_rows(paths: list[str]) -> list[dict[str, Any]]:
     """Rows from JSON files, or from run folders: eval.json, and eval-NAME.json of other test sets.
 
@@ -137,10 +144,14 @@ def check_row(row: Any, source: str) -> dict[str, Any]:
     Raises:
         InputError: it is not a row of eval.py, or a figure is not finite.
     """
-    missing = [key for key in _REQUIRED if key not in row] if isinstance(row, dict) else list(_REQUIRED)
+    detection = is_detection(row)
+    required = _REQUIRED_OF_DETECTION if detection else _REQUIRED
+    missing = [key for key in required if key not in row] if isinstance(row, dict) else list(required)
     if missing:
         raise InputError(f"{source}: not a row of eval.py; missing keys: {', '.join(missing)}")
-    for key in (*_REQUIRED[1:-1], *({"mce", "mean_error"} & row.keys())):
+    for key in (*required[1:-1], *({"mce", "mean_error"} & row.keys())):
+        if key in METRICS and key != "AP" and row[key] is None:
+            continue  # the set has no objects of this size
         if type(row[key]) not in (int, float) or not math.isfinite(row[key]):
             raise InputError(
                 f"{source}: {key} is {row[key]!r}, not a finite number: the logits may not have been finite; "
@@ -151,5 +162,6 @@ def check_row(row: Any, source: str) -> dict[str, Any]:
     network = {"name": row["model"], **{key: row[key] for key in ("args", "downsampling") if row.get(key)}}
     parse_section(network, f"{source}: model", ModelConfig)
     if row["protocol"].get("training"):
-        row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"])
+        task = "detection" if detection else "classification"
+        row["protocol"]["training"] = protocol.update_training(row["protocol"]["training"], task)
     return row

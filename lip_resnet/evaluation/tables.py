@@ -6,12 +6,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lip_resnet.config import InputError
+from lip_resnet.evaluation.average_precision import METRICS
 from lip_resnet.evaluation.protocol import ADDED_KEYS, difference
 from lip_resnet.evaluation.render import Measured
+from lip_resnet.evaluation.rows import is_detection
 from lip_resnet.evaluation.testsets import IMAGES
 
 _KEYS_OF_SET = {"images", "data", "classes", "test_set", "scoring", "lacks", "eval_size", "eval_resize", "crop_mode"}
 """Facts of a row (``_facts``) that are of the test set, not of the network."""
+
+_DIGESTS = ("names", "content", "annotations")
+"""What a row records of its images; annotations are a detector's."""
+_FIGURES = {"top1": "top-1", "top5": "top-5"}
+"""Columns of classifiers; those of detectors are ``METRICS``."""
 
 PUBLISHED = {"bottleneck_width": 128, "init": "reference"}
 """Keywords of the published networks: a recipe with these values is the network without keywords."""
@@ -30,8 +37,8 @@ class Entry:
 
     @property
     def network(self) -> str:
-        """The model, with keywords that are not the published ones; without the kind of weights."""
-        return label(self.model, unpublished(keywords_of(self.rows[0])))
+        """The model, with keywords that are not the published ones, and its detector; without the kind of weights."""
+        return label(self.model, unpublished(keywords_of(self.rows[0])), self.rows[0].get("detector"))
 
     @property
     def test_set(self) -> str:
@@ -54,6 +61,16 @@ class Entry:
     def mean(self, key: str) -> float:
         """Mean over the seeds."""
         return statistics.fmean(row[key] for row in self.rows)
+
+    def measured(self, key: str) -> str:
+        """Mean and deviation as a cell; a dash where a set has no such objects."""
+        known = all(row.get(key) is not None for row in self.rows)
+        return Measured(self.mean(key), self.deviation(key)) if known else "-"
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """Keys of the row's figures -> their names in tables, the one that is compared first."""
+        return {name: name for name in METRICS} if is_detection(self.rows[0]) else _FIGURES
 
     def deviation(self, key: str) -> float | None:
         """Sample standard deviation over the seeds; None for one."""
@@ -89,10 +106,10 @@ def unpublished(keywords: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keywords.items() if PUBLISHED.get(key) != value}
 
 
-def label(model: str, keywords: dict[str, Any]) -> str:
-    """A network's name in tables: the model, with its keywords in brackets."""
+def label(model: str, keywords: dict[str, Any], detector: str | None = None) -> str:
+    """A network's name in tables: the model, with its keywords in brackets; and the detector whose backbone it is."""
     options = ", ".join(f"{key}={value}" for key, value in keywords.items())
-    return model + (f" ({options})" if options else "")
+    return model + (f" ({options})" if options else "") + (f", {detector}" if detector else "")
 
 
 def group(rows: list[dict[str, Any]]) -> list[Entry]:
@@ -111,7 +128,7 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
             row.get("weights"),
             row.get("selected_on_val"),
             row["images"],
-            [_digest(row, key) for key in ("names", "content")],
+            [_digest(row, key) for key in _DIGESTS],
             {**ADDED_KEYS, **row["protocol"]},
         ]
         if row.get("seed") is None:
@@ -126,7 +143,7 @@ def group(rows: list[dict[str, Any]]) -> list[Entry]:
             numbers = ", ".join(map(str, seeds))
             raise InputError(f"{members[0]['model']}: two rows have the same seed ({numbers}); give each run once")
         first = members[0]
-        text = label(first["model"], keywords_of(first))
+        text = label(first["model"], keywords_of(first), first.get("detector"))
         text += ", EMA" if first.get("weights") == "ema" else ""
         text += ", best epoch (selected on val)" if first.get("selected_on_val") else ""
         entries.append(Entry(text, text, first["model"], members))
@@ -137,7 +154,7 @@ def _facts(entry: Entry) -> dict[str, str]:
     """What may differ between entries of one name: protocol, training and images."""
     training = entry.protocol.get("training") or {"training": None}
     facts = {"images": entry.rows[0]["images"], **ADDED_KEYS, **entry.protocol, **training}
-    facts |= {f"dataset.{key}": _digest(entry.rows[0], key) for key in ("names", "content")}
+    facts |= {f"dataset.{key}": _digest(entry.rows[0], key) for key in _DIGESTS}
     return {key: str(value) for key, value in facts.items() if key != "training" or value is None}
 
 
@@ -175,7 +192,7 @@ def _incomparable(ours: Entry, theirs: Entry) -> str | None:
     for key in ("images", "weights", "selected_on_val"):
         if ours.rows[0].get(key) != theirs.rows[0].get(key):
             return f"{key}: {ours.rows[0].get(key)} against {theirs.rows[0].get(key)}"
-    for key in ("names", "content"):
+    for key in _DIGESTS:
         digests = {_digest(ours.rows[0], key), _digest(theirs.rows[0], key)} - {None}
         if len(digests) > 1:
             return f"other images (dataset.{key})"
@@ -227,32 +244,35 @@ def build_table(
     or rows of other protocols only, there is no delta and a note says so.
 
     Args:
-        paper: ``label`` of a network -> published ``top1`` and ``top5``, shown beside runs on ImageNet's 50,000.
+        paper: ``label`` of a network -> published figures, shown beside runs on ImageNet's 50,000 images and COCO's
+            5,000.
         baseline: the ``Entry`` that all others are compared with, by its label or name; None: ``Entry.baseline``.
 
     Raises:
-        InputError: no entry has the label ``baseline``, or as ``group``.
+        InputError: rows are of classifiers and of detectors, no entry has the label ``baseline``, or as ``group``.
     """
     entries, notes = group(rows), list[str]()
+    figures = _common_figures(entries)
+    main = next(iter(figures))
     _check_baseline(baseline, entries)
-    with_paper = any(_is_imagenet(entry) and entry.network in paper for entry in entries)
+    with_paper = any(_published(entry, paper) for entry in entries)
     with_sets = len({entry.test_set for entry in entries}) > 1
     with_mce = any("mce" in entry.rows[0] for entry in entries)
-    header = ["model"] + ["test set"] * with_sets + ["params (M)", "MACs (G)", "top-1 (%)", "top-5 (%)", "delta top-1"]
-    header += ["mCE (%)"] * with_mce + ["seeds", "images"] + ["paper top-1", "paper top-5"] * with_paper
+    header = ["model"] + ["test set"] * with_sets + ["params (M)", "MACs (G)"]
+    header += [f"{name} (%)" for name in figures.values()] + [f"delta {figures[main]}"]
+    header += ["mCE (%)"] * with_mce + ["seeds", "images"]
+    header += [f"paper {name}" for name in figures.values()] * with_paper
     lines = []
     for entry in entries:
-        delta, why = _delta(entry, entries, "top1", baseline)
+        delta, why = _delta(entry, entries, main, baseline)
         notes += why
         line = [entry.label] + [entry.test_set] * with_sets
         line += [f"{entry.mean('params') / 1e6:.2f}", f"{entry.mean('macs') / 1e9:.3f}"]
-        line += [*(Measured(entry.mean(key), entry.deviation(key)) for key in ("top1", "top5")), delta or "-"]
-        if with_mce:
-            line.append(Measured(entry.mean("mce"), entry.deviation("mce")) if "mce" in entry.rows[0] else "-")
+        line += [*map(entry.measured, figures), delta or "-"] + [entry.measured("mce")] * with_mce
         line += [str(len(entry.rows)), str(entry.rows[0]["images"])]
         if with_paper:
-            published = paper.get(entry.network, {}) if _is_imagenet(entry) else {}
-            line += [f"{published[key]:.2f}" if key in published else "-" for key in ("top1", "top5")]
+            published = _published(entry, paper) or {}
+            line += [f"{published[key]:.2f}" if key in published else "-" for key in figures]
         lines.append(line)
     return header, lines, notes
 
@@ -260,7 +280,7 @@ def build_table(
 def build_wide(rows: list[dict[str, Any]], baseline: str | None = None) -> tuple[list[str], list[list[str]], list[str]]:
     """Rows -> (header, lines, notes): one line for each network, one column for each test set.
 
-    Cells are top-1 (the mCE for ImageNet-C), with the delta to the baseline on the same set in brackets.
+    Cells are top-1 or AP (the mCE for ImageNet-C), with the delta to the baseline on the same set in brackets.
 
     Args:
         baseline: as for ``build_table``.
@@ -269,6 +289,7 @@ def build_wide(rows: list[dict[str, Any]], baseline: str | None = None) -> tuple
         InputError: a network has two figures for one set; no entry has the label ``baseline``; or as ``group``.
     """
     entries, notes = group(rows), list[str]()
+    main, shown = next(iter(_common_figures(entries).items()))
     _check_baseline(baseline, entries)
     order = [*IMAGES, *(entry.test_set for entry in entries)]
     sets = sorted({entry.test_set for entry in entries}, key=order.index)
@@ -286,7 +307,7 @@ def build_wide(rows: list[dict[str, Any]], baseline: str | None = None) -> tuple
     for first, by_set in zip(firsts, networks.values(), strict=True):
         cells: list[str] = []
         for name in sets:
-            key = "mce" if name == "imagenet-c" else "top1"
+            key = "mce" if name == "imagenet-c" else main
             if name not in by_set or key not in by_set[name].rows[0]:
                 cells.append("-")
                 continue
@@ -298,11 +319,31 @@ def build_wide(rows: list[dict[str, Any]], baseline: str | None = None) -> tuple
                 notes.append(f"{name}: {entry.rows[0]['images']:,} images, which is not all of it")
         seeds = sorted({len(entry.rows) for entry in by_set.values()})
         lines.append([first.label, f"{first.mean('params') / 1e6:.2f}", *cells, " or ".join(map(str, seeds))])
-    columns = [f"{name} {'mCE' if name == 'imagenet-c' else 'top-1'} (%)" for name in sets]
+    columns = [f"{name} {'mCE' if name == 'imagenet-c' else shown} (%)" for name in sets]
     return ["model", "params (M)", *columns, "seeds"], lines, list(dict.fromkeys(notes))
 
 
-def _is_imagenet(entry: Entry) -> bool:
+def _common_figures(entries: list[Entry]) -> dict[str, str]:
+    """``Entry.figures`` of all."""
+    figures = [entry.figures for entry in entries]
+    other = next((entry for entry in entries if entry.figures != figures[0]), None)
+    if other is not None:
+        raise InputError(f"{entries[0].label} and {other.label}: a classifier and a detector; make a table of each")
+    return figures[0]
+
+
+def _published(entry: Entry, paper: dict[str, Any]) -> dict[str, float] | None:
+    """The published figures of an entry: of its network, and of a detector's schedule too."""
+    epochs = (entry.protocol.get("training") or {}).get("train.epochs")
+    key = entry.network + (f", {epochs} epochs" if is_detection(entry.rows[0]) else "")
+    return paper.get(key) if _is_the_papers_set(entry) else None
+
+
+def _is_the_papers_set(entry: Entry) -> bool:
+    """Whether a row is of ImageNet's whole validation set, or of a detector on COCO's."""
     protocol = entry.protocol
+    if is_detection(entry.rows[0]):
+        coco = (protocol["data"], protocol.get("split"), protocol["classes"]) == ("coco", "val2017", 80)
+        return coco and entry.rows[0]["images"] == 5000
     imagenet = (entry.rows[0].get("dataset") or {"name": "imagenet"})["name"] == "imagenet"
     return imagenet and protocol["classes"] == 1000 and entry.rows[0]["images"] == 50000 and "test_set" not in protocol

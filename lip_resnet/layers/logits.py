@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from lip_resnet.ops.dispatch import layout_of
 from lip_resnet.ops.norm import norm_act
 
 GATE = 12.0  # the reference's "coefficient"
@@ -38,8 +39,29 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
     def __init__(self, channels: int, device=None, dtype=None) -> None:
         super().__init__(channels, affine=True, device=device, dtype=dtype)
+        self.valid_area: tuple[int, list[tuple[int, int]]] | None = None
+        """Height of the canvas that the network's images are padded to, and height and width of every image on it from
+        the upper left corner, pixels: statistics are of these positions alone, and the result is zero outside them."""
 
     def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+        if self.valid_area is None:
+            return self._normalize(x, activation)
+        height, width = x.shape[-2:]
+        stride = self.valid_area[0] // height
+        areas = [(-(-h // stride), -(-w // stride)) for h, w in self.valid_area[1]]
+        if all(area == (height, width) for area in areas):
+            return self._normalize(x, activation)
+        layout = layout_of(x)
+        images = [
+            F.pad(
+                self._normalize(image[None, :, :h, :w].contiguous(memory_format=layout), activation),
+                (0, width - w, 0, height - h),
+            )
+            for image, (h, w) in zip(x, areas, strict=True)
+        ]
+        return torch.cat(images).contiguous(memory_format=layout)  # F.pad makes one image contiguous
+
+    def _normalize(self, x: Tensor, activation: nn.Module | None) -> Tensor:
         if x.shape[-2] * x.shape[-1] < 2:
             raise ValueError(
                 f"instance norm of a {x.shape[-2]}x{x.shape[-1]} feature map; it needs at least 2 positions: "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lip_resnet.layers.downsampling import LogitOptions, check_layer, make_layer
 from lip_resnet.layers.logits import GATE
 from lip_resnet.layers.pooling import LIP2d
-from lip_resnet.models.published import CFG, rename_keys
+from lip_resnet.models.published import CFG, check_source, rename_keys
 
 
 class LIPDenseNet(DenseNet):
@@ -141,6 +141,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> LIPDenseNet:
+    check_source(variant, pretrained, kwargs)
     return build_model_with_cfg(
         LIPDenseNet,
         variant,

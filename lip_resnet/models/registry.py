@@ -13,6 +13,7 @@ from torch import nn
 from lip_resnet.config import InputError, ModelConfig
 from lip_resnet.layers.placement import use_circular_padding
 from lip_resnet.layers.replace import replace_downsampling
+from lip_resnet.models.published import explain_no_weights
 
 
 def create_model(name: str, **keywords: Any) -> nn.Module:
@@ -48,7 +49,8 @@ def create_pretrained(name: str) -> nn.Module:
     """
     source = pretrained_cfg(name)
     if not any(source.get(key) for key in ("hf_hub_id", "url", "file")):
-        raise InputError(f"timm has no weights of {name}; give a file: --checkpoint FILE, or model.weights=FILE")
+        where = explain_no_weights(name) if name.startswith("lip_") else f"timm has no weights of {name}"
+        raise InputError(f"{where}; give a file: --checkpoint FILE, or model.weights=FILE")
     if source.get("hf_hub_id"):
         _use_cache_if_offline(source["hf_hub_id"].partition("@")[0])
     return create_model(name, pretrained=True)

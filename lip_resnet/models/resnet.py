@@ -26,7 +26,7 @@ from lip_resnet.layers.downsampling import LogitOptions, check_layer, make_layer
 from lip_resnet.layers.logits import GATE
 from lip_resnet.layers.pooling import LIP2d
 from lip_resnet.models.blocks import BasicBlock, Bottleneck, stride2_layers
-from lip_resnet.models.published import CFG, rename_keys
+from lip_resnet.models.published import CFG, check_source, rename_keys
 
 
 class LIPResNet(nn.Module):
@@ -269,6 +269,7 @@ default_cfgs = generate_default_cfgs({f"lip_resnet{depth}": CFG for depth in (18
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> LIPResNet:
+    check_source(variant, pretrained, kwargs)
     key_map = LIPResNet.checkpoint_filter_fn
     return build_model_with_cfg(LIPResNet, variant, pretrained, pretrained_filter_fn=key_map, **kwargs)
 

@@ -79,8 +79,9 @@ def _report(future: Future[dict[str, Any]], cell: Cell, failed: dict[str, str], 
         failed[str(cell)] = record["message"]
         bar.write(f"{cell}: failed: {record['message']} (see {cell.log})", file=sys.stderr)
     else:
-        top1 = json.loads(cell.row.read_text(encoding="utf-8"))["top1"]
-        bar.write(f"{cell}: top-1 {top1:.2f}%, {record['seconds'] / 60:.1f} min", file=sys.stderr)
+        row = json.loads(cell.row.read_text(encoding="utf-8"))
+        figure = f"AP {row['AP']:.2f}" if "AP" in row else f"top-1 {row['top1']:.2f}%"
+        bar.write(f"{cell}: {figure}, {record['seconds'] / 60:.1f} min", file=sys.stderr)
 
 
 def assign_gpus(jobs: int, processes: int) -> list[str | None]:
@@ -113,7 +114,8 @@ def _train_and_evaluate(design: Design, cell: Cell, children: "Children", gpus: 
     if not children.stopping:
         recipe = cell.folder.with_name("recipe.yaml")
         train = ["train.py", "--config", recipe, "--output", cell.folder, "--resume", "auto", f"train.seed={cell.seed}"]
-        evaluate = ["eval.py", "--checkpoint", cell.folder, "--predictions", cell.predictions]
+        flag = "--matches" if cell.detection else "--predictions"
+        evaluate = ["eval.py", "--checkpoint", cell.folder, flag, cell.predictions]
         code = children.run(train, cell.log, design.study.processes, gpus)
         if code == 0 and not children.stopping:
             for leftover in (cell.predictions, cell.row):  # of an evaluation that was killed between the two

@@ -58,8 +58,10 @@ def measures(design: Design, results: Results) -> dict[str, dict[str, float]]:
             continue
         row = next(iter(of_seeds.values())).row
         values["multiply-adds"][name] = row["macs"] / 1e9
-        if name in costs["inference"]:
-            values["inference"][name] = costs["inference"][name]["ms"]
+        network = design.recipes[name].model
+        same = next(each for each, recipe in design.recipes.items() if recipe.model == network)
+        if same in costs["inference"]:
+            values["inference"][name] = costs["inference"][same]["ms"]  # one network is as quick as itself
         if name in costs["training"] and row.get("step"):
             images = row["step"] * design.recipes[name].data.batch_size
             ms = costs["training"][name]["ratio"] * costs["training"][design.study.baseline]["ms"]
@@ -135,25 +137,21 @@ def pareto(points: dict[str, tuple[float, float]]) -> set[str]:
 
 
 def equal_costs(design: Design, results: Results) -> Section | None:
-    """The primary variant against the variant that costs as much, by each measure; None without such a variant."""
+    """The primary variant against those that cost as much, by each measure; None without such a variant."""
     primary, rows = design.study.primary, []
     for measure, costs in measures(design, results).items():
-        ratios = {name: cost / costs[primary] for name, cost in costs.items() if primary in costs and name != primary}
-        if not ratios:
-            continue
-        nearest = min(ratios, key=lambda name: abs(math.log(ratios[name])))
-        seeds = sorted(results[primary].keys() & results[nearest].keys())
-        if abs(ratios[nearest] - 1) > NEAR or not seeds:
-            rows.append([measure, "-", *["-"] * 4])
-            continue
-        paired = compare_paired([results[primary][s].row["top1"] - results[nearest][s].row["top1"] for s in seeds])
-        row = [measure, nearest, f"{ratios[nearest]:.2f}", str(len(seeds))]
-        rows.append([*row, f"{paired.mean:+.2f}", format_interval(paired.interval)])
-    if not any(row[1] != "-" for row in rows):
+        for name, cost in costs.items():
+            seeds = sorted(results[primary].keys() & results[name].keys())
+            if name == primary or not seeds or primary not in costs or abs(cost / costs[primary] - 1) > NEAR:
+                continue
+            paired = compare_paired([results[primary][s].row["top1"] - results[name][s].row["top1"] for s in seeds])
+            row = [measure, name, relative(costs, name, primary), str(len(seeds))]
+            rows.append([*row, f"{paired.mean:+.2f}", format_interval(paired.interval)])
+    if not rows:
         return None
     text = (
-        f"{primary} against the variant whose cost is nearest to its own, if it is within {NEAR:.0%}: paired over "
-        "seeds, with a 95% interval by the paired t test. None is the declared comparison: no verdict follows.",
+        f"{primary} against every variant whose cost is within {NEAR:.0%} of its own: paired over seeds, with 95% "
+        "intervals by the paired t test. None is the declared comparison: no verdict follows.",
     )
     header = ["at equal", "variant", f"its cost / {primary}'s", "seeds", f"{primary} less it (points)", "95% interval"]
     return Section("At equal cost", text, (header, rows))

@@ -1,7 +1,8 @@
 """The design of a study: its variants, seeds and declared comparisons, checked before anything is trained.
 
 A study's folder holds ``study.yaml`` (the design that was run), ``<variant>/recipe.yaml``, and for each seed
-``<variant>/seed<k>/`` (a run folder with eval.json and predictions.csv), ``seed<k>.log`` and ``seed<k>.json``.
+``<variant>/seed<k>/`` (a run folder with eval.json, and predictions.csv, or matches.npz of a detector),
+``seed<k>.log`` and ``seed<k>.json``.
 """
 
 import difflib
@@ -14,15 +15,16 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, JsonValue
 
-from lip_resnet.config import EFFECTS, Config, Effect, InputError, Section
+from lip_resnet.config import DetectionConfig, Effect, InputError, Recipe, Section, effects_of
 from lip_resnet.config.fields import Positive
 from lip_resnet.files import write_text
-from lip_resnet.recipe import apply_override, find_recipe, parse_config, parse_section, read_tree
+from lip_resnet.recipe import apply_override, find_recipe, parse_recipe, parse_section, read_tree
 
 CONFIRMATORY_SEEDS = 5
 """With fewer seeds every verdict is exploratory."""
 SAME_IMAGES = (
     *("data.name", "data.root", "data.classes", "data.label_column", "data.images", "model.num_classes"),
+    *("data.val_split", "data.val_annotations", "data.max_size"),
     *("data.eval_size", "data.eval_resize", "data.crop_mode", "data.interpolation", "data.mean", "data.std"),
 )
 """Keys in which no two variants may differ: their predictions would be of other images or classes, or of images that
@@ -68,6 +70,8 @@ class Cell:
     seed: int
     folder: Path
     """Its run folder."""
+    detection: bool = False
+    """Whether it is a detector."""
 
     def __str__(self) -> str:
         return f"{self.variant}/seed{self.seed}"
@@ -84,8 +88,8 @@ class Cell:
 
     @property
     def predictions(self) -> Path:
-        """Its predictions of every validation image."""
-        return self.folder / "predictions.csv"
+        """Its predictions of every validation image, or the matches of a detector."""
+        return self.folder / ("matches.npz" if self.detection else "predictions.csv")
 
     @property
     def record(self) -> Path:
@@ -103,9 +107,14 @@ class Design:
     """A checked study."""
 
     study: Study
-    recipes: dict[str, Config]
+    recipes: dict[str, Recipe]
     """Variant -> its recipe; ``train.seed`` is the cell's."""
     folder: Path
+
+    @property
+    def detection(self) -> bool:
+        """Whether its networks are detectors, which are compared by AP."""
+        return isinstance(self.recipes[self.study.baseline], DetectionConfig)
 
     @property
     def exported(self) -> bool:
@@ -121,7 +130,7 @@ class Design:
     def cells(self) -> list[Cell]:
         """All cells, seed by seed: a study that is cut short has whole pairs."""
         return [
-            Cell(variant, seed, self.folder / variant / f"seed{seed}")
+            Cell(variant, seed, self.folder / variant / f"seed{seed}", self.detection)
             for seed in self.study.seeds
             for variant in self.recipes
         ]
@@ -163,7 +172,7 @@ def load_design(path: str | Path, overrides: Sequence[str] = (), output: str | P
     return Design(study, recipes, Path(output) if output else default_folder(path))
 
 
-def _resolve(study: Study, variant: str, overrides: Sequence[str], source: str) -> Config:
+def _resolve(study: Study, variant: str, overrides: Sequence[str], source: str) -> Recipe:
     """The recipe of a variant: the base, then the study's ``recipe``, the command line's overrides, its own keys."""
     if not _NAME.fullmatch(variant):
         raise InputError(f"{source}: variants: {variant!r} names a folder: letters, digits and _ . + - are allowed")
@@ -172,17 +181,18 @@ def _resolve(study: Study, variant: str, overrides: Sequence[str], source: str) 
     for override in overrides:
         apply_override(tree, override)
     _update(tree, study.variants[variant])
-    return parse_config(tree, f"{source}: variant {variant} of {base}")
+    return parse_recipe(tree, f"{source}: variant {variant} of {base}")
 
 
 def _update(tree: dict[str, Any], fragment: Fragment) -> None:
     for section, keys in fragment.items():
         before = tree.get(section, {})
         if isinstance(before, dict):  # else it is refused with the whole recipe
-            tree[section] = {**before, **keys}
+            backbone = [part["backbone"] for part in (before, keys) if isinstance(part.get("backbone"), dict)]
+            tree[section] = {**before, **keys, **({"backbone": {**backbone[0], **backbone[-1]}} if backbone else {})}
 
 
-def _check(study: Study, recipes: Mapping[str, Config], source: str) -> None:
+def _check(study: Study, recipes: Mapping[str, Recipe], source: str) -> None:
     """Refuse a study whose comparisons would not be fair or not be possible."""
     for key in ("baseline", "primary"):
         name = getattr(study, key)
@@ -194,9 +204,13 @@ def _check(study: Study, recipes: Mapping[str, Config], source: str) -> None:
         raise InputError(f"{source}: baseline and primary are both {study.baseline!r}; they must be two variants")
     if twice := sorted({seed for seed in study.seeds if study.seeds.count(seed) > 1}):
         raise InputError(f"{source}: seeds {list(study.seeds)}: {twice[0]} is there twice; give each seed once")
-    keys = list(EFFECTS)
+    baseline = recipes[study.baseline]
+    keys, network = list(effects_of(type(baseline))), "model."
+    same = set(SAME_IMAGES)
+    if isinstance(baseline, DetectionConfig):
+        network, same = "model.backbone.", {*SAME_IMAGES, "data.size"}
     for key in study.may_differ:
-        if key not in keys or key in SAME_IMAGES or key == "train.seed":
+        if key not in keys or key in same or key == "train.seed":
             near = difflib.get_close_matches(key, keys, n=1)
             why = "is not a key of a recipe" if key not in keys else "is the same in every variant of a study"
             raise InputError(f"{source}: may_differ: {key!r} {why}; nearest key: {near[0] if near else 'none'}")
@@ -204,14 +218,14 @@ def _check(study: Study, recipes: Mapping[str, Config], source: str) -> None:
     ours = trees[study.baseline]
     for name, theirs in trees.items():
         for key, value in theirs.items():
-            allowed = key in study.may_differ or (key.startswith("model.") and key not in SAME_IMAGES)
+            allowed = key in study.may_differ or (key.startswith(network) and key not in same)
             if value == ours[key] or allowed:
                 continue
             what = f"{source}: variant {name} differs from {study.baseline} in {key}: {value} against {ours[key]}"
             raise InputError(
                 f"{what}; all variants have the same images, classes and evaluation"
-                if key in SAME_IMAGES
-                else f"{what}; only model may differ, and the keys that the study names under may_differ"
+                if key in same
+                else f"{what}; only {network[:-1]} may differ, and the keys that the study names under may_differ"
             )
     names = list(trees)
     for index, name in enumerate(names):
@@ -220,15 +234,10 @@ def _check(study: Study, recipes: Mapping[str, Config], source: str) -> None:
                 raise InputError(f"{source}: variants {other} and {name} have the same recipe; give each once")
 
 
-def _flatten(recipe: Config) -> dict[str, JsonValue]:
+def _flatten(recipe: Recipe) -> dict[str, JsonValue]:
     """``section.key`` -> value, of every key but the seed."""
-    tree = recipe.model_dump(mode="json")
-    return {
-        f"{section}.{key}": value
-        for section, keys in tree.items()
-        for key, value in keys.items()
-        if (section, key) != ("train", "seed")
-    }
+    values = {key: value for effect in Effect for key, value in recipe.values(effect).items()}
+    return {key: values[key] for key in effects_of(type(recipe)) if key != "train.seed"}
 
 
 def write_design(design: Design) -> None:
@@ -285,7 +294,7 @@ def parse_record(tree: dict[str, Any], source: str, folder: Path) -> Design:
         raise InputError(
             f"{source} is not the record of a study that was run: it lacks recipes; choose another --output"
         )
-    return Design(study, {name: parse_config(trees[name], source) for name in study.variants}, folder)
+    return Design(study, {name: parse_recipe(trees[name], source) for name in study.variants}, folder)
 
 
 def check_same(design: Design, other: Design, folder: str) -> None:

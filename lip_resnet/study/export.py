@@ -35,6 +35,8 @@ def export(design: Design, folder: Path) -> str:
         InputError: no cell is finished, cells are not comparable, ``folder`` holds anything else, or a cell that the
             study lacks, or it cannot be written.
     """
+    if design.detection:
+        raise InputError("export is for studies of classifiers; keep the matches.npz and eval.json of detectors")
     results = load_results(design)
     finished = {str(result.cell): result for of_seeds in results.values() for result in of_seeds.values()}
     failed = load_failed(design)

@@ -32,7 +32,7 @@ def draw_file(paint: Callable[[Axes], None], kind: str, width: float, height: fl
         paint: draws into the axes.
         width, height: in inches; 100 pixels of an SVG an inch.
     """
-    paper: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "0.1")
+    paper: Any = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "0.1")
     paper |= {"axes.edgecolor": "0.3", "pdf.fonttype": 42}
     with matplotlib.rc_context(paper if kind == "pdf" else None, fname=STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -32,6 +32,12 @@ def format_p(value: float | None) -> str:
     return "<.0001" if value < 1e-4 else f"{value:.4f}".lstrip("0") if value < 1 else "1"
 
 
+def equals_p(value: float) -> str:
+    """``= .0313`` or ``< .0001``, after the letter p."""
+    text = format_p(value)
+    return f"< {text[1:]}" if text.startswith("<") else f"= {text}"
+
+
 def to_markdown(sections: Sequence[Section]) -> str:
     """Sections as Markdown; figures are links to ``figures/NAME.svg``."""
     lines = []

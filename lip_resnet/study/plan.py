@@ -78,7 +78,7 @@ def _what_it_can_show(design: Design, images: int | None) -> list[str]:
         lines.append(
             f"smallest p of the exact sign-flip test with {seeds} seeds: {statistics.smallest_sign_flip(seeds):.3g}"
         )
-    if images:
+    if images and not design.detection:
         error = statistics.deviation_of_images(DISAGREEMENT, images)
         lines.append(
             f"{images:,} validation images: another choice of images moves a difference of two runs by up to "

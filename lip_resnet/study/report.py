@@ -8,11 +8,11 @@ from typing import Any
 
 from lip_resnet.config import InputError
 from lip_resnet.files import write_text
-from lip_resnet.study import costs, statistics
+from lip_resnet.study import costs, detection, statistics
 from lip_resnet.study.costs import Results
 from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
 from lip_resnet.study.details import classes_section, seeds_section
-from lip_resnet.study.pages import Section, format_interval, format_p, to_html, to_markdown
+from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, to_html, to_markdown
 from lip_resnet.study.probes import robustness_section
 from lip_resnet.study.results import Comparison, Result, compare, load_failed, load_results
 
@@ -24,6 +24,8 @@ def write_report(design: Design) -> list[str]:
         InputError: no cell is finished, cells are not comparable, matplotlib is not installed, or a file cannot be
             written.
     """
+    if design.detection:
+        return detection.write_report(design)
     results = load_results(design)
     comparisons = compare(design, results)
     sections = build_sections(design, results, comparisons)
@@ -152,8 +154,8 @@ def sentence(comparison: Comparison, baseline: str) -> str:
     if paired.interval is None or paired.p_t is None:
         return f"{text}, one seed."
     text += f", 95% interval {paired.interval[0]:+.2f} to {paired.interval[1]:+.2f} (paired t over {seeds} seeds, "
-    text += f"p = {format_p(paired.p_t)}"
-    text += ")." if paired.p_sign_flip is None else f"; exact sign-flip test p = {format_p(paired.p_sign_flip)})."
+    text += f"p {equals_p(paired.p_t)}"
+    text += ")." if paired.p_sign_flip is None else f"; exact sign-flip test p {equals_p(paired.p_sign_flip)})."
     if _disagree(comparison):
         least = statistics.smallest_sign_flip(seeds)
         text += f" The two tests disagree; the sign-flip test cannot go below {format_p(least)} with {seeds} seeds."

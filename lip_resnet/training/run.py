@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from lip_resnet.training import run_folder, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 from lip_resnet.training.engine import TrainState, train_one_epoch, warm_up_ddp
 from lip_resnet.training.interrupts import REPORT, SAVE, STOP, Interrupts
+from lip_resnet.training.messages import describe_end
 from lip_resnet.training.nonfinite import Rollback
 from lip_resnet.training.out_of_memory import suggest
 from lip_resnet.training.task import Loader, Task
@@ -135,6 +137,8 @@ class Run:
     observe: Callable[[nn.Module], runlog.Observed] | None = None
     """Called on rank 0 after each evaluation, with the network whose top-1 selects the best; TensorBoard shows the
     result. It must not change the network or the state of random numbers."""
+    last: float = math.nan
+    """The metric that selects the best, at the last evaluation of this start, percent."""
 
     @property
     def finished(self) -> bool:
@@ -184,7 +188,10 @@ class Run:
             # Still inside `interrupts`: a signal now must not cost the last checkpoint.
             distributed.on_main(self.checkpoints.wait)
         if used := memory.describe_peak(state.guard.device):
-            self.log.say(used)
+            self.log.say(f"memory    {used}")
+        seconds = time.monotonic() - self.log.started
+        for line in describe_end(self.folder, state.task.best, self.last, state.best, seconds):
+            self.log.say(line)
 
     def _train_epoch(self, interrupts: Interrupts) -> bool:
         """Train to the end of the epoch; True if a signal asks to stop."""
@@ -221,6 +228,8 @@ class Run:
                 on_phase=self.watchdog.set_phase,
             )
         self.watchdog.pause()
+        if epoch_ended() and not self._evaluation_is_due():
+            self.log.end_epoch(epoch)
         if epoch_ended():
             action = max(action, interrupts.synchronize())  # before the evaluation, which can take minutes
         # Also before an evaluation, which can fail and saves again when it has not.
@@ -236,17 +245,17 @@ class Run:
         """Evaluate, log and save; True if a signal asks to stop."""
         state = self.state
         values = self.validate()
-        self.log.log(state.step, (state.step - 1) // len(self.loader), values)
         prefix = "val_ema" if self.config.train.rules == "ema" else "val"
+        value = self.last = values[f"{prefix}/{state.task.best}"]
+        improved, state.best = value > state.best, max(state.best, value)
+        best = {f"{prefix}/best_{state.task.best}": state.best}
+        self.log.log(state.step, (state.step - 1) // len(self.loader), values, best)
         if (observe := self.observe) is not None:
             network = state.model if state.ema is None or prefix == "val" else state.ema.module
             self.log.show(state.step, lambda: observe(network))
-        value = values[f"{prefix}/{state.task.best}"]
-        improved, state.best = value > state.best, max(state.best, value)
         state.evaluated = state.step
         if state.step >= self.total:
-            names = [name for name in state.task.metrics if name != "loss"]
-            self.log.finish(self.config, {name: values[f"{prefix}/{name}"] for name in names})
+            self.log.finish()
             if remark := state.task.remark(value):
                 self.log.say(remark)
         self.save(best=improved)
@@ -318,9 +327,9 @@ class Run:
 
 
 def profiler(train: LoopConfig, folder: Path) -> contextlib.AbstractContextManager:
-    """torch.profiler over ``train.profile`` steps of rank 0, for TensorBoard; does nothing where that is 0.
+    """torch.profiler over ``train.profile`` steps of rank 0; does nothing where that is 0.
 
-    The trace is gzipped, which makes it some 15 times smaller.
+    The trace, a JSON file that ui.perfetto.dev opens, is gzipped, which makes it some 15 times smaller.
     """
     if not train.profile or not distributed.is_main():
         return contextlib.nullcontext()

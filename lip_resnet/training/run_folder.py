@@ -78,6 +78,18 @@ def read_selection(path: str, folder: Path, resume: str) -> str:
     return folder_set.read_selection(path)
 
 
+def check_vacant(folder: Path) -> None:
+    """Check that a new run can be written to ``folder``.
+
+    Raises:
+        InputError: it holds a run or other files.
+    """
+    if _is_occupied(folder):
+        if not (folder / "config.yaml").is_file():
+            raise InputError(f"--output {folder} exists and is not a run; choose another")
+        raise InputError(f"--output {folder} already holds a run; continue it with --resume auto or choose another")
+
+
 def open_run(folder: Path, config: Recipe, resume: str) -> Opened:
     """Lock and prepare a run folder, and choose the checkpoint to continue from; no run is ever overwritten.
 
@@ -94,10 +106,8 @@ def open_run(folder: Path, config: Recipe, resume: str) -> Opened:
     occupied = _is_occupied(folder)
     source = None if resume in ("none", "auto") else checkpoint.resolve(resume)
     continues = resume == "auto" or (source is not None and source.parent.resolve() == checkpoints.resolve())
-    if occupied and not recipe.is_file():
-        raise InputError(f"--output {folder} exists and is not a run; choose another")
-    if occupied and not continues:
-        raise InputError(f"--output {folder} already holds a run; continue it with --resume auto or choose another")
+    if not continues or not recipe.is_file():
+        check_vacant(folder)
     if occupied:
         check_same_recipe(config, load_recipe(recipe), str(folder))
     if source is not None and not source.is_file():

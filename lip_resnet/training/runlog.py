@@ -21,6 +21,9 @@ from lip_resnet.compat import is_tensorboard_thread
 from lip_resnet.config import Recipe
 from lip_resnet.errors import InputError
 from lip_resnet.files import to_json, write_text
+from lip_resnet.training.hyperparameters import summarize
+from lip_resnet.training.messages import describe_epoch
+from lip_resnet.training.task import Task
 
 Observed = tuple[dict[str, float], dict[str, np.ndarray]]
 """TensorBoard tag -> number, and tag -> picture (H, W, 3) uint8."""
@@ -39,16 +42,24 @@ class RunLog:
         step: where the run starts or continues: lines and events of later steps are dropped.
         evaluated: the last step that was evaluated; the evaluation of ``step`` itself may still be due.
         total_steps: of the whole run, for the progress bar and the remaining time.
+        task: names the metrics.
 
     Raises:
         InputError: the files cannot be written.
     """
 
     def __init__(
-        self, folder: Path, config: Recipe, environment: dict[str, Any], step: int, evaluated: int, total_steps: int
+        self,
+        folder: Path,
+        config: Recipe,
+        environment: dict[str, Any],
+        step: int,
+        evaluated: int,
+        total_steps: int,
+        task: Task,
     ) -> None:
         self.active = distributed.is_main()
-        self.folder, self.total_steps = folder, total_steps
+        self.folder, self.total_steps, self.task = folder, total_steps, task
         self.first_step, self.evaluated = step, evaluated
         self.started = time.monotonic()
         self.config, self.environment, self.has_failed = config, environment, False
@@ -57,7 +68,8 @@ class RunLog:
         distributed.on_main(lambda: self._open(config, environment))
 
     def _open(self, config: Recipe, environment: dict[str, Any]) -> None:
-        step = self.first_step
+        step = self.logged = self.first_step
+        self.sums = dict[str, float]()
         try:
             write_text(self.folder / "config.yaml", config.dump())
             path = self.folder / "env.json"
@@ -73,6 +85,11 @@ class RunLog:
             # purge_step drops the events that an earlier start wrote after its last checkpoint.
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else 0)
             self.writer.add_text("config", f"```yaml\n{config.dump()}```", step)
+            prefix = "val_ema" if config.train.rules == "ema" else "val"
+            metrics = [f"{prefix}/best_{self.task.best}", f"{prefix}/{self.task.best}"]
+            *start, self.session_end = summarize(config, self.folder, metrics)
+            for summary in start:
+                self.writer.file_writer.add_summary(summary)
             self.writer.flush()
         except (OSError, ValueError) as error:
             raise InputError(f"{self.folder}: cannot write the run's files: {error}") from error
@@ -89,13 +106,14 @@ class RunLog:
         if self.active:
             self.bar.update()
 
-    def log(self, step: int, epoch: int, values: dict[str, float]) -> None:
+    def log(self, step: int, epoch: int, values: dict[str, float], best: dict[str, float] | None = None) -> None:
         """Write numbers under their TensorBoard tags. A collective: every process must call it.
 
         Args:
             step: completed optimizer steps.
             epoch: from 0.
             values: tag -> number; NaN and infinity are null in metrics.jsonl.
+            best: the best value so far by its tag, for TensorBoard alone.
 
         Raises:
             InputError: they cannot be written (full disk, no permission), and ``train.on_write_error`` is stop.
@@ -105,10 +123,16 @@ class RunLog:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self.unwritten += to_json({"step": step, "epoch": epoch, **finite}).encode() + b"\n"
             self._append()
-            for name, value in values.items():
+            for name, value in (values | (best or {})).items():
                 self.writer.add_scalar(name, value, step)
 
         self._try(write)
+        if any(name.startswith("val") for name in values):
+            self.end_epoch(epoch, values)
+            return
+        for name, value in {**values, "steps": 1.0}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * (step - self.logged)
+        self.logged = step
         if not self.active:
             return
         if "train/loss" in values:
@@ -120,9 +144,34 @@ class RunLog:
                 + (f", {peak:.1f} GiB" if peak else "")
             )
         if self.quiet:
-            self.say(f"epoch {epoch} step {step}/{self.total_steps}: {_brief(values)}{self._time_left(step)}")
-        elif any(name.startswith("val/") for name in values):
-            self.say(f"epoch {epoch}: {_brief(values)}")
+            self.say(f"epoch {epoch + 1} step {step}/{self.total_steps}: {_brief(values)}{self._time_left(step)}")
+
+    def end_epoch(self, epoch: int, evaluation: dict[str, float] | None = None) -> None:
+        """An epoch has ended: show its line, and write its losses and metrics to TensorBoard by epoch. A collective.
+
+        Those of training are means over the steps that this start has taken of it.
+
+        Args:
+            epoch: from 0; TensorBoard counts completed epochs, from 1.
+            evaluation: the values of ``log``; None where the recipe does not evaluate after this epoch.
+        """
+        steps = self.sums.pop("steps", 0.0)
+        parts: dict[str, dict[str, float]] = {"train": {}, "val": {}, "val_ema": {}}
+        means = {name: value / steps for name, value in self.sums.items()} if steps else {}
+        for tag, value in {**means, **(evaluation or {})}.items():
+            split, _, name = tag.partition("/")
+            if name == "loss" or name in self.task.metrics:
+                parts[split][name] = value
+        self.sums = {}
+
+        def write() -> None:
+            for split, values in parts.items():
+                for name, value in values.items():
+                    tag = f"epoch_loss/{split}" if name == "loss" else f"epoch/{name}_{split}"
+                    self.writer.add_scalar(tag, value, epoch + 1)
+
+        self._try(write)
+        self.say(describe_epoch(epoch, self.config.train.epochs, parts))
 
     def show(self, step: int, observe: Callable[[], Observed]) -> None:
         """Call ``observe`` on rank 0 and write what it returns to TensorBoard. A collective.
@@ -180,20 +229,14 @@ class RunLog:
         return f", {datetime.timedelta(seconds=round(seconds))} left"
 
     def say(self, text: str) -> None:
-        """Print a line without breaking the progress bar."""
+        """Print a line without breaking the progress bar; in a log file with the time."""
         if self.active:
-            self.bar.write(text, file=sys.stderr)
+            time_stamp = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} " if self.quiet else ""
+            self.bar.write(f"{time_stamp}{text}", file=sys.stderr)
 
-    def finish(self, config: Recipe, final: dict[str, float]) -> None:
-        """Write the recipe's keys with the final metrics to TensorBoard's HParams tab."""
-        flat = {
-            f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
-            for section, values in config.model_dump(mode="json").items()
-            if isinstance(values, dict)
-            for key, value in values.items()
-        }
-        results = {f"final/{name}": value for name, value in final.items()}
-        self._try(lambda: self.writer.add_hparams(flat, results, run_name="."))
+    def finish(self) -> None:
+        """Mark the run as finished in TensorBoard's HParams tab."""
+        self._try(lambda: self.writer.file_writer.add_summary(self.session_end))
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop the numbers of steps after ``step``: the run has gone back to its checkpoint."""
@@ -220,7 +263,7 @@ def _excepthook_without_tensorboard(args: threading.ExceptHookArgs) -> None:
 
 
 def _brief(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in values.items())
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ class Task(Protocol):
         ...
 
     def remark(self, best: float) -> str | None:
-        """A line about a finished run's value of the metric ``best``, such as what is published; None: nothing to say."""
+        """A line about a finished run's value of the metric ``best``, such as what is published; or None."""
         ...
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:

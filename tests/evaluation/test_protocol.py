@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import ROOT, small_config
+from helpers import small_config
 from helpers.commands import call, refuse
 from helpers.sets import cifar
 from PIL import Image
@@ -25,9 +25,9 @@ from lip_resnet.data.transforms import eval_transform
 from lip_resnet.evaluation.protocol import EvalConfig, adapt, timm_protocol
 from lip_resnet.models import registry
 from lip_resnet.models.identify import Network, crop_pct
-from lip_resnet.recipe import load_config
+from lip_resnet.recipe import load_config, shipped_recipes
 
-RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies")
+RECIPES = [path for name, path in shipped_recipes().items() if "_fpn" not in name]
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ import pytest
 from helpers import small_config
 
 from lip_resnet.config import Config, InputError
-from lip_resnet.evaluation import protocol, tables
+from lip_resnet.evaluation import paper_detection, protocol, tables
+from lip_resnet.evaluation.paper import load_paper
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.evaluation.render import render
 from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.evaluation.tables import build_table, build_wide
 
 PAPER = {"lip_resnet50": {"top1": 78.186, "top5": 93.964}}
 
@@ -415,3 +417,47 @@ def test_a_run_folder_holds_a_row_for_each_set(tmp_path):
     for name, content in (("eval", ROWS[0]), ("eval-imagenet-v2", ROWS[2])):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert read_rows([str(tmp_path)]) == [ROWS[0], ROWS[2]]
+
+
+def detector_row(model: str, seed: int, ap: float, **changes) -> dict:
+    training = {"train.epochs": 24, "model.weights": None}
+    row = {"model": model, "detector": "faster_rcnn", "AP": ap, "AP50": ap + 20, "AP75": ap, "APs": None, "APm": ap}
+    row |= {"APl": ap, "images": 5000, "params": 4e7, "macs": 2e11, "seed": seed, "weights": "model", **changes}
+    coco = {"task": "detection", "data": "coco", "split": "val2017", "classes": 80, "training": training}
+    return {**row, "protocol": {**coco, **changes.get("protocol", {})}, "dataset": {"name": "val2017", "names": "a"}}
+
+
+def test_rows_of_detectors():
+    rows = [detector_row("lip_resnet101", seed, 41.0 + seed) for seed in (0, 1)]
+    rows += [detector_row("resnet101", seed, 39.0) for seed in (0, 1)]
+    header, lines, notes = build_table(rows, load_paper().accuracies())
+    first, second = (dict(zip(header, line, strict=True)) for line in lines)
+    assert not notes
+    assert first["model"] == "lip_resnet101, faster_rcnn"
+    assert (first["AP (%)"], first["AP50 (%)"], first["APs (%)"]) == ("41.50 ± 0.71", "61.50 ± 0.71", "-")
+    assert (first["delta AP"], second["delta AP"]) == ("+2.50", "-")
+    assert (first["paper AP"], first["paper APs"], second["paper AP"]) == ("41.70", "25.20", "39.40")
+    header, lines, _ = build_wide(rows)
+    assert header[2] == "val2017 AP (%)"
+    assert lines[0][2] == "41.50 ± 0.71 (+2.50)"
+    shorter = {"training": {"train.epochs": 12, "model.weights": None}}
+    other = [rows[0], detector_row("resnet101", 0, 39.0, protocol=shorter)]
+    header, lines, notes = build_table(other, load_paper().accuracies())
+    assert "train.epochs: 24 against 12" in notes[0]
+    assert dict(zip(header, lines[1], strict=True))["paper AP"] == "38.60"
+    with pytest.raises(InputError, match="a classifier and a detector; make a table of each"):
+        build_table([rows[0], ROWS[0]], {})
+
+
+def test_detectors_beside_the_paper():
+    detectors = load_paper().detection
+    row = detector_row("resnet101", 0, 39.6)
+    published = paper_detection.find(detectors, row)
+    assert published.name == "resnet101_fpn_2x"
+    assert paper_detection.compare(published, row, "row.json", None)["ok"] is True
+    assert paper_detection.compare(published, {**row, "AP": 38.8}, "row.json", None)["ok"] is False
+    few = paper_detection.compare(published, {**row, "images": 80}, "row.json", None)
+    assert (few["ok"], few["why_not"]) == (None, "images: 80 against 5000")
+    inferred = paper_detection.find(detectors, detector_row("lip_resnet50", 0, 39.0))
+    assert "is inferred: not printed" in paper_detection.compare(inferred, row, "row.json", None)["why_not"]
+    assert paper_detection.find(detectors, detector_row("resnet34", 0, 30.0)) is None

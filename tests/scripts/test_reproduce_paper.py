@@ -162,7 +162,11 @@ def test_report(run, tmp_path):
         assert command in row["train"]
         assert command in out
     assert "printed +1.46, by the printed rows +1.35: a misprint in the source" in out
-    assert "AP 41.7" in out
+    assert "at least +1.4 AP" in out
+    line = next(line for line in out.splitlines() if line.startswith("| LIP-ResNet-101 FPN"))
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == [
+        *("41.7", "63.6", "45.6", "25.2", "45.8", "-", "listing (inferred)", "not yet"),
+    ]
     assert " OFF" not in out
 
 

@@ -467,7 +467,7 @@ def test_one_seed_has_no_figure_of_differences(tmp_path, stand_ins):
 
 def test_variants_at_equal_cost(finished):
     loaded = results.load_results(finished)
-    write_costs(finished.folder, {"plain": 1.0, "lip": 1.25, "average": 1.3})
+    write_costs(finished.folder, {"plain": 1.0, "lip": 1.4, "average": 1.45})
     for result in loaded["lip"].values():
         result.row["macs"] = 2 * 10**9  # no other is within 25%
     top1 = {name: np.array([of_seeds[seed].row["top1"] for seed in range(3)]) for name, of_seeds in loaded.items()}
@@ -475,11 +475,7 @@ def test_variants_at_equal_cost(finished):
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
     section = costs.equal_costs(finished, loaded)
     at_time = ["average", "1.04", "3", f"{gain.mean():+.2f}", f"{low:+.2f} to {high:+.2f}"]
-    assert section.table[1] == [
-        ["multiply-adds", "-", "-", "-", "-", "-"],
-        ["inference", *at_time],
-        ["training", *at_time],
-    ]
+    assert section.table[1] == [["inference", *at_time], ["training", *at_time]]
     fronts = {row[0]: row[-1] for row in costs.cost_table(finished, loaded)[1]}
     assert fronts["lip"] == "multiply-adds, inference, training"
     assert "inference" not in fronts["average"]  # lip is quicker and better

@@ -254,8 +254,10 @@ def test_best_is_the_first_of_equals_by_the_weights_that_decide(monkeypatch, rul
     assert saved == [True, False, False, True, False]
     assert (one.state.best, one.state.evaluated) == (60.0, 20)
     evaluations, (final,) = logged[:5], logged[5:]
+    assert (final, one.last) == ((), 60.0)
     assert [given[:2] for given in evaluations] == [(4, 0), (8, 1), (12, 2), (16, 3), (20, 4)]  # step, epoch
-    assert final[1] == {"top1": 60.0, "top5": 99.0}
+    tag = "val_ema/best_top1" if rules == "ema" else "val/best_top1"
+    assert [given[3][tag] for given in evaluations] == [50.0, 50.0, 50.0, 60.0, 60.0]
 
 
 def test_the_state_of_an_average_is_not_the_model_s():

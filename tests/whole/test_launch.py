@@ -1,5 +1,6 @@
 """The launch files: every command line in them is one that torchrun and train.py take; Slurm's script comes back."""
 
+import argparse
 import os
 import re
 import shutil
@@ -16,19 +17,21 @@ import yaml
 from helpers import ROOT, small_config
 from torch.distributed.run import get_args_parser
 
+import lip_commands
 from lip_resnet.config import InputError
 from lip_resnet.recipe import load_config
 
 LAUNCH = ROOT / "scripts" / "launch"
 SLURM, TWO_NODES, PYTORCHJOB = (LAUNCH / name for name in ("slurm.sbatch", "two_nodes.sh", "pytorchjob.yaml"))
 ARRAY = LAUNCH / "study.sbatch"
+ON_NODE = LAUNCH / "train_and_evaluate.sh"
 RECIPE = "configs/imagenet/lip_resnet50_step90.yaml"
 
 # What the launch files call, replaced: it writes down how it was called.
 FAKES = {
-    "torchrun": 'printf "%s\\n" "$@" > "$RECORD/torchrun"; env > "$RECORD/env"',
+    "torchrun": 'code=0; case " $* " in *" --dry-run "*) name=dry_run code=${DRY_RUN:-0};; *eval.py*) name=evaluate;; '
+    '*) name=torchrun; env > "$RECORD/env";; esac; printf "%s\\n" "$@" > "$RECORD/$name"; exit $code',
     # srun: its own options end where the command begins. It passes USR1 on; a TERM it answers by killing its tasks.
-    "python": 'printf "%s\\n" "$@" > "$RECORD/check"; exit "${CHECK:-0}"',
     "srun": 'printf "%s\\n" "$@" > "$RECORD/srun"; while [ "${1#-}" != "$1" ]; do shift; done; "$@" & task=$!; '
     'trap "kill -USR1 $task" USR1; trap "kill -KILL $task" TERM; '
     "while kill -0 $task 2>/dev/null; do wait $task; done; wait $task",
@@ -37,6 +40,7 @@ FAKES = {
 }
 # A run in the place of torchrun: trains until it is asked to stop, saves for a moment, asks to come back.
 RUN = """
+case " $* " in *" --dry-run "*) exit 0;; esac
 trap 'sleep 0.3; touch "$FOLDER/requeue"; exit 1' USR1 TERM
 echo started > "$RECORD/started"
 for _ in $(seq 1000); do sleep 0.01; done
@@ -70,9 +74,18 @@ def call(*command: object) -> subprocess.CompletedProcess:
     return subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
 
 
-def check_command(arguments: list[str]) -> tuple[object, dict[str, str]]:
+def torchrun_options(record: Path, name: str = "torchrun") -> argparse.Namespace:
+    """What torchrun's own parser makes of a recorded command line and the environment of its call."""
+    environment = dict(line.split("=", 1) for line in words(record / "env") if line.startswith("PET_"))
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        return get_args_parser().parse_args(words(record / name))
+
+
+def check_command(record: Path) -> tuple[argparse.Namespace, dict[str, str]]:
     """torchrun's own parser and our recipe loader accept it; returns torchrun's options, train.py's as a dict."""
-    options = get_args_parser().parse_args(arguments)
+    options = torchrun_options(record)
     assert options.training_script == "train.py"
     given = options.training_script_args
     flags = {given[i]: given[i + 1] for i in range(len(given)) if given[i].startswith("--")}
@@ -122,29 +135,52 @@ def test_sbatch_directives():
 def test_slurm_command(stage):
     result = call("bash", SLURM, RECIPE, "--output", "runs/x", "data.root=/data", "data.workers=11")
     assert result.returncode == 0, result.stderr
-    options, flags = check_command(words(stage / "torchrun"))
-    assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("2", "8", 3)
-    assert (options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id) == ("c10d", "node7:23456", "123456")
+    options, flags = check_command(stage)
+    assert (options.nnodes, options.nproc_per_node, int(options.max_restarts)) == ("2", "8", 3)
+    assert (options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id) == ("c10d", "node7:26912", "123456")
     assert flags == {"--config": RECIPE, "--resume": "auto", "--output": "runs/x"}
     assert words(stage / "srun")[0] == "--kill-on-bad-exit=1"
     assert {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240", "SRUN_CPUS_PER_TASK=96"} <= set(words(stage / "env"))
     assert not (stage / "scontrol").exists()
+    for name, script in (("dry_run", "train.py"), ("evaluate", "eval.py")):
+        other = torchrun_options(stage, name)
+        assert (other.training_script, other.nnodes, other.nproc_per_node, other.max_restarts) == (script, "2", "8", 0)
+        assert other.rdzv_endpoint == "node7:26913"  # not the port of the training, whose store may still be there
+        command = lip_commands.train_parser() if name == "dry_run" else lip_commands.eval_parser()
+        given = command.parse_args(other.training_script_args)
+        assert given.dry_run if name == "dry_run" else given.checkpoint == "runs/x"
+
+
+def test_a_run_is_tried_once_and_evaluated_once(stage, tmp_path, monkeypatch):
+    """A run that continues needs neither model.weights nor data.classes: its dry run could fail."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    (folder / "eval.json").touch()
+    assert call("bash", SLURM, RECIPE, "--output", folder).returncode == 0
+    assert {path.name for path in stage.iterdir()} == {"srun", "torchrun", "env"}
+    (folder / "eval.json").unlink()
+    executable(tmp_path / "tools" / "torchrun", 'case " $* " in *" eval.py "*) exit 4;; esac')
+    assert call("bash", SLURM, RECIPE, "--output", folder).returncode == 4
+    assert not (folder / "requeue").exists()
 
 
 def test_a_wrong_word_in_a_command_is_seen(stage):
     call("bash", SLURM, RECIPE, "data.rot=/data")
     with pytest.raises(InputError, match=r"data\.root"):
-        check_command(words(stage / "torchrun"))
+        check_command(stage)
+    (stage / "torchrun").write_text(f"--nodes=2\ntrain.py\n--config\n{RECIPE}\n")
     with pytest.raises(SystemExit):
-        check_command(["--nodes=2", "train.py", "--config", RECIPE])
+        check_command(stage)
 
 
 def test_slurm_in_a_container(stage, monkeypatch):
     monkeypatch.setenv("CONTAINER", "/images/lip resnet.sif")
     monkeypatch.setenv("VENV", "/nonexistent")
     assert call("bash", SLURM, RECIPE, "data.root=/data").returncode == 0
-    assert words(stage / "apptainer")[:4] == ["exec", "--nv", "/images/lip resnet.sif", "torchrun"]
-    check_command(words(stage / "torchrun"))
+    script = str(ON_NODE.relative_to(ROOT))
+    assert words(stage / "apptainer")[:4] == ["exec", "--nv", "/images/lip resnet.sif", script]
+    check_command(stage)
     monkeypatch.delenv("CONTAINER")
     assert call("bash", SLURM, RECIPE, "data.root=/data").returncode == 2  # no such venv
 
@@ -153,7 +189,7 @@ def test_two_nodes_command(stage, monkeypatch):
     assert call("bash", TWO_NODES, RECIPE).returncode == 2  # without NODE0
     monkeypatch.setenv("NODE0", "10.0.0.1")
     assert call("bash", TWO_NODES, RECIPE, "data.root=/a path", "--output", "/b c").returncode == 0
-    options, flags = check_command(words(stage / "torchrun"))
+    options, flags = check_command(stage)
     assert (options.nnodes, options.nproc_per_node, options.rdzv_endpoint) == ("2", "gpu", "10.0.0.1:29500")
     assert options.rdzv_id == "lip_resnet50_step90"
     assert flags["--output"] == "/b c"
@@ -177,14 +213,14 @@ def wait_for(condition, job: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("script", [SLURM, TWO_NODES], ids=lambda path: path.name)
 def test_a_wrong_recipe_is_not_restarted(stage, monkeypatch, script):
-    """The scripts check it first: torchrun would start a wrong one as often as --max_restarts says.
-
-    With --resume auto, as training does: a run that continues needs neither model.weights nor data.classes.
-    """
+    """The scripts try it first: torchrun would start a wrong one as often as --max_restarts says."""
     monkeypatch.setenv("NODE0", "10.0.0.1")
-    monkeypatch.setenv("CHECK", "2")
-    assert call("bash", script, RECIPE, "data.rot=/data").returncode == 2
-    assert words(stage / "check") == ["train.py", "--check", "--config", RECIPE, "--resume", "auto", "data.rot=/data"]
+    monkeypatch.setenv("DRY_RUN", "2")
+    assert call("bash", script, RECIPE, "--output", stage / "run", "data.rot=/data").returncode == 2
+    words_of_it = words(stage / "dry_run")
+    assert words_of_it[words_of_it.index("train.py") :] == [
+        *("train.py", "--dry-run", "--config", RECIPE, "--output", str(stage / "run"), "data.rot=/data")
+    ]
     assert not (stage / "torchrun").exists()
 
 
@@ -269,6 +305,7 @@ def test_slurm_does_not_requeue_a_failure(stage, tmp_path, requested):
     """Nor one that was stopped and requeued, and now fails before train.py has opened the run."""
     folder = tmp_path / "run"
     folder.mkdir()
+    (folder / "config.yaml").touch()
     if requested:
         (folder / "requeue").touch()
     executable(tmp_path / "tools" / "torchrun", "exit 5")
@@ -304,6 +341,7 @@ def test_slurm_run_ends_as_if_never_stopped(stage, tmp_path, monkeypatch):
         printed, _ = job.communicate(timeout=240)
         assert (folder / "requeue").exists() == (stage / "scontrol").exists() == stopped, printed
         assert job.returncode == (1 if stopped else 0), printed
+        assert (folder / "eval.json").exists() != stopped, printed
         if stopped:
             assert "stopped: SIGUSR1 at step" in printed
             job = start_job(recipe, "--output", folder)  # what a requeue does
@@ -311,6 +349,7 @@ def test_slurm_run_ends_as_if_never_stopped(stage, tmp_path, monkeypatch):
             assert job.returncode == 0, printed
             assert words(stage / "scontrol") == ["requeue 123456"]
             assert not (folder / "requeue").exists()
+            assert (folder / "eval.json").exists()
         states.append(torch.load(folder / "checkpoints" / "last.pt", weights_only=True))
     assert states[0]["step"] == states[1]["step"] == 69
     for name, value in states[0]["model"].items():
@@ -335,6 +374,7 @@ def test_two_machines_for_real(tmp_path, monkeypatch):
         printed = [node.communicate(timeout=240)[0] for node in nodes]
         assert [node.returncode for node in nodes] == ([1, 1] if stopped else [0, 0]), printed
         assert (folder / "requeue").exists() == stopped
+        assert (folder / "eval.json").exists() != stopped
         state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
         assert state["processes"] == [2]
     assert state["step"] == 69
@@ -412,18 +452,23 @@ def test_pytorchjob_fits_its_schema():
         assert mismatches(yaml.safe_load(text.replace(right, wrong))), wrong
 
 
-def test_pytorchjob_hangs_together():
+def test_pytorchjob_hangs_together(stage, monkeypatch):
     job = yaml.safe_load(PYTORCHJOB.read_text())["spec"]
     worker, policy = job["pytorchReplicaSpecs"]["Worker"], job["elasticPolicy"]
     pod = worker["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["command"][0] == "torchrun"
-    options, flags = check_command(container["command"][1:])
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ROOT / container["command"][0] == ON_NODE
+    assert os.access(ON_NODE, os.X_OK)
+    assert call(*container["command"]).returncode == 0
+    options, flags = check_command(stage)
+    assert (stage / "evaluate").exists()
     assert policy["minReplicas"] == policy["maxReplicas"] == worker["replicas"]
     gpus = int(options.nproc_per_node)
     amounts = container["resources"]
     assert amounts["requests"]["nvidia.com/gpu"] == amounts["limits"]["nvidia.com/gpu"] == gpus
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}

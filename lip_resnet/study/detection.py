@@ -1,0 +1,281 @@
+"""The report of a study of detectors: AP over paired seeds, with intervals over seeds and over images too."""
+
+import csv
+import io
+import json
+import math
+import statistics as plain
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lip_resnet.config import InputError
+from lip_resnet.evaluation.average_precision import METRICS, average_precision, bootstrap, interval
+from lip_resnet.evaluation.matching import Matches, read_matches
+from lip_resnet.evaluation.protocol import difference
+from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.files import write_text
+from lip_resnet.study.cells import read_record
+from lip_resnet.study.design import CONFIRMATORY_SEEDS, Cell, Design
+from lip_resnet.study.pages import Section, format_interval, to_html, to_markdown
+from lip_resnet.study.statistics import Paired, compare_paired, holm, verdict
+
+SAMPLES = 1000
+"""Of the bootstrap over seeds and images."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished cell."""
+
+    cell: Cell
+    row: dict[str, Any]
+    matches: Matches
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against the baseline, over the seeds that are finished for both."""
+
+    variant: str
+    paired: dict[str, Paired]
+    """For each of ``METRICS`` that the set has."""
+    p: float | None
+    """Of the paired t test of AP; for one of the family adjusted by Holm."""
+    over_images: dict[str, tuple[float, float] | None]
+    """AP and APs: the interval of the difference over seeds and images together; none of one seed."""
+
+    @property
+    def verdict(self) -> str:
+        """On AP."""
+        return verdict(self.paired["AP"], self.p)
+
+
+def load_results(design: Design) -> dict[str, dict[int, Result]]:
+    """Variant -> seed -> result, of the finished cells.
+
+    Raises:
+        InputError: no cell is finished, a file cannot be read, or cells were evaluated on other images or by another
+            protocol.
+    """
+    results: dict[str, dict[int, Result]] = {name: {} for name in design.recipes}
+    first: Result | None = None
+    for cell in filter(lambda cell: cell.finished, design.cells()):
+        row, matches = read_rows([str(cell.row)])[0], read_matches(cell.predictions)
+        if row.get("seed") != cell.seed:
+            raise InputError(f"{cell.row}: a row of seed {row.get('seed')}; this cell's is {cell.seed}")
+        if abs(average_precision(matches)["AP"] - row["AP"]) > 1e-6:
+            raise InputError(f"{cell.predictions}: not the matches of {cell.row}; remove both, and run the study again")
+        result = results[cell.variant][cell.seed] = Result(cell, row, matches)
+        first = first or result
+        for name in ("image_ids", "category_ids", "object_image", "object_label", "counted"):
+            if not np.array_equal(getattr(matches, name), getattr(first.matches, name)):
+                what = "other images or objects; all cells of a study are evaluated on one set"
+                raise InputError(f"{cell.predictions} and {first.cell.predictions} are of {what}")
+        protocols = [{**each.row["protocol"], "training": None} for each in (result, first)]
+        if (differs := difference(protocols[0], protocols[1])) is not None:
+            raise InputError(f"{cell.row} and {first.cell.row} were evaluated by different protocols: {differs}")
+    if first is None:
+        raise InputError(
+            f"{design.folder}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml"
+        )
+    return results
+
+
+def compare(design: Design, results: dict[str, dict[int, Result]]) -> list[Comparison]:
+    """Every variant with a finished seed in common with the baseline, the declared comparison first."""
+    baseline = results[design.study.baseline]
+    shared = {name: sorted(results[name].keys() & baseline.keys()) for name in design.compared}
+    shared = {name: seeds for name, seeds in shared.items() if seeds}
+    paired = {name: _paired(results[name], baseline, seeds) for name, seeds in shared.items()}
+    family = [name for name in paired if name != design.study.primary and paired[name]["AP"].p_t is not None]
+    adjusted = dict(zip(family, holm([paired[name]["AP"].p_t or 0.0 for name in family]), strict=True))
+    return [
+        Comparison(
+            name,
+            paired[name],
+            adjusted.get(name, paired[name]["AP"].p_t),
+            _over_images(results[name], baseline, seeds, paired[name]) if len(seeds) > 1 else {},
+        )
+        for name, seeds in shared.items()
+    ]
+
+
+def _paired(ours: dict[int, Result], theirs: dict[int, Result], seeds: list[int]) -> dict[str, Paired]:
+    pairs = {name: [(ours[seed].row[name], theirs[seed].row[name]) for seed in seeds] for name in METRICS}
+    return {
+        name: compare_paired([one - other for one, other in values])
+        for name, values in pairs.items()
+        if None not in values[0]
+    }
+
+
+def _over_images(
+    ours: dict[int, Result], theirs: dict[int, Result], seeds: list[int], paired: dict[str, Paired]
+) -> dict[str, tuple[float, float] | None]:
+    """Intervals of the mean difference, resampling seeds and images independently (Owen 2007, "pigeonhole")."""
+    values = bootstrap([group[seed].matches for group in (ours, theirs) for seed in seeds], samples=SAMPLES)
+    drawn = np.random.default_rng(0).multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=SAMPLES).T
+    differences = {name: each[: len(seeds)] - each[len(seeds) :] for name, each in values.items()}
+    means = {name: (each * drawn).sum(0) / len(seeds) for name, each in differences.items()}
+    return {name: interval(each, paired[name].mean) for name, each in means.items() if name in paired}
+
+
+def write_report(design: Design) -> list[str]:
+    """As ``report.write_report``."""
+    results = load_results(design)
+    comparisons = compare(design, results)
+    sections = [
+        _verdict(design, comparisons),
+        _figures(design, results, comparisons),
+        _differences(design, comparisons),
+        _cost(results),
+        _protocol(design, results),
+    ]
+    for name, text in (
+        ("report.md", to_markdown(sections)),
+        ("report.html", to_html(sections)),
+        ("report.csv", to_csv(design, results, comparisons)),
+    ):
+        write_text(design.folder / name, text)
+    return [*sections[0].text, *(str(design.folder / name) for name in ("report.md", "report.html", "report.csv"))]
+
+
+def _verdict(design: Design, comparisons: list[Comparison]) -> Section:
+    study, cells = design.study, design.cells()
+    declared = next((each for each in comparisons if each.variant == study.primary), None)
+    lines = [
+        f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished."
+        if declared is None
+        else sentence(declared, study.baseline)
+    ]
+    fewest = min((len(each.paired["AP"].differences) for each in comparisons), default=0)
+    if fewest < CONFIRMATORY_SEEDS:
+        lines.append(
+            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to run "
+            "more seeds, not a result."
+        )
+    finished = sum(cell.finished for cell in cells)
+    if finished < len(cells):
+        lines.append(f"**Not complete**: {finished} of {len(cells)} cells are finished.")
+    records = [(cell, read_record(cell)) for cell in cells if not cell.finished]
+    failed = [f"{cell}: {record['message']}" for cell, record in records if record.get("status") == "failed"]
+    lines += [f"**Failed cells**: {'; '.join(failed)}."] if failed else []
+    return Section(f"{design.folder.name}: {study.primary} against {study.baseline}", tuple(lines))
+
+
+def sentence(comparison: Comparison, baseline: str) -> str:
+    """A comparison as one sentence: verdict on AP, difference, intervals and tests."""
+    paired, name = comparison.paired["AP"], comparison.variant
+    words = {
+        "better": f"{name} is better than {baseline}",
+        "worse": f"{name} is worse than {baseline}",
+        "not distinguishable": f"{name} and {baseline} are not distinguishable",
+    }.get(comparison.verdict, f"{name} against {baseline}: too few seeds to say")
+    text = f"**{words}**: {paired.mean:+.2f} AP"
+    if paired.interval is None:
+        return f"{text}, one seed."
+    text += f", 95% interval {format_interval(paired.interval)} (paired t over {len(paired.differences)} seeds, "
+    flip = "" if paired.p_sign_flip is None else f"; exact sign-flip test p = {_p(paired.p_sign_flip)}"
+    return f"{text}p = {_p(paired.p_t)}{flip}); over seeds and images {format_interval(comparison.over_images['AP'])}."
+
+
+def _figures(design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]) -> Section:
+    by_name = {each.variant: each for each in comparisons}
+    rows = []
+    for name in [design.study.baseline, *design.compared]:
+        if not results[name]:
+            continue
+        row = [name, str(len(results[name])), *(_mean(results[name], metric) for metric in METRICS)]
+        verdict = "baseline" if name == design.study.baseline else "-"
+        rows.append([*row, by_name[name].verdict if name in by_name else verdict])
+    text = (
+        "COCO's AP of the last weights, in percent: mean and standard deviation over seeds. The verdict is on AP, by "
+        "the paired t test (adjusted by Holm for all but the declared comparison).",
+    )
+    return Section("AP", text, (["variant", "seeds", *METRICS, "verdict"], rows))
+
+
+def _differences(design: Design, comparisons: list[Comparison]) -> Section:
+    rows = [
+        [
+            each.variant,
+            metric,
+            f"{paired.mean:+.2f}",
+            format_interval(paired.interval),
+            _p(each.p if metric == "AP" else paired.p_t),
+            _p(paired.p_sign_flip),
+            format_interval(each.over_images.get(metric)),
+        ]
+        for each in comparisons
+        for metric, paired in each.paired.items()
+    ]
+    text = (
+        f"To {design.study.baseline}, in points, paired by seed. AP alone was declared: p of the others is not "
+        "adjusted, and no verdict follows from it. The last interval is a bootstrap over seeds and images together: it "
+        "includes what other images of the same kind would change.",
+    )
+    header = ["variant", "figure", "difference", "95% interval", "p (paired t)", "p (sign flip)"]
+    return Section("Differences", text, ([*header, "interval over seeds and images"], rows))
+
+
+def _cost(results: dict[str, dict[int, Result]]) -> Section:
+    rows = []
+    for name, of_seeds in results.items():
+        seconds = [record["seconds"] for each in of_seeds.values() if "seconds" in (record := read_record(each.cell))]
+        if of_seeds:
+            row = next(iter(of_seeds.values())).row
+            minutes = f"{plain.fmean(seconds) / 60:.1f}" if seconds else "-"
+            rows.append([name, f"{row['params'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3f}", minutes])
+    text = ("Multiply-adds are of the backbone with its feature pyramid, for one square image of the shorter side.",)
+    return Section("Cost", text, (["variant", "parameters (M)", "multiply-adds (G)", "minutes a cell"], rows))
+
+
+def _protocol(design: Design, results: dict[str, dict[int, Result]]) -> Section:
+    row = next(each.row for of_seeds in results.values() for each in of_seeds.values())
+    recipe, versions = design.recipes[design.study.baseline], row["environment"]
+    fragments = design.study.variants.items()
+    variants = [f"{name}: {json.dumps(keys) if keys else 'the base recipe'}" for name, keys in fragments]
+    text = (
+        f"Base recipe {design.study.base}: {row['detector']}, {recipe.train.epochs} epochs, batch "
+        f"{recipe.data.batch_size}, learning rate {recipe.optim.lr:g}, shorter side {recipe.data.size} pixels; "
+        f"evaluated on {row['images']:,} images. Variants: {'; '.join(variants)}.",
+        f"Hardware: {versions['hardware']}. torch {versions['torch']}, torchvision {versions['torchvision']}.",
+        "What such a study shows holds for this data, size, budget and recipe.",
+    )
+    return Section("Protocol", text)
+
+
+def to_csv(design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]) -> str:
+    """One line for each variant and figure, a number in each column, full precision."""
+    buffer = io.StringIO()
+    lines = csv.writer(buffer, lineterminator="\n")
+    columns = ["variant", "figure", "seeds", "mean", "deviation", "difference", "interval_low", "interval_high", "p_t"]
+    lines.writerow([*columns, "p_sign_flip", "bootstrap_low", "bootstrap_high", "verdict"])
+    by_name = {each.variant: each for each in comparisons}
+    for name, of_seeds in results.items():
+        for metric in METRICS if of_seeds else ():
+            values = [each.row[metric] for each in of_seeds.values()]
+            if None in values:
+                continue
+            line = [name, metric, len(values), plain.fmean(values), plain.stdev(values) if len(values) > 1 else None]
+            if (each := by_name.get(name)) is not None:
+                paired, over_images = each.paired[metric], each.over_images.get(metric)
+                line += [paired.mean, *(paired.interval or (None, None)), paired.p_t, paired.p_sign_flip]
+                line += [*(over_images or (None, None)), each.verdict if metric == "AP" else None]
+            lines.writerow(["" if value is None else value for value in line])
+    return buffer.getvalue()
+
+
+def _mean(of_seeds: dict[int, Result], metric: str) -> str:
+    values = [each.row[metric] for each in of_seeds.values()]
+    if None in values:
+        return "-"
+    return f"{plain.fmean(values):.2f}" + (f" ± {plain.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _p(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    return "<.0001" if value < 1e-4 else f"{value:.4f}".lstrip("0") if value < 1 else "1"
