@@ -56,14 +56,12 @@ def test_a_map_has_the_colours_of_the_scale_beside_it():
 def test_every_site_has_a_panel_with_its_name_and_nothing_is_cut_off():
     maps = importance_maps(network("softpool", "max", "average", "blur", "strided"), IMAGES)
     with figures.style():
-        figure, again = (figures.draw_maps(GREY[:, :20], maps, 0, "portrait", "") for _ in range(2))
+        figure = figures.draw_maps(GREY[:, :20], maps, 0, "portrait", "")
         pixels = figures.to_pixels(figure)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[:6] == ["photograph", "0", "1", "2", "3", "4"]
     for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
         assert (edge == 255).all()
-    assert figures.to_bytes(figure, "png")[:8] == b"\x89PNG\r\n\x1a\n"
-    assert figures.to_bytes(again, "svg").startswith(b"<?xml")
 
 
 def test_a_window_shows_its_numbers():

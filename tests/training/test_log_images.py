@@ -19,6 +19,7 @@ from lip_resnet.models import load_weights, registry
 
 pytest.importorskip("matplotlib")
 NETWORK = "model.downsampling={stem: lip}"
+SMALL = ("data.name=synthetic", "data.images=96", "data.batch_size=24")
 
 
 def tensorboard(folder):
@@ -37,13 +38,13 @@ def content(folder):
 
 def test_training_and_resuming_stay_the_same(start, tmp_path):
     """8 steps without, and with it: stopped after the first evaluation and resumed with another number of images."""
-    start(NETWORK, "train.ema_decay=0.9", "train.rules=ema")
+    changes = (NETWORK, *SMALL, "train.ema_decay=0.9", "train.rules=ema")
+    start(*changes)
     plain, lines = content(start.folder)
     assert not [tag for tag in tensorboard(start.folder).Tags()["scalars"] if tag.startswith("lip/")]
     start.folder.rename(tmp_path / "plain")
-    changed = (NETWORK, "train.ema_decay=0.9", "train.rules=ema", "--resume", "auto")
-    start("train.log_images=2", "train.max_steps=4", *changed)
-    start("train.log_images=1", *changed)
+    start("train.log_images=2", "train.max_steps=4", *changes)
+    start("train.log_images=1", "--resume", "auto", *changes)
     observed, other_lines = content(start.folder)
     flat, flat_too = (tree_leaves(each) for each in (plain, observed))
     assert len(flat) == len(flat_too) > 20
