@@ -47,6 +47,20 @@ def main() -> None:
     parser.add_argument("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")
     parser.add_argument("--workers", type=int, default=8, help="loader processes of each process")
     options = parser.parse_args()
+    if not verify(options):
+        sys.exit(1)
+
+
+def verify(options: Any, expected: str | None = None) -> bool:
+    """Identify, load, evaluate and export a file, and print what is found; False where counts differ.
+
+    Args:
+        options: of this command.
+        expected: the model that the file must be of; None: any.
+
+    Raises:
+        InputError: the file is missing, damaged, or of another network.
+    """
     path = checkpoint.resolve(options.file)
     export = Path(options.export).expanduser() if options.export else None
     if export is not None:
@@ -60,6 +74,8 @@ def main() -> None:
     kind = choose_weights(payload, str(path), options.weights or (trained.train.rules if trained else None))
     ema = kind == "ema"
     network = identify(payload, str(path), ema)
+    if expected not in (None, network.model):
+        raise InputError(f"{path}: holds {network}, not {expected}: another file has been given this name")
     changes = describe_changes(trained)
     say(f"network   {network}{changes}, {network.num_classes} classes")
     model = network.build(trained)
@@ -78,8 +94,7 @@ def main() -> None:
         by_timm = f"timm.create_model('local-dir:{export}', pretrained=True) loads it"
         by_us = f"timm cannot build this network; eval.py and load_weights read {export}/model.safetensors"
         say(f"exported  {export}: {by_us if changes else by_timm}")
-    if not accepted:
-        sys.exit(1)
+    return accepted
 
 
 def check_accuracy(
