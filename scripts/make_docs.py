@@ -86,14 +86,14 @@ def paper() -> str:
 
 def networks() -> str:
     """The paper's networks with their sizes and published accuracies."""
-    header = ["network", "`model.name`", "parameters (M)", "MACs (G)", "published top-1 / top-5 (%)"]
+    header = ["`model.name`", "params (M)", "MACs (G)", "top-1 / top-5 (%)"]
     lines = []
     for row in load_paper().rows:
         if row.published is None or row.published.top5 is None:
             continue
         published = f"{row.published.top1:.2f} / {row.published.top5:.2f}"
         counts = f"{row.params.value / 1e6:.2f}", f"{row.macs.value:.2f}"
-        lines.append([row.label, f"`{row.model}`", *counts, published])
+        lines.append([f"`{row.model}`", *counts, published])
     return render(header, lines)
 
 

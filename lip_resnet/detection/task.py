@@ -98,6 +98,10 @@ class Detection:
         targets = {"sizes": [sides] * images, "boxes": [box] * images, "labels": [labels] * images}
         return torch.zeros(images, 3, *padded, dtype=torch.uint8), targets
 
+    def remark(self, best: float) -> str | None:
+        """As ``Task``'s: nothing, as no AP of a shipped recipe's own protocol is published with a range."""
+        return None
+
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """As ``Task``'s: COCO's AP, percent; NaN where no box is of that size."""
         assert self.val_loader is not None

@@ -60,7 +60,7 @@ def small_table(folder: Path) -> str:
                 str(len(results[name])),
             ]
         )
-    header = ["network", "MACs (G)", "relative training time", "top-1 (%)", "difference", "95% interval", "seeds"]
+    header = ["network", "MACs (G)", "training time", "top-1 (%)", "difference", "95% interval", "seeds"]
     return f"{_state(design, sum(map(len, results.values())), list(comparisons.values()))}\n\n{render(header, rows)}"
 
 
