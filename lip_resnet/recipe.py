@@ -135,6 +135,9 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tree, source = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
+    for key in ("data.train", "data.val"):  # of a pattern without quotes the shell makes many overrides
+        if sum(override.startswith(f"{key}=") for override in overrides) > 1:
+            raise _refusal(f"{key} is given more than once; quote the pattern: '{key}=imagenet-{{0000..1023}}.tar'")
     config = parse_recipe(tree, source)
     # Not a rule of Config: checkpoints of earlier versions may hold such a schedule.
     schedule = config.data.size_schedule if isinstance(config, Config) else ()

@@ -22,7 +22,16 @@ from lip_resnet.recipe import apply_override, find_recipe, parse_config, parse_s
 CONFIRMATORY_SEEDS = 5
 """With fewer seeds every verdict is exploratory."""
 SAME_IMAGES = (
-    *("data.name", "data.root", "data.classes", "data.label_column", "data.images", "model.num_classes"),
+    *(
+        "data.name",
+        "data.root",
+        "data.train",
+        "data.val",
+        "data.classes",
+        "data.label_column",
+        "data.images",
+        "model.num_classes",
+    ),
     *("data.eval_size", "data.eval_resize", "data.crop_mode", "data.interpolation", "data.mean", "data.std"),
 )
 """Keys in which no two variants may differ: their predictions would be of other images or classes, or of images that
