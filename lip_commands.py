@@ -9,8 +9,9 @@ TEST_SETS = (
     "all",
 )
 DATA_HELP = (
-    "the directory that holds val/, or val/ itself: class folders or tar shards (shards also at a URL); or a folder of "
-    "Parquet files; for a recipe with another data.name, its data.root"
+    "the directory that holds val/, or val/ itself: class folders or tar shards; shards also at a URL, or as a quoted "
+    "pattern, DIR/imagenet-val-{00..63}.tar; or a folder of Parquet files; for a recipe with another data.name, its "
+    "data.root"
 )
 DATA_NAME_HELP = "the kind of --data, as a recipe's data.name (default: the recipe's, or recognised by the files)"
 

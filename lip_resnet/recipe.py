@@ -137,6 +137,9 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tree, source = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
+    for key in ("data.train", "data.val"):  # of a pattern without quotes the shell makes many overrides
+        if sum(override.startswith(f"{key}=") for override in overrides) > 1:
+            raise _refusal(f"{key} is given more than once; quote the pattern: '{key}=imagenet-{{0000..1023}}.tar'")
     config = parse_recipe(tree, source)
     # Not rules of the schema: checkpoints may hold such a schedule, or be of another version of timm.
     if problem := optimizer_problem(config.optim.name):

@@ -12,6 +12,7 @@ from lip_resnet.config.fields import (
     Fraction,
     Neutral,
     NonNegative,
+    Patterns,
     Positive,
     Range,
     Section,
@@ -35,6 +36,11 @@ class EvalDataConfig(Section):
     root: Neutral[str | None] = None
     """For `folder` and `shards`: the directory that holds train/ and val/, for `shards` perhaps behind a URL. For
     `huggingface`: a folder of Parquet files, or the hub's name. For torchvision's sets: where they are downloaded."""
+    train: Neutral[Patterns] = ()
+    """For `shards`: those of the training split, names or brace patterns below root, such as
+    imagenet-train-{0000..1023}.tar; one, or a list. Without it, all in root/train."""
+    val: Neutral[Patterns] = ()
+    """For `shards`: those of the validation split, as `train`. Without it, all in root/val."""
     download: Neutral[bool] = False
     """Download a torchvision set that is not at `root`."""
     label_column: Trains[str | None] = None
@@ -73,7 +79,8 @@ class EvalDataConfig(Section):
             raise ValueError(f"root is missing; data.name: {self.name} needs {needed}")
         if self.download and self.name not in get_args(TorchvisionSet):
             raise ValueError(f"download needs one of torchvision's sets; data.name is {self.name}")
-        for key, kind in (("label_column", "huggingface"), ("classes", "folder")):
+        kinds = {"label_column": "huggingface", "classes": "folder", "train": "shards", "val": "shards"}
+        for key, kind in kinds.items():
             if getattr(self, key) and self.name != kind:
                 raise ValueError(f"{key} needs data.name: {kind}; data.name is {self.name}")
         if self.eval_size > self.eval_resize:

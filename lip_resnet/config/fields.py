@@ -6,7 +6,7 @@ A field is ``Trains[...]``, ``Evaluates[...]`` or ``Neutral[...]``, by what a ch
 import enum
 from typing import Annotated, Any, TypeGuard, TypeVar, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 T = TypeVar("T")
 
@@ -29,6 +29,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Colour = Annotated[tuple[float, float, float], Field(strict=False)]
+Patterns = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Field(strict=False, examples=[["imagenet-train-{0000..1023}.tar"]]),
+]
 Range = Annotated[tuple[float, float], Field(strict=False)]
 
 

@@ -1,13 +1,15 @@
 """What --data names: the ``data.name`` and ``data.root`` of its images, and their folder below that root."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from lip_resnet import distributed
 from lip_resnet.config import InputError, TorchvisionSet
 from lip_resnet.data.sources.folder import hint_for_kaggle, hint_for_loose_images
-from lip_resnet.data.sources.index import FILE
+from lip_resnet.data.sources.index import FILE, cached_index
+from lip_resnet.data.sources.patterns import split_pattern
 from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
 KINDS = ("folder", "shards", "huggingface", *get_args(TorchvisionSet))
@@ -25,8 +27,14 @@ _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "te
 """Names of folders that are splits of a set, not its classes."""
 
 
-def locate(data: str, test_set: str | None = None, several: bool = False, kind: str | None = None) -> tuple[dict, str]:
-    """The keys ``name`` and ``root`` of a set, and its split (folder below the root).
+def locate(
+    data: str,
+    test_set: str | None = None,
+    several: bool = False,
+    kind: str | None = None,
+    named: Sequence[str] = (),
+) -> tuple[dict, str]:
+    """The keys ``name``, ``root`` and ``val`` of a set, and its split (folder below the root).
 
     Args:
         data: --data. For a validation set the directory that holds val/, or that folder, with class folders or tar
@@ -36,10 +44,16 @@ def locate(data: str, test_set: str | None = None, several: bool = False, kind: 
         several: whether ``data`` must be the directory of several test sets, not one of them.
         kind: the ``data.name`` of a validation set, from the recipe or --data-name. For None, "folder" and "shards" the
             content of ``data`` decides.
+        named: the recipe's ``data.val``, which is kept where ``data`` is a directory or URL of shards without val/.
 
     Raises:
         InputError: ``data`` does not exist, or has none of these layouts.
     """
+    keys, split = _locate(data, test_set, several, kind, named)
+    return {"val": (), **keys}, split
+
+
+def _locate(data: str, test_set: str | None, several: bool, kind: str | None, named: Sequence[str]) -> tuple[dict, str]:
     validation = test_set in (None, "imagenet", "imagenet-real")
     if test_set is None and kind is not None and kind not in ("folder", "shards"):
         if kind not in KINDS:
@@ -48,11 +62,16 @@ def locate(data: str, test_set: str | None = None, several: bool = False, kind: 
                 "or the kind of its images with --data-name"
             )
         return {"name": kind, "root": os.path.expanduser(data)}, "val"
+    if validation and (pattern := split_pattern(data)) is not None:
+        root_of_shards, names = pattern
+        return {"name": "shards", "root": os.path.expanduser(root_of_shards), "val": (names,)}, "val"
     if is_url(data):
         if not validation:
             raise InputError(f"--data {data}: {test_set} must be a local folder; only shards are read from a URL")
         url = data.rstrip("/")
         has_val = distributed.on_main(lambda: _has_index(f"{url}/val"))
+        if named and not has_val:
+            return {"name": "shards", "root": url, "val": tuple(named)}, "val"
         parent, split = (url, "val") if has_val else url.rsplit("/", 1)
         return {"name": "shards", "root": parent}, split
     root = Path(data).expanduser()
@@ -73,6 +92,8 @@ def locate(data: str, test_set: str | None = None, several: bool = False, kind: 
     if not (root / "val").is_dir():
         if hint := hint_for_kaggle(root):
             raise InputError(f"--data {root} has no val/{hint}")
+        if named and next(root.glob("*.tar"), None) is not None:
+            return {"name": "shards", "root": str(root), "val": tuple(named)}, "val"
         present = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         if present and {name.lower() for name in present} <= _SPLITS:
             choice = next((name for name in present if not name.lower().startswith("train")), present[0])
@@ -83,6 +104,8 @@ def locate(data: str, test_set: str | None = None, several: bool = False, kind: 
 
 
 def _has_index(url: str) -> bool:
+    if cached_index(url).is_file():
+        return True
     try:
         Remote(url).read(FILE, 0, 1)
     except MissingFile:

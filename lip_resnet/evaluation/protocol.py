@@ -23,7 +23,7 @@ from lip_resnet.evaluation.location import locate
 from lip_resnet.evaluation.testsets import SIDE_OF_C
 from lip_resnet.recipe import parse_section
 
-_KEYS_OF_KIND = {"download": False, "label_column": None, "classes": None}
+_KEYS_OF_KIND = {"download": False, "label_column": None, "classes": None, "train": (), "val": ()}
 """Data keys that belong to one ``data.name``, and their values for the others."""
 
 ADDED_KEYS = {"crop_mode": "center"}
@@ -87,7 +87,7 @@ def reference_protocol(model: str, num_classes: int, trained: Config | None = No
     Args:
         trained: the recipe of a run, whose ``data.name`` and normalisation are kept; None: class folders or shards.
     """
-    keys = ("name", "root", "label_column", "classes", "mean", "std")
+    keys = ("name", "root", "train", "val", "download", "label_column", "classes", "mean", "std")
     source = {key: getattr(trained.data, key) for key in keys} if trained else {"root": "."}
     network = ModelConfig(name=model, num_classes=num_classes)
     return EvalConfig(model=network, data=EvalDataConfig(**source), channels_last=False)
@@ -118,8 +118,9 @@ def adapt(
     """
     tree, split = config.model_dump(), "val"
     if data is not None:
-        location, split = locate(data, test_set, several, kind or config.data.name)
-        tree["data"] |= location | ({} if location["name"] == config.data.name else _KEYS_OF_KIND)
+        named = config.data.val if config.data.name == "shards" else ()
+        location, split = locate(data, test_set, several, kind or config.data.name, named)
+        tree["data"] |= ({} if location["name"] == config.data.name else _KEYS_OF_KIND) | {"train": ()} | location
     elif kind is not None:
         raise InputError(f"--data-name {kind} belongs to --data DIR")
     elif test_set is not None and (test_set not in ("imagenet", "imagenet-real") or config.data.root is None):

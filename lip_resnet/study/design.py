@@ -23,8 +23,8 @@ from lip_resnet.recipe import apply_override, find_recipe, parse_recipe, parse_s
 CONFIRMATORY_SEEDS = 5
 """With fewer seeds every verdict is exploratory."""
 SAME_IMAGES = (
-    *("data.name", "data.root", "data.classes", "data.label_column", "data.images", "model.num_classes"),
-    *("data.val_split", "data.val_annotations", "data.max_size"),
+    *("data.name", "data.root", "data.train", "data.val", "data.classes", "data.label_column", "data.images"),
+    *("model.num_classes", "data.val_split", "data.val_annotations", "data.max_size"),
     *("data.eval_size", "data.eval_resize", "data.crop_mode", "data.interpolation", "data.mean", "data.std"),
 )
 """Keys in which no two variants may differ: their predictions would be of other images or classes, or of images that

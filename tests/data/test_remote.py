@@ -93,7 +93,9 @@ def test_index_and_classes_beside_remote_shards(served, tmp_path):
     with pytest.raises(InputError, match=rf"{url}/train/index\.npz: not an index of shards"):
         build_sources(settings, 3, ("train",))
     (server.root / "train" / FILE).unlink()
-    with pytest.raises(InputError, match=rf"there is no {url}/train/index\.npz; make it .*scripts/index_shards\.py"):
+    with pytest.raises(
+        InputError, match=rf"there is no {url}/train/index\.npz, the index; make it.*scripts/index_shards\.py"
+    ):
         build_sources(settings, 3, ("train",))
     with pytest.raises(InputError, match="cannot open nonsense://x/train"):
         build_sources(folder_config("nonsense://x", name="shards"), 3)

@@ -43,7 +43,7 @@ def build_sources(
         assert num_classes is not None
         return [_synthetic(config, num_classes, split) for split in splits]
     elif config.name == "shards":
-        sources = shard_sources(root, splits)
+        sources = shard_sources(config, splits)
     elif config.name == "huggingface":
         sources = table_sources(root, config.label_column, splits)
     elif config.name in NAMED:

@@ -3,19 +3,24 @@
 import hashlib
 import io
 import os
+import re
+import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from lip_resnet.config import InputError
 from lip_resnet.data.decode import readable_suffixes
 from lip_resnet.data.sources.base import LeftOut
+from lip_resnet.data.sources.patterns import summarise
+from lip_resnet.data.sources.remote import MAX_REQUESTS, Remote
 from lip_resnet.files import write_atomically
 
 FILE = "index.npz"
@@ -23,6 +28,7 @@ FILE = "index.npz"
 _SEPARATOR = b"\0"  # which a name in a tar file cannot contain
 _NOT_AN_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 """What ``zipfile`` raises for a damaged, compressed in an unknown way, or encrypted archive."""
+_SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|test)")
 _HIGHEST_LABEL = (1 << 31) - 1
 _LONGEST_LABEL = 64  # bytes of a label that are read
 
@@ -90,24 +96,31 @@ def _unpack(block: np.ndarray) -> list[str]:
     return [os.fsdecode(name) for name in block.tobytes().split(_SEPARATOR)]
 
 
-def read_index(root: Path) -> Index:
-    """The index of local shards: the stored one if the shards still have the names, sizes and modification times that
-    it was made from; else a new one, which is stored beside them, or in the cache where they cannot be written to.
+def index_file(names: Sequence[str] | None) -> str:
+    """The name of the index beside shards: of those named, or of all in their folder."""
+    return FILE if names is None else f"index-{_digest(*names)[:12]}.npz"
+
+
+def read_index(root: Path, names: Sequence[str] | None = None) -> Index:
+    """The index of local shards, all or those named.
+
+    The stored one if the shards still have the names, sizes and modification times that it was made from; else a new
+    one, which is stored beside them, or in the cache where they cannot be written to.
 
     Raises:
         InputError: there are no shards, or one is damaged or lacks a label.
     """
-    paths = _shards(root)
-    names, stamps = [path.name for path in paths], _stamps(paths)
-    for file in _files(root):
+    shards = _shards(root, names)
+    stamps = _stamps(root, shards)
+    for file in _files(root, names):
         try:
             stored = Index.from_bytes(file.read_bytes(), str(file))
         except (OSError, InputError):  # missing or damaged: it is made again from the shards
             continue
-        if stored.shards == names and np.array_equal(stored.stamps, stamps) and stored.left_out is not None:
+        if stored.shards == shards and np.array_equal(stored.stamps, stamps) and stored.left_out is not None:
             return stored
-    index = _make_index(paths, stamps)
-    for file in _files(root):
+    index = _make_index(shards, stamps, [_scan(f"{root}/{name}") for name in shards])
+    for file in _files(root, names):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             _write(file, index)
@@ -117,54 +130,119 @@ def read_index(root: Path) -> Index:
     return index
 
 
-def write_index(root: Path) -> Index:
-    """Index local shards again and write the file beside them.
+def write_index(root: Path, names: Sequence[str] | None = None) -> Index:
+    """Index local shards, all or those named, again and write the file beside them.
 
     Raises:
         InputError: there are no shards, one is damaged or lacks a label, or the file cannot be written.
     """
-    paths = _shards(root)
-    index = _make_index(paths, _stamps(paths))
-    _write(root / FILE, index)
+    shards = _shards(root, names)
+    index = _make_index(shards, _stamps(root, shards), [_scan(f"{root}/{name}") for name in shards])
+    _write(root / index_file(names), index)
     return index
 
 
-def _shards(root: Path) -> list[Path]:
-    paths = sorted(path for path in root.glob("*") if path.suffix.lower() == ".tar" and not path.name.startswith("."))
-    if not paths:
-        raise InputError(f"data.root: {root} holds no .tar shards")
-    return paths
+def index_remote(remote: Remote, names: Sequence[str] | None = None) -> tuple[Index, str]:
+    """Index shards behind a URL, all in its directory or those named; each is read once.
+
+    Returns:
+        The index and where it is stored: beside the shards, or where that is not allowed in the local cache.
+
+    Raises:
+        InputError: there are no shards, one is damaged or cannot be read, or the index cannot be written.
+    """
+    shards = sorted(names or (name for name in remote.list() if name.lower().endswith(".tar")))
+    if not shards:
+        raise InputError(f"{remote.url} holds no .tar shards")
+    if names is None:
+        _check_one_split(remote.url, shards)
+
+    def scan(name: str) -> _Scan:
+        with remote.open(name) as file:
+            return _scan(f"{remote.url}/{name}", file)
+
+    stamps = np.array([(remote.size(name), 0) for name in shards], np.int64)
+    with ThreadPoolExecutor(MAX_REQUESTS) as threads:
+        index = _make_index(shards, stamps, list(threads.map(scan, shards)))
+    try:
+        remote.write(index_file(names), index.to_bytes())
+        return index, f"{remote.url}/{index_file(names)}"
+    except InputError as error:
+        path = cached_index(remote.url, names)
+        print(f"note: {error}; the index goes to the local cache", file=sys.stderr)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise InputError(f"{path.parent}: cannot make this directory: {failure.strerror}") from failure
+        _write(path, index)
+        return index, str(path)
+
+
+def cached_index(root: str, names: Sequence[str] | None = None) -> Path:
+    """The file of the local cache (XDG_CACHE_HOME) that may hold the index of shards; ``root``: a URL or full path."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "lip_resnet" / f"{_digest(root, *(names or ()))[:32]}.npz"
+
+
+def _digest(*names: str) -> str:
+    return hashlib.sha256(_SEPARATOR.join(map(os.fsencode, names))).hexdigest()
+
+
+def _shards(root: Path, names: Sequence[str] | None) -> list[str]:
+    """The names of the shards, sorted; those asked for must exist."""
+    present = sorted(path.name for path in root.glob("*") if path.suffix.lower() == ".tar" and path.name[0] != ".")
+    if names is None:
+        if not present:
+            raise InputError(f"data.root: {root} holds no .tar shards")
+        _check_one_split(root, present)
+        return present
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise InputError(
+            f"data.root: {root} lacks {len(missing):,} of the {len(names):,} shards that are named, the first is "
+            f"{missing[0]}; it holds {summarise(present)}"
+        )
+    return sorted(names)
+
+
+def _check_one_split(root: Path | str, shards: list[str]) -> None:
+    if len({word[0] for name in shards if (word := _SPLIT_WORD.search(name))}) > 1:
+        raise InputError(
+            f"data.root: {root} holds shards of several splits: {summarise(shards)}; name those of each by data.train "
+            "and data.val (in an evaluation: --data DIR/PATTERN)"
+        )
 
 
 def _write(path: Path, index: Index) -> None:
     write_atomically(path, lambda file: file.write(index.to_bytes()))
 
 
-def _make_index(paths: list[Path], stamps: np.ndarray) -> Index:
-    scans = [_scan(str(path)) for path in paths]
+_Scan = tuple[list[tuple[str, int, int, int]], LeftOut]
+"""Of a shard: (key, label, offset, size) of its images, and what is left out."""
+
+
+def _make_index(shards: list[str], stamps: np.ndarray, scans: list[_Scan]) -> Index:
     images = [(number, *image) for number, (members, _) in enumerate(scans) for image in members]
     places = np.array([(number, offset, size) for number, _, _, offset, size in images], np.int64)
     labels = np.array([label for _, _, label, _, _ in images], np.int64)
     left_out = LeftOut.sum(left_out for _, left_out in scans)
-    return Index([path.name for path in paths], stamps, [key for _, key, *_ in images], labels, places, left_out)
+    return Index(shards, stamps, [key for _, key, *_ in images], labels, places, left_out)
 
 
-def _stamps(paths: list[Path]) -> np.ndarray:
+def _stamps(root: Path, shards: list[str]) -> np.ndarray:
     try:
-        states = [path.stat() for path in paths]
+        states = [(root / name).stat() for name in shards]
     except OSError as error:
         raise InputError(f"{error.filename}: cannot read: {error.strerror}") from error
     return np.array([(state.st_size, state.st_mtime_ns) for state in states], np.int64)
 
 
-def _files(root: Path) -> list[Path]:
+def _files(root: Path, names: Sequence[str] | None) -> list[Path]:
     """The files that may hold the index of these shards, in the order in which they are tried."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
-    return [root / FILE, cache / "lip_resnet" / f"{digest}.npz"]
+    return [root / index_file(names), cached_index(str(root.resolve()), names)]
 
 
-def _scan(path: str) -> tuple[list[tuple[str, int, int, int]], LeftOut]:
+def _scan(path: str, file: BinaryIO | None = None) -> _Scan:
     """((key, label, offset, size) of a shard's images in its order, the members that are not read); hidden members,
     with a name or folder that begins with a dot, are ignored."""
     images: dict[str, tuple[int, int]] = {}
@@ -172,7 +250,7 @@ def _scan(path: str) -> tuple[list[tuple[str, int, int, int]], LeftOut]:
     unread: list[str] = []
     suffixes = readable_suffixes()
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", file) as archive:
             for member in archive:
                 if any(part.startswith(".") for part in member.name.split("/") if part not in (".", "..")):
                     continue

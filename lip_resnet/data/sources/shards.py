@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from lip_resnet import distributed
-from lip_resnet.config import InputError
+from lip_resnet.config import EvalDataConfig, InputError
 from lip_resnet.data.decode import BadImage
 from lip_resnet.data.sources.base import Encoded, LeftOut
-from lip_resnet.data.sources.index import FILE, Index, read_index
+from lip_resnet.data.sources.index import FILE, Index, cached_index, index_file, read_index
+from lip_resnet.data.sources.patterns import shard_names, summarise
 from lip_resnet.data.sources.remote import MissingFile, Remote, is_url
 
 _NAMES = "classes.txt"
@@ -66,19 +67,21 @@ class _Indexed(Encoded):
 
 
 class Shards(_Indexed):
-    """Local shards, root/NAME.tar.
+    """Local shards, root/NAME.tar: all in the directory, or those named.
 
     Raises:
         InputError: there are no shards, or one is damaged or lacks a label.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._folder, names = root, root / _NAMES
+    def __init__(self, root: Path, names: Sequence[str] | None = None) -> None:
+        self._folder, path = root, root / _NAMES
         try:
-            class_names = names.read_bytes() if os.path.lexists(names) else None
+            class_names = path.read_bytes() if os.path.lexists(path) else None
         except OSError as error:
-            raise InputError(f"{names}: cannot read: {error.strerror}") from error
-        super().__init__(root, read_index(root), class_names)
+            raise InputError(f"{path}: cannot read: {error.strerror}") from error
+        super().__init__(root, read_index(root, names), class_names)
+        if names is not None:  # the other files may be another split's
+            return
         beside = sorted(path for path in root.iterdir() if not path.name.startswith("."))
         used = {FILE, _NAMES, *self.shards}
         loose = [f"{path.name}/" if path.is_dir() else path.name for path in beside if path.name not in used]
@@ -103,7 +106,7 @@ class Shards(_Indexed):
 
 
 class RemoteShards(_Indexed):
-    """Shards behind a URL, with an index beside them that was made on a disk.
+    """Shards behind a URL, with an index beside them or in the local cache.
 
     Each image is one range request; the requests of a batch are concurrent with each other and with decoding. The tar
     header is read with the image, to detect a shard that is not the one that was indexed.
@@ -112,17 +115,18 @@ class RemoteShards(_Indexed):
         InputError: there is no index.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, names: Sequence[str] | None = None) -> None:
         self.remote = Remote(url)
         self._requests: dict[int, Future[bytes]] = {}
         url = self.remote.url
         try:
-            index = Index.from_bytes(self.remote.read(FILE), f"{url}/{FILE}")
+            index = Index.from_bytes(self.remote.read(index_file(names)), f"{url}/{index_file(names)}")
         except MissingFile as error:
-            raise InputError(
-                f"{error}; make it from the shards on a disk (python scripts/index_shards.py DIR), and "
-                "upload it beside them"
-            ) from error
+            cached = cached_index(url, names)
+            if not cached.is_file():
+                shards = url if names is None else f"'{url}/{summarise(names)}'"
+                raise InputError(f"{error}, the index; make it: python scripts/index_shards.py {shards}") from error
+            index = Index.from_bytes(cached.read_bytes(), str(cached))
         try:
             class_names: bytes | None = self.remote.read(_NAMES)
         except MissingFile:
@@ -165,19 +169,31 @@ class RemoteShards(_Indexed):
         return data[tarfile.BLOCKSIZE :]
 
 
-def shard_sources(data_root: str, splits: tuple[str, ...]) -> list[Shards] | list[RemoteShards]:
-    """The shards of some splits below ``data.root``, a directory or URL.
+def shard_sources(config: EvalDataConfig, splits: tuple[str, ...]) -> list[Shards] | list[RemoteShards]:
+    """The shards of some splits: those that the recipe names below ``data.root``, a directory or URL, or root/split.
 
     Raises:
         InputError: they are missing or damaged.
     """
-    if is_url(data_root):
-        return [RemoteShards(f"{data_root.rstrip('/')}/{split}") for split in splits]
-    roots = [Path(data_root).expanduser() / split for split in splits]
+    assert config.root is not None  # the config requires it
+    names = [shard_names(config, split) for split in splits]
+    if is_url(config.root):
+        url = config.root.rstrip("/")
+        return [
+            RemoteShards(f"{url}/{split}" if own is None else url, own)
+            for split, own in zip(splits, names, strict=True)
+        ]
+    root = Path(config.root).expanduser()
+    roots = [root / split if own is None else root for split, own in zip(splits, names, strict=True)]
+    flat = next((folder for folder in roots if not folder.is_dir()), None)
+    if flat is not None and (tars := [path.name for path in root.glob("*.tar")]):
+        raise InputError(
+            f"data.root: {root} has no {flat.name}/; name its shards by data.train and data.val: {summarise(tars)}"
+        )
 
     def index_all() -> None:
-        for root in roots:
-            read_index(root)
+        for folder, own in zip(roots, names, strict=True):
+            read_index(folder, own)
 
     distributed.on_main(index_all)  # the other ranks then read the stored index
-    return [Shards(root) for root in roots]
+    return [Shards(folder, own) for folder, own in zip(roots, names, strict=True)]
