@@ -15,7 +15,7 @@ import run_contents
 import torch
 
 from lip_resnet import distributed, environment, errors
-from lip_resnet.commands import train
+from lip_resnet.commands import classification, train
 from lip_resnet.config import InputError
 from lip_resnet.training import run, runlog
 from lip_resnet.training.checkpoints import Checkpoints
@@ -265,7 +265,7 @@ def test_tf32_is_switched_on_and_off(start, monkeypatch, precision):
     """For products and for convolutions, whatever it was before."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
-    monkeypatch.setattr(train, "build_sources", lambda *_: operator.truediv(1, 0))
+    monkeypatch.setattr(classification, "build_sources", lambda *_: operator.truediv(1, 0))
     try:
         for switch in switches:
             switch.allow_tf32 = precision != "tf32"

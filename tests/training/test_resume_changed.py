@@ -12,7 +12,7 @@ from helpers.commands import call
 
 import eval as eval_command
 from lip_resnet import checkpoint, distributed
-from lip_resnet.commands import train
+from lip_resnet.commands import classification
 from lip_resnet.commands.initial_weights import load_initial_weights
 from lip_resnet.config import InputError, ModelConfig
 from lip_resnet.evaluation.protocol import describe_training, difference
@@ -25,7 +25,7 @@ def test_other_data_are_refused(start, monkeypatch):
     """The order of every epoch would be another, and so would the length of the schedule."""
     start("train.max_steps=2")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "describe_datasets", lambda *_: {"train": {"images": 12}})
+        patch.setattr(classification, "describe_datasets", lambda *_: {"train": {"images": 12}})
         with pytest.raises(InputError, match="was trained with other data: images of train: 1442, here 12"):
             start("--resume", "auto")
     start("--resume", "auto")
