@@ -19,7 +19,7 @@ from lip_resnet.evaluation import metrics
 from lip_resnet.evaluation.evaluate import evaluate
 from lip_resnet.evaluation.nonfinite import FirstNonFinite
 from lip_resnet.files import to_json
-from lip_resnet.training import run, runlog
+from lip_resnet.training import classification, runlog
 
 IMAGES = 355
 """Of the validation split of the digits."""
@@ -146,7 +146,7 @@ def test_a_validation_that_is_not_finite_does_not_end_a_run(capsys, monkeypatch,
         finally:
             network.fc.bias.data[0] = 0.0
 
-    monkeypatch.setattr(run, "evaluate", spoiled)
+    monkeypatch.setattr(classification, "evaluate", spoiled)
     overrides = ("train.max_steps=1", "data.workers=0", "train.rules=ema")
     run_train(monkeypatch, "--config", recipe, "--output", folder, *overrides)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning: val at step 1" in line]

@@ -212,7 +212,9 @@ def test_pretrained_weights_without_a_network(capsys, monkeypatch, image_folder,
     model = registry.create_pretrained("test_resnet")
     assert torch.equal(model.fc.weight, state["fc.weight"])
     monkeypatch.setattr(registry, "pretrained_cfg", lambda name: {"url": ""})
-    with pytest.raises(InputError, match=r"no weights of lip_resnet50; .*drive\.google\.com.*; give --checkpoint"):
+    with pytest.raises(
+        InputError, match=r"no weights of lip_resnet50; .*drive\.google\.com.*; give a file: --checkpoint"
+    ):
         registry.create_pretrained("lip_resnet50")
 
 

@@ -12,6 +12,7 @@ from bench import contestants, network, quantities, step, tables
 from bench.timing import LAYOUTS, WrongResult
 from helpers.commands import refuse
 
+from lip_resnet.evaluation.metrics import AccuracyCounts
 from lip_resnet.training import engine
 from lip_resnet.training.nonfinite import NonFiniteGuard
 
@@ -115,7 +116,7 @@ def test_the_engine_s_step_is_what_is_timed(monkeypatch, tmp_path):
     count(engine.TrainStep, "__call__")
     count(NonFiniteGuard, "is_bad")
     count(engine, "_norm")
-    count(engine.AccuracyCounts, "add")
+    count(AccuracyCounts, "add")
     count(engine, "update_average")
     count(engine.nn.utils, "clip_grads_with_norm_")
     every = {"__call__", "is_bad", "_norm", "add"}

@@ -40,8 +40,8 @@ def test_many_differences():
     many = statistics.compare_paired([1.0 + index for index in range(statistics.EXACT_SEEDS + 1)])
     assert many.p_sign_flip is None
     assert many.p_t < 1e-6
-    words = report.sentence(Comparison("lip", list(range(21)), many, many.p_t, None, [], "better"), "plain")
-    assert words.endswith("(paired t over 21 seeds, p = <.0001).")
+    words = report.sentence(Comparison("lip", list(range(21)), many, many.p_t, None, None, [], "better"), "plain")
+    assert words.endswith("(paired t over 21 seeds, p < .0001).")
 
 
 def test_few_and_equal_differences():
