@@ -99,7 +99,16 @@ SECTIONS = {section: field.annotation for section, field in Config.model_fields.
 FREE = {
     Effect.EVALUATION: {"data.crop_mode", "data.eval_size", "data.eval_resize", "train.rules"},
     Effect.NOTHING: {
-        *("model.weights", "data.root", "data.download", "data.classes", "data.eval_batch_size", "data.workers"),
+        *(
+            "model.weights",
+            "data.root",
+            "data.train",
+            "data.val",
+            "data.download",
+            "data.classes",
+            "data.eval_batch_size",
+            "data.workers",
+        ),
         *("train.eval_every", "train.checkpoint_steps", "train.checkpoint_minutes", "train.keep"),
         *("train.on_write_error", "train.on_nonfinite", "train.nonfinite_limit", "train.hang_minutes"),
         *("train.log_every", "train.log_images", "train.profile", "train.device", "train.grad_checkpointing"),
