@@ -131,7 +131,14 @@ def test_resuming_takes_every_key_that_changes_no_weights():
         "train.max_steps": 9,
     }
     changed |= dict.fromkeys(FREE[Effect.NOTHING], 7)
-    changed |= {"model.weights": "x", "data.root": "x", "data.download": False, "data.classes": None}
+    changed |= {
+        "model.weights": "x",
+        "data.root": "x",
+        "data.download": False,
+        "data.classes": None,
+        "data.train": [],
+        "data.val": [],
+    }
     changed |= {"train.on_write_error": "continue", "train.on_nonfinite": "skip"}
     changed |= {"data.on_error": "skip", "model.convert": True, "train.device": "cpu"}
     changed |= {"train.grad_checkpointing": True}

@@ -190,11 +190,11 @@ def test_a_folder_of_photographs_is_split(capsys, monkeypatch, image_folder, tmp
     assert split("again", "--val", 0.25) == first
     assert split("other", "--val", 0.25, "--seed", 1) != first
     assert snapshot(photos) == before
-    (photos / "dog").mkdir()
-    shutil.copy(photos / "ant" / "ant_0.JPEG", photos / "dog" / "only.JPEG")
+    (photos / "ape").mkdir()
+    shutil.copy(photos / "ant" / "ant_0.JPEG", photos / "ape" / "only.JPEG")
     before = snapshot(photos)
     more = split("more", "--val", 0.25)
-    assert more == {"train": first["train"] | {"dog/only.JPEG"}, "val": first["val"]}
+    assert more == {"train": first["train"] | {"ape/only.JPEG"}, "val": first["val"]}
     # The nearest whole number, but one image at least and not all of them.
     assert Counter(name.split("/")[0] for name in split("few", "--val", 0.01)["val"]) == dict.fromkeys(
         ("ant", "bee", "cat"), 1

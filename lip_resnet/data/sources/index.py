@@ -242,7 +242,7 @@ def _files(root: Path, names: Sequence[str] | None) -> list[Path]:
     return [root / index_file(names), cached_index(str(root.resolve()), names)]
 
 
-def _scan(path: str, file: BinaryIO | None = None) -> _Scan:
+def _scan(path: str, opened: BinaryIO | None = None) -> _Scan:
     """((key, label, offset, size) of a shard's images in its order, the members that are not read); hidden members,
     with a name or folder that begins with a dot, are ignored."""
     images: dict[str, tuple[int, int]] = {}
@@ -250,7 +250,7 @@ def _scan(path: str, file: BinaryIO | None = None) -> _Scan:
     unread: list[str] = []
     suffixes = readable_suffixes()
     try:
-        with tarfile.open(path, "r:", file) as archive:
+        with tarfile.open(path, "r:", opened) as archive:
             for member in archive:
                 if any(part.startswith(".") for part in member.name.split("/") if part not in (".", "..")):
                     continue
