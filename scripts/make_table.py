@@ -8,7 +8,7 @@ from lip_resnet.config import InputError
 from lip_resnet.evaluation.baselines import judge
 from lip_resnet.evaluation.paper import load_paper
 from lip_resnet.evaluation.render import STYLES, render
-from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.evaluation.rows import is_detection, read_rows
 from lip_resnet.evaluation.tables import build_table, build_wide, group
 from lip_resnet.files import write_text
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="+", help="JSON rows of eval.py, or run folders with eval.json, eval-NAME.json")
     parser.add_argument("--format", choices=STYLES, default="md")
     parser.add_argument(
-        "--wide", action="store_true", help="one line per network, one column per test set: top-1, or mCE"
+        "--wide", action="store_true", help="one line per network, one column per test set: top-1, AP, or mCE"
     )
     parser.add_argument(
         "--baseline", metavar="LABEL", help="compare every row with that of this label (default: a network without LIP)"
@@ -34,7 +34,8 @@ def main() -> None:
         header, lines, notes = build_wide(rows, options.baseline)
     else:
         header, lines, notes = build_table(rows, load_paper().accuracies(), options.baseline)
-    verdicts = [judge({**entry.rows[0], "top1": entry.mean("top1")}) for entry in group(rows)]
+    classifiers = [entry for entry in group(rows) if not is_detection(entry.rows[0])]
+    verdicts = [judge({**entry.rows[0], "top1": entry.mean("top1")}) for entry in classifiers]
     notes += [verdict for verdict in verdicts if verdict is not None]
     text = render(header, lines, notes, options.format)
     print(text, end="")
