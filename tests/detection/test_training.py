@@ -132,7 +132,7 @@ def test_a_checkpoint_of_the_other_task(start, tmp_path, monkeypatch):
         load_config(tmp_path / "detector.yaml")
 
 
-def test_check_trains_and_writes_nothing(start, tmp_path):
-    assert not start("--check").exists()
+def test_a_dry_run_trains_and_writes_nothing(start, tmp_path):
+    assert not start("--dry-run").exists()
     with pytest.raises(InputError, match=r"model.num_classes is 7; the train images have 10 classes: 0, 1, 2"):
-        start("--check", "model.num_classes=7")
+        start("--dry-run", "model.num_classes=7")

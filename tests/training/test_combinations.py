@@ -239,7 +239,8 @@ def evaluate_in_turn(monkeypatch, rules: str, accuracies: list[float]) -> tuple[
     monkeypatch.setattr(run.Run, "validate", lambda self: next(values))
     monkeypatch.setattr(run.Run, "save", lambda self, best=False: saved.append(best))
     log = types.SimpleNamespace(log=lambda *given: logged.append(given), finish=lambda *given: logged.append(given))
-    state = types.SimpleNamespace(task=Classification, step=0, evaluated=0, best=-torch.inf)
+    task = types.SimpleNamespace(best="top1", remark=lambda best: None)
+    state = types.SimpleNamespace(task=task, step=0, evaluated=0, best=-torch.inf)
     config = small_config(train__epochs=len(accuracies), train__rules=rules, train__ema_decay=0.9)
     one = run.Run(config, state, range(4), None, log, 4 * len(accuracies), run.Provenance([1]), [])
     for epoch in range(len(accuracies)):

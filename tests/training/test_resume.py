@@ -17,6 +17,7 @@ import torch
 from lip_resnet import distributed, environment, errors
 from lip_resnet.commands import classification, train
 from lip_resnet.config import InputError
+from lip_resnet.training import classification as task
 from lip_resnet.training import run, runlog
 from lip_resnet.training.checkpoints import Checkpoints
 
@@ -154,7 +155,7 @@ def test_an_evaluation_that_was_killed_is_made_up_for(start, patient, monkeypatc
         raise KeyError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", killed)
+        patch.setattr(task, "evaluate", killed)
         with pytest.raises(KeyError):
             start("train.checkpoint_steps=2")
     assert run_contents.take_inventory(start.folder).newest == 4
