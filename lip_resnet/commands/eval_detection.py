@@ -39,7 +39,8 @@ def main(options: Namespace, payload: dict[str, Any]) -> None:
         if path := getattr(options, flag[2:]):
             check_new_file(Path(path), several=False, flag=flag)
     trained = checkpoint.read_recipe(payload, options.checkpoint, DetectionConfig)
-    ema = choose_weights(payload, options.checkpoint, options.weights or (trained and trained.train.rules)) == "ema"
+    kind = options.weights or (trained.train.rules if trained else None)
+    ema = choose_weights(payload, options.checkpoint, kind) == "ema"
     config = choose_protocol(options, trained)
     check_normalization(trained, config.data, options.checkpoint, "evaluate it by its own recipe, without --config")
     (source,) = build_sources(config.data, config.model.num_classes, ("val",))
@@ -98,9 +99,8 @@ def load_detector(config: DetectionEvalConfig, payload: dict[str, Any], source: 
 def detect_set(model: torch.nn.Module, loader: DetectionEvalLoader, config: DetectionEvalConfig) -> Detections:
     """``detect`` by a protocol, without TF32, whose 10 bits would move boxes and scores."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    data = config.data
-    keywords = {"channels_last": config.channels_last, "mean": data.mean, "std": data.std}
-    return detect(model, loader, precision=config.precision, **keywords)
+    mean, std = config.data.mean, config.data.std
+    return detect(model, loader, precision=config.precision, channels_last=config.channels_last, mean=mean, std=std)
 
 
 def summarize(source: DetectionSource, detections: Detections, options: Namespace) -> dict[str, Any]:

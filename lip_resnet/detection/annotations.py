@@ -92,9 +92,8 @@ def _sections(content: Any, file: Path) -> tuple[list[Any], list[Any], list[Any]
     first = annotations[0] if isinstance(annotations, list) and annotations else {}
     if isinstance(first, dict) and "bbox" not in first:
         kinds = {"caption": "captions", "segments_info": "panoptic segments"}
-        kind = next((kinds[key] for key in kinds if key in first), None)
-        if kind is not None:
-            raise InputError(f"{file}: annotations are {kind}, not boxes; {wanted}")
+        if task := next((kinds[key] for key in kinds if key in first), None):
+            raise InputError(f"{file}: annotations are {task}, not boxes; {wanted}")
     for key in ("images", "annotations", "categories"):
         value = content.get(key)
         if not isinstance(value, list):
@@ -119,7 +118,7 @@ def _check_categories(categories: list[Any], file: Path) -> tuple[list[int], lis
 def _check_images(images: list[Any], file: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
     """File names, ids (I,), and height and width (I, 2)."""
     for number, each in enumerate(images):
-        sides = [each.get(key) for key in ("id", "height", "width")] if isinstance(each, dict) else []
+        sides: list[Any] = [each.get(key) for key in ("id", "height", "width")] if isinstance(each, dict) else []
         if not (sides and all(map(_is_int, sides)) and min(sides[1:]) > 0 and isinstance(each.get("file_name"), str)):
             needed = "an integer id, a file_name, and height and width in pixels"
             raise InputError(f"{file}: images[{number}] is {_short(each)}; it must have {needed}")

@@ -4,13 +4,14 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from lip_resnet.config import Config, DetectionDataConfig, EvalDataConfig, InputError
+from lip_resnet.config import EvalDataConfig, InputError, Recipe
+from lip_resnet.config.detection import EvalDetectionDataConfig
 from lip_resnet.data.fingerprint import class_names
 from lip_resnet.evaluation.testsets import EvalSet, wnids
 
 
 def check_normalization(
-    trained: Config | None, data: EvalDataConfig | DetectionDataConfig, source: str, advice: str
+    trained: Recipe | None, data: EvalDataConfig | EvalDetectionDataConfig, source: str, advice: str
 ) -> None:
     """Check that pixels are normalised as in the training of a checkpoint.
 

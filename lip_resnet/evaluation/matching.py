@@ -232,7 +232,7 @@ def _assign(
     for number in range(detections):
         iou = ious[:, number, None, None]  # (P, 1, 1, G)
         free = (iou >= wanted) & ~(taken & ~crowd[:, None, None])
-        real = (free & to_find).any(axis=-1)
+        real = np.asarray((free & to_find).any(axis=-1))
         # An object to find goes before any other; of equal IoU the last.
         usable = free & (to_find | ~real[..., None])
         best = objects - 1 - np.argmax(np.where(usable, iou, -1)[..., ::-1], axis=-1)

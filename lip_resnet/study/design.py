@@ -188,8 +188,10 @@ def _update(tree: dict[str, Any], fragment: Fragment) -> None:
     for section, keys in fragment.items():
         before = tree.get(section, {})
         if isinstance(before, dict):  # else it is refused with the whole recipe
-            backbone = [part["backbone"] for part in (before, keys) if isinstance(part.get("backbone"), dict)]
-            tree[section] = {**before, **keys, **({"backbone": {**backbone[0], **backbone[-1]}} if backbone else {})}
+            tree[section] = {**before, **keys}
+            ours, theirs = before.get("backbone"), keys.get("backbone")
+            if isinstance(ours, dict) and isinstance(theirs, dict):  # a section of a detector's model
+                tree[section]["backbone"] = {**ours, **theirs}
 
 
 def _check(study: Study, recipes: Mapping[str, Recipe], source: str) -> None:
