@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lip_resnet import make_layer
 from lip_resnet.layers.pooling import LIP2d
 from lip_resnet.ops import dispatch
-from lip_resnet.training import engine
+from lip_resnet.training import ddp
 
 fused = pytest.mark.skipif(not dispatch.available("cpu"), reason="no C++ compiler: no fused operator on the CPU")
 
@@ -73,6 +73,6 @@ def test_ddp_strides(monkeypatch, tmp_path):
             super().__init__(module.to(memory_format=torch.contiguous_format), **options)
             module.to(memory_format=torch.channels_last)
 
-    monkeypatch.setattr(engine, "DistributedDataParallel", Late)
+    monkeypatch.setattr(ddp, "DistributedDataParallel", Late)
     with pytest.raises((UserWarning, AssertionError)):
         device_steps.check_ddp_strides("cpu", tmp_path)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from processes import ROOT
 
 from lip_resnet.config import Config, InputError
-from lip_resnet.recipe import load_config, parse_config
+from lip_resnet.recipe import load_recipe, parse_recipe
 
 MEMORY_MB = 256
 """Peak memory that the recipes may take."""
@@ -156,7 +156,7 @@ def examine(case: Case, path: Path) -> str:
     """
     path.write_bytes(case.content)
     try:
-        config = load_config(path, case.overrides)
+        config = load_recipe(path, case.overrides)
     except InputError as error:
         message = str(error)
         assert len(message.splitlines()) == 1, f"not one line: {message!r}"
@@ -166,7 +166,7 @@ def examine(case: Case, path: Path) -> str:
         named = any(key in message for key in case.keys) or re.search(r": line \d+ ", message)
         assert not case.keys or named, f"names no line and none of {set(case.keys)}: {message}"
         return "refused"
-    assert parse_config(yaml.safe_load(config.dump()), "its dump") == config, f"changed by its own dump: {config}"
+    assert parse_recipe(yaml.safe_load(config.dump()), "its dump") == config, f"changed by its own dump: {config}"
     return "valid"
 
 

@@ -65,6 +65,6 @@ def test_the_examination_notices(path, monkeypatch):
     monkeypatch.setattr(recipe, "_refusal", lambda _: InputError(f"{path}: something is wrong"))
     with pytest.raises(AssertionError, match="names no line"):
         examine(Case((MINIMAL + "modle: 1\n").encode(), keys=frozenset({"modle"})), path)
-    monkeypatch.setattr(recipe, "parse_config", lambda tree, source: tree["nothing"])
+    monkeypatch.setattr(recipe, "parse_recipe", lambda tree, source: tree["nothing"])
     with pytest.raises(KeyError):
         examine(Case(MINIMAL.encode()), path)

@@ -255,6 +255,7 @@ def task(stage, monkeypatch):
     names = {"JOB_ID": "77", "TASK_ID": "2", "TASK_COUNT": "4", "TASK_MIN": "0"}
     for name, value in names.items():
         monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
+    executable(stage.parent / "tools" / "python", 'printf "%s\\n" "$@" > "$RECORD/study"')
     return stage
 
 
@@ -271,7 +272,7 @@ def test_array_task_runs_its_share(task, monkeypatch):
     monkeypatch.setenv("JOBS", "4")
     assert call("bash", ARRAY, "configs/studies/digits.yaml", "--output", "runs/x", "data.workers=1").returncode == 0
     arguments = ["configs/studies/digits.yaml", "--output", "runs/x", "data.workers=1", "--jobs", "4"]
-    assert words(task / "check") == ["scripts/study.py", "run", *arguments, "--shard", "2/4"]
+    assert words(task / "study") == ["scripts/study.py", "run", *arguments, "--shard", "2/4"]
     assert not (task / "scontrol").exists()
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")  # --array=1-4 would leave a share out
     refused = call("bash", ARRAY, "configs/studies/digits.yaml")
@@ -279,7 +280,7 @@ def test_array_task_runs_its_share(task, monkeypatch):
     assert "--array begins at 1; it must be 0 to n - 1, or SHARDS=n be set" in refused.stderr
     monkeypatch.setenv("SHARDS", "5")
     assert call("bash", ARRAY, "configs/studies/digits.yaml").returncode == 0
-    assert words(task / "check")[-1] == "2/5"
+    assert words(task / "study")[-1] == "2/5"
 
 
 @pytest.mark.parametrize(
