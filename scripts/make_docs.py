@@ -257,7 +257,7 @@ def study_figures() -> dict[Path, str]:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"networks": networks, "study": first_study},
-    "docs/results.md": {"results": study_results},
+    "docs/results.md": {"results": study_results, "map-probes": map_probes},
     "docs/recipes.md": {"recipe-keys": recipe_keys, "baselines": baselines},
     "docs/detection.md": {"detection-keys": detection_keys},
     "docs/layers.md": {"zoo": layers},
@@ -266,7 +266,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/performance.md": {"performance": tables.performance},
     "docs/data.md": {"data": tables.loaders, "bad-images": bad_images},
     "docs/faults.md": {"faults": faults},
-    "docs/gallery.md": {"map-probes": map_probes},
 }
 
 
