@@ -88,9 +88,10 @@ class RunLog:
             prefix = "val_ema" if config.train.rules == "ema" else "val"
             metrics = [f"{prefix}/best_{self.task.best}", f"{prefix}/{self.task.best}"]
             *start, self.session_end = summarize(config, self.folder, metrics)
-            self.events: Any = self.writer.file_writer
+            events: Any = self.writer.file_writer
+            self.add_summary = events.add_summary
             for summary in start:
-                self.events.add_summary(summary)
+                self.add_summary(summary)
             self.writer.flush()
         except (OSError, ValueError) as error:
             raise InputError(f"{self.folder}: cannot write the run's files: {error}") from error
@@ -237,7 +238,7 @@ class RunLog:
 
     def finish(self) -> None:
         """Mark the run as finished in TensorBoard's HParams tab."""
-        self._try(lambda: self.events.add_summary(self.session_end))
+        self._try(lambda: self.add_summary(self.session_end))
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop the numbers of steps after ``step``: the run has gone back to its checkpoint."""
