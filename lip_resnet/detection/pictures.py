@@ -77,7 +77,7 @@ def detect_image(
     output: dict[str, Tensor] = model(inputs, sizes)[0]
     model.train(was_training)
     scale = np.array([image.width / width, image.height / height] * 2)
-    boxes, scores = output["boxes"].double().cpu().numpy() * scale, output["scores"].double().cpu().numpy()
+    boxes, scores = output["boxes"].cpu().double().numpy() * scale, output["scores"].cpu().double().numpy()
     order = np.argsort(-scores, kind="stable")
     return boxes[order], output["labels"].cpu().numpy()[order] - 1, scores[order]
 
