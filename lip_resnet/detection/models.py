@@ -116,8 +116,11 @@ def find_stages(body: nn.Module, name: str) -> tuple[list[tuple[int, str, int]],
         indices = [index for index, _, _ in stages]
         images = torch.empty(2, 3, 128, 64, device="meta")
         features = trial.forward_intermediates(images, indices=indices, intermediates_only=True)
-    except AttributeError as error:
-        raise InputError(f"model.backbone.name: {name} does not return its features; {allowed}") from error
+    except (AttributeError, AssertionError, RuntimeError, ValueError) as error:  # timm's, for want of a feature or size
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model.backbone.name: {name} has no features of 128x64 images: {reason}; {allowed}"
+        ) from error
     expected = [(width, 128 // stride, 64 // stride) for stride, (_, _, width) in zip(STRIDES, stages, strict=True)]
     if [tuple(feature.shape[1:]) for feature in features] != expected:
         raise InputError(f"model.backbone.name: {name} has features of other sizes at its strides; {allowed}")

@@ -8,11 +8,11 @@ from typing import Any
 
 from lip_resnet.config import InputError
 from lip_resnet.files import write_text
-from lip_resnet.study import costs, detection, statistics
+from lip_resnet.study import costs, detection, pages, statistics
 from lip_resnet.study.costs import Results
-from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
+from lip_resnet.study.design import Design
 from lip_resnet.study.details import classes_section, seeds_section
-from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, to_html, to_markdown
+from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, in_words, to_html, to_markdown
 from lip_resnet.study.probes import robustness_section
 from lip_resnet.study.results import Comparison, Result, compare, load_failed, load_results
 
@@ -120,37 +120,18 @@ def draw_curves(design: Design, results: Results) -> list[tuple[str, str, str]]:
 
 
 def verdict_lines(design: Design, results: Results, comparisons: list[Comparison]) -> list[str]:
-    """The question, the declared comparison in words, and what it is based on."""
-    study, cells = design.study, len(design.cells())
-    finished, failed = sum(map(len, results.values())), load_failed(design)
-    lines = [study.question] if study.question else []
-    declared = next((each for each in comparisons if each.variant == study.primary), None)
-    if declared is None:
-        lines.append(f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished.")
-    else:
-        lines.append(sentence(declared, study.baseline))
+    """``pages.verdict_lines`` of a study."""
+    declared = next((each for each in comparisons if each.variant == design.study.primary), None)
     fewest = min((len(each.seeds) for each in comparisons), default=0)
-    if fewest < CONFIRMATORY_SEEDS:
-        lines.append(
-            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to run "
-            "more seeds, not a result."
-        )
-    if finished < cells:
-        lines.append(f"**Not complete**: {finished} of {cells} cells are finished; the table shows how many of each.")
-    if failed:
-        lines.append(f"**Failed cells**: {'; '.join(f'{cell}: {message}' for cell, message in failed.items())}.")
-    return lines
+    text = None if declared is None else sentence(declared, design.study.baseline)
+    return pages.verdict_lines(design, text, fewest, sum(map(len, results.values())), load_failed(design))
 
 
 def sentence(comparison: Comparison, baseline: str) -> str:
     """A comparison as one sentence: verdict, difference, interval and tests."""
     paired, seeds = comparison.paired, len(comparison.seeds)
-    words = {
-        "better": f"{comparison.variant} is better than {baseline}",
-        "worse": f"{comparison.variant} is worse than {baseline}",
-        "not distinguishable": f"{comparison.variant} and {baseline} are not distinguishable",
-    }.get(comparison.verdict, f"{comparison.variant} against {baseline}: too few seeds to say")
-    text = f"**{words}**: {paired.mean:+.2f} points top-1"
+    text = in_words(comparison.verdict, comparison.variant, baseline)
+    text += f": {paired.mean:+.2f} points top-1"
     if paired.interval is None or paired.p_t is None:
         return f"{text}, one seed."
     text += f", 95% interval {paired.interval[0]:+.2f} to {paired.interval[1]:+.2f} (paired t over {seeds} seeds, "

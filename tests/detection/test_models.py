@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import timm
 import torch
 from helpers import small_config
 from helpers.detection import small_detection
@@ -162,6 +163,15 @@ def test_stages_of_other_networks(name):
         assert unused == ["fc.weight", "fc.bias"]
     if name == "mobilenetv3_small_050":
         assert any(key.startswith("conv_head") for key in unused)
+
+
+def test_a_network_for_images_of_one_size_is_refused():
+    with torch.device("meta"):
+        body = timm.create_model("swin_tiny_patch4_window7_224")
+    with pytest.raises(
+        InputError, match=r"swin\S+ has no features of 128x64 images: .*\(224\).*; a detector needs a network"
+    ):
+        find_stages(body, "swin_tiny_patch4_window7_224")
 
 
 def test_group_norm_in_the_place_of_batch_norm():
