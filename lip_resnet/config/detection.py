@@ -144,6 +144,10 @@ class DetectionConfig(Recipe):
     def _check_task(self) -> "DetectionConfig":
         if self.train.compile:
             raise ValueError("train.compile is not for task: detection, whose images have many sizes; leave it out")
+        if self.optim.layer_decay < 1:
+            raise ValueError(
+                "optim.layer_decay is not for task: detection: timm has no layers of a detector; leave it out"
+            )
         return self
 
     def model_dump(self, **options: Any) -> dict[str, Any]:

@@ -78,9 +78,9 @@ class CocoSource:
         """
         height, width = self.sizes[index].tolist()
         if image.size != (width, height):
-            raise BadImage(
-                f"{self.path(index)}: {image.width}x{image.height} pixels; {self.file.name} says {width}x{height}"
-            )
+            hint = " (EXIF orientation is not applied)" if image.size == (height, width) else ""
+            what = f"{image.width}x{image.height} pixels; {self.file.name} says {width}x{height}{hint}"
+            raise BadImage(f"{self.path(index)}: {what}")
 
     def __getitem__(self, index: int) -> Image.Image:
         image, _ = self.files[index]

@@ -202,7 +202,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
 
-class RoIAlign(MultiScaleRoIAlign):
+class CanvasRoIAlign(MultiScaleRoIAlign):
     """torchvision's, which infers the strides of the features from the first images: here from their canvas.
 
     An image of 40 pixels has a canvas of 64: features of 16 pixels would pass for those of stride 2.
@@ -291,7 +291,7 @@ def build_detector(config: DetectorConfig, body: nn.Module) -> FasterRCNN | Reti
         backbone = Backbone(body, config.backbone, channels, STRIDES, LastLevelMaxPool())
         keywords = {
             "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in sizes), (_RATIOS,) * 5),
-            "box_roi_pool": RoIAlign(["0", "1", "2", "3"], 7, 2),
+            "box_roi_pool": CanvasRoIAlign(["0", "1", "2", "3"], 7, 2),
             "box_head": TwoMLPHead(channels * 7**2, config.head_channels),
             "box_predictor": FastRCNNPredictor(config.head_channels, config.num_classes + 1),
         }

@@ -17,7 +17,7 @@ from lip_resnet.commands.detection import load_backbone_weights
 from lip_resnet.config import InputError
 from lip_resnet.detection import models
 from lip_resnet.detection.canvas import canvas
-from lip_resnet.detection.models import RoIAlign, build_body, build_detector, find_stages, stage_modules
+from lip_resnet.detection.models import CanvasRoIAlign, build_body, build_detector, find_stages, stage_modules
 from lip_resnet.models import registry
 
 SIZES = [(64, 64), (64, 64)]
@@ -94,9 +94,11 @@ def test_anchors_are_torchvision_s():
     default = [32, 64, 128, 256, 512]
     network = a_detector(model__name="retinanet", model__args={}, model__anchor_sizes=default, **SMALL).network[0]
     assert network.anchor_generator.sizes == retinanet._default_anchorgen().sizes
-    generator = a_detector(model__anchor_sizes=default, **SMALL).rpn.anchor_generator
+    model = a_detector(model__anchor_sizes=default, **SMALL)
+    generator = model.rpn.anchor_generator
     assert generator.sizes == faster_rcnn._default_anchorgen().sizes
     assert generator.aspect_ratios == faster_rcnn._default_anchorgen().aspect_ratios
+    assert isinstance(model.roi_heads.box_roi_pool, CanvasRoIAlign)
 
 
 @pytest.mark.parametrize("sides", [(40, 40), (33, 128), (64, 64), (16, 20)])
@@ -104,11 +106,10 @@ def test_boxes_of_small_images_are_pooled_at_the_features_strides(sides):
     """As roi_align at 1/4, whatever part of its canvas an image covers; other images before it change nothing."""
     features = {str(level): torch.randn(1, 8, *(side >> level + 2 for side in canvas(*sides))) for level in range(4)}
     boxes = [torch.tensor([[1.0, 2, 14, 13], [3, 3, 9, 15.5]])]
-    pool = RoIAlign(["0", "1", "2", "3"], 7, 2)
+    pool = CanvasRoIAlign(["0", "1", "2", "3"], 7, 2)
     for sizes in ([sides], [(33, 33)]):
         expected = roi_align(features["0"], boxes, 7, 1 / 4, 2)
         torch.testing.assert_close(pool(features, boxes, sizes), expected, rtol=0, atol=0)
-    assert isinstance(a_detector(**SMALL).roi_heads.box_roi_pool, RoIAlign)
 
 
 def test_boxes_are_not_rounded_under_autocast():
@@ -230,6 +231,7 @@ def test_weights_of_a_detector_are_refused(tmp_path):
         ({"model__backbone": {"frozen": ["layer1"]}}, "model.backbone.frozen.0: given 'layer1'"),
         ({"model__anchor_sizes": [8, 16]}, "anchor_sizes are .8, 16.; there must be 5"),
         ({"train__mixup": 0.2}, "train.mixup: unknown key"),
+        ({"optim__layer_decay": 0.8}, "optim.layer_decay is not for task: detection"),
         ({"train__compile": True}, "train.compile is not for task: detection"),
         ({"data__size": 128}, "size 128 is larger than max_size 96"),
         ({"data__name": "coco"}, "data.name: coco needs the directory that holds train2017/, val2017/ and annotations"),
