@@ -1,6 +1,7 @@
 """A detector trained by train.py: its run folder, a resumed run's bits, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -148,7 +149,8 @@ def test_out_of_memory_one_image_at_a_time_is_advised():
     assert "optim.accumulate=2 keeps data.batch_size=2 and takes 1 images at a time" in suggest(state, config, 10)
 
 
-def test_a_dry_run_trains_and_writes_nothing(start, tmp_path):
-    assert not start("--dry-run").exists()
+def test_a_dry_run_trains_and_writes_nothing(start, capsys):
+    assert not start("--dry-run", "model.backbone.downsampling={main: lip_simplified}").exists()
+    assert re.search(r"^network   faster_rcnn on resnet10t, [\d,]+ parameters, downsampling: ", capsys.readouterr().out)
     with pytest.raises(InputError, match=r"model.num_classes is 7; the train images have 10 classes: 0, 1, 2"):
         start("--dry-run", "model.num_classes=7")
