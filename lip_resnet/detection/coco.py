@@ -40,15 +40,17 @@ class CocoSource:
         self.file = root / (getattr(config, f"{split}_annotations") or f"annotations/instances_{folder.name}.json")
         tables = distributed.on_main(lambda: read_annotations(root, folder, self.file))
         usable, notes = usable_objects(tables, self.file)
-        kept = np.arange(len(tables.names))
+        kept, lines = np.arange(len(tables.names)), list[str]()
         if split == "train":
             kept = np.flatnonzero(np.diff(np.append(0, np.cumsum(usable))[tables.starts]))
             if not len(kept):
                 raise InputError(f"{self.file}: no image has a box to train on")
             notes = {**notes, "images without a box left out of training": len(tables.names) - len(kept)}
-            shown = ", ".join(f"{count:,} {what}" for what, count in notes.items() if count)
-            if shown and distributed.is_main():
-                print(f"note: {self.file}: {shown}", file=sys.stderr, flush=True)
+            lines = [f"{count:,} {what}" for what, count in notes.items() if count]
+        elif tables.crowds.all():
+            lines = ["no object to find: AP is undefined"]
+        if lines and distributed.is_main():
+            print(f"note: {self.file}: {', '.join(lines)}", file=sys.stderr, flush=True)
         self.classes, self.category_ids = tables.classes, tables.category_ids
         self.image_ids = tables.image_ids[kept].tolist()
         self.files = Files(folder, self.classes, [(str(folder / tables.names[index]), 0) for index in kept])

@@ -99,11 +99,12 @@ def test_a_box_without_sides_in_float32_is_left_out_of_training(root):
     np.testing.assert_array_equal(source.annotations(1).boxes, np.array([[0, 5, 40, 15]], np.float32))
 
 
-def test_a_set_without_objects_is_evaluated(root):
+def test_a_set_without_objects_is_evaluated(root, capsys):
     write(root, {**content(), "annotations": []})
     (val,) = build_sources(config(root), 2, ("val",))
     truth = val.ground_truth()
     assert (len(truth["images"]), truth["annotations"]) == (4, [])
+    assert "instances_val2017.json: no object to find: AP is undefined" in capsys.readouterr().err
 
 
 def test_names_of_other_splits_and_files(root):
