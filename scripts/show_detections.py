@@ -127,11 +127,11 @@ def draw_maps(
 
 
 def by_size(judged: Sequence["pictures.Judged"]) -> list[list[str]]:
-    """A table: objects, found, missed and false detections by size, over all images shown."""
-    table = [["size", "objects", "found", "missed", "false detections"]]
+    """A table: objects, detected, missed and false detections by size, over all images shown."""
+    table = [["size", "objects", "detected", "missed", "false detections"]]
     for size in pictures.SIZES:
-        objects, found, false = np.sum([each.counts()[size] for each in judged], axis=0).tolist()
-        table.append([size, str(objects), str(found), str(objects - found), str(false)])
+        objects, detected, false = np.sum([each.counts()[size] for each in judged], axis=0).tolist()
+        table.append([size, str(objects), str(detected), str(objects - detected), str(false)])
     sums = [sum(int(line[column]) for line in table[1:]) for column in range(1, 5)]
     return [*table, ["all", *map(str, sums)]]
 

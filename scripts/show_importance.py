@@ -20,7 +20,7 @@ from torch import nn
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_resnet import checkpoint, cli, distributed
 from lip_resnet.commands.eval import build, choose_protocol
-from lip_resnet.config import InputError
+from lip_resnet.config import DetectionConfig, InputError, Recipe
 from lip_resnet.data import build_sources
 from lip_resnet.data.decode import BadImage
 from lip_resnet.data.photographs import Photograph, find_photographs, read_photograph, sample_images
@@ -122,6 +122,10 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, EvalConfig, st
         options.model = UNTRAINED
     device = distributed.choose_device(options.device)
     payload = {} if untrained else checkpoint.load(checkpoint.resolve(options.checkpoint))
+    if not untrained and isinstance(checkpoint.read_recipe(payload, options.checkpoint, Recipe), DetectionConfig):
+        raise InputError(
+            f"{options.checkpoint} is a detector: scripts/show_detections.py --maps shows its importance maps"
+        )
     trained = None if untrained else checkpoint.read_recipe(payload, options.checkpoint)
     asked = argparse.Namespace(**vars(options), data="." if options.model else None, dataset=None, pretrained=False)
     config = choose_protocol(asked, payload, trained)
