@@ -115,8 +115,8 @@ def describe(judged: Judged) -> str:
         for size, (objects, detected, false) in judged.counts().items()
         if objects or false
     ]
-    false = int((~judged.right).sum())
-    return f"{int(judged.detected.sum())} of {len(judged.detected)} objects detected, {false} false ({', '.join(sizes) or 'none'})"
+    detected, false = int(judged.detected.sum()), int((~judged.right).sum())
+    return f"{detected} of {len(judged.detected)} objects detected, {false} false ({', '.join(sizes) or 'none'})"
 
 
 def draw(image: Image.Image, judged: Judged, classes: Sequence[str], heading: str) -> Figure:

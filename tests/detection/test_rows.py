@@ -109,15 +109,14 @@ def test_weights_without_a_recipe(run, tmp_path, capsys, monkeypatch):
     line = refuse(capsys, monkeypatch, eval_command, "--checkpoint", backbone, *recipe)
     assert "backbone.pt" in line
     assert not (tmp_path / "row.json").exists()
-    code, out, _ = call(capsys, monkeypatch, eval_command, "--checkpoint", bare, *recipe)
-    assert code == 0
+    assert call(capsys, monkeypatch, eval_command, "--checkpoint", bare, *recipe)[0] == 0
     call(capsys, monkeypatch, eval_command, "--checkpoint", run, "--output", tmp_path / "own.json")
     rows = [json.loads((tmp_path / name).read_text()) for name in ("row.json", "own.json")]
     assert [rows[0][name] for name in METRICS] == [rows[1][name] for name in METRICS]
 
 
 def test_pictures(run, tmp_path, capsys, monkeypatch):
-    """One of each image and, with --maps, one of the backbone's maps; the counts by size add up to the set's objects."""
+    """One of the image and, with --maps, one of the backbone's maps; the counts by size add up."""
     pytest.importorskip("matplotlib")
     output = tmp_path / "shown"
     arguments = ("--checkpoint", run, "--output", output, "--score", 0, "--limit", 1, "--maps")

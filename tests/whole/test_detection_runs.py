@@ -1,4 +1,4 @@
-"""A detector's whole run under torchrun, as a user starts it: killed and resumed, evaluated by one to three processes."""
+"""A detector under torchrun, as a user starts it: killed and resumed, evaluated by one to three processes."""
 
 import fcntl
 import json
@@ -39,7 +39,7 @@ def lines_of(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("steps", [1, 5, 13])
 def test_killed_and_resumed(recipe, run, tmp_path, steps):
-    """SIGKILL of torchrun and its processes before the first checkpoint, and in both epochs: the same bits at the end."""
+    """SIGKILL of all processes, before the first checkpoint and in both epochs: the same bits at the end."""
     folder = tmp_path / "killed"
     command = ("train.py", "--config", recipe, "--output", folder, "--resume", "auto")
     arguments, environment = prepare(*command, processes=2)
@@ -73,7 +73,7 @@ def test_evaluation_is_the_same_on_any_number_of_processes(run, tmp_path):
         options = zip(("--output", "--predictions", "--matches"), names, strict=True)
         done("eval.py", "--checkpoint", run, *(each for pair in options for each in pair), processes=processes)
         files.append(names)
-    row, *others = ({key: value for key, value in json.loads(names[0].read_text()).items()} for names in files)
+    row, *others = (json.loads(names[0].read_text()) for names in files)
     for other in others:
         assert {key for key in row if row[key] != other.get(key)} <= {"environment", "command", "predictions"}
     for column in (1, 2):

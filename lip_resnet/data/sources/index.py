@@ -199,8 +199,8 @@ def _shards(root: Path, names: Sequence[str] | None) -> list[str]:
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise InputError(
-            f"data.root: {len(missing):,} of the {len(names):,} shards that are named are missing in {root}, the first is "
-            f"{missing[0]}; it holds {summarise(present)}"
+            f"data.root: {len(missing):,} of the {len(names):,} shards that are named are missing in {root}, the "
+            f"first is {missing[0]}; it holds {summarise(present)}"
         )
     return sorted(names)
 
