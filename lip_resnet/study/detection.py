@@ -17,8 +17,9 @@ from lip_resnet.evaluation.protocol import difference
 from lip_resnet.evaluation.rows import read_rows
 from lip_resnet.files import write_text
 from lip_resnet.study.cells import read_record
-from lip_resnet.study.design import CONFIRMATORY_SEEDS, Cell, Design
+from lip_resnet.study.design import Cell, Design
 from lip_resnet.study.pages import Section, format_interval, to_html, to_markdown
+from lip_resnet.study.results import load_failed, nothing_finished, state_lines
 from lip_resnet.study.statistics import Paired, compare_paired, holm, verdict
 
 SAMPLES = 1000
@@ -77,9 +78,7 @@ def load_results(design: Design) -> dict[str, dict[int, Result]]:
         if (differs := difference(protocols[0], protocols[1])) is not None:
             raise InputError(f"{cell.row} and {first.cell.row} were evaluated by different protocols: {differs}")
     if first is None:
-        raise InputError(
-            f"{design.folder}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml"
-        )
+        raise nothing_finished(design)
     return results
 
 
@@ -143,25 +142,15 @@ def write_report(design: Design) -> list[str]:
 
 
 def _verdict(design: Design, comparisons: list[Comparison]) -> Section:
-    study, cells = design.study, design.cells()
+    study = design.study
     declared = next((each for each in comparisons if each.variant == study.primary), None)
     lines = [
         f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished."
         if declared is None
         else sentence(declared, study.baseline)
     ]
-    fewest = min((len(each.paired["AP"].differences) for each in comparisons), default=0)
-    if fewest < CONFIRMATORY_SEEDS:
-        lines.append(
-            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to run "
-            "more seeds, not a result."
-        )
-    finished = sum(cell.finished for cell in cells)
-    if finished < len(cells):
-        lines.append(f"**Not complete**: {finished} of {len(cells)} cells are finished.")
-    records = [(cell, read_record(cell)) for cell in cells if not cell.finished]
-    failed = [f"{cell}: {record['message']}" for cell, record in records if record.get("status") == "failed"]
-    lines += [f"**Failed cells**: {'; '.join(failed)}."] if failed else []
+    seeds = {each.variant: len(each.paired["AP"].differences) for each in comparisons}
+    lines += state_lines(design, seeds, sum(cell.finished for cell in design.cells()), load_failed(design))
     return Section(f"{design.folder.name}: {study.primary} against {study.baseline}", tuple(lines))
 
 
@@ -174,8 +163,12 @@ def sentence(comparison: Comparison, baseline: str) -> str:
         "not distinguishable": f"{name} and {baseline} are not distinguishable",
     }.get(comparison.verdict, f"{name} against {baseline}: too few seeds to say")
     text = f"**{words}**: {paired.mean:+.2f} AP"
-    if paired.interval is None:
+    if paired.p_t is None:
         return f"{text}, one seed."
+    if paired.interval is None:
+        return (
+            f"{text} in each of {len(paired.differences)} seeds, so no interval (sign-flip test p = {_p(paired.p_t)})."
+        )
     text += f", 95% interval {format_interval(paired.interval)} (paired t over {len(paired.differences)} seeds, "
     flip = "" if paired.p_sign_flip is None else f"; exact sign-flip test p = {_p(paired.p_sign_flip)}"
     return f"{text}p = {_p(paired.p_t)}{flip}); over seeds and images {format_interval(comparison.over_images['AP'])}."

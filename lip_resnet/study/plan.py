@@ -110,7 +110,9 @@ def _measure(design: Design, variant: str) -> Cost:
         folder, log = Path(temporary) / "run", Path(temporary) / "log"
         path = Path(temporary) / "recipe.yaml"
         path.write_text(recipe.dump(), encoding="utf-8")
+        epochs = max(recipe.train.epochs, 2 * _STEPS)  # of a set that is one step
         command = ["train.py", "--config", path, "--output", folder, f"train.log_every={_STEPS}"]
+        command.append(f"train.epochs={epochs}")
         lines = _train_until_logged(command, folder / "metrics.jsonl", log, design.study.processes)
         if not lines:
             raise InputError(f"variant {variant}: a trial of a few steps failed: {last_line(log)}")
