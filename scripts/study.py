@@ -19,7 +19,6 @@ from bench.timing import CLOCKS
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.files import to_json, write_text
-from lip_resnet.recipe import find_recipe
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "to": ("export",),
@@ -69,7 +68,7 @@ def main() -> None:
         else:
             print("\n".join(report.write_report(record)))
         return
-    if find_recipe(options.study).is_dir():
+    if design.find_study(options.study).is_dir():
         if options.overrides or options.output:
             raise InputError(f"{options.study} is a study's folder: it takes no overrides and no --output")
         study = design.load_record(Path(options.study))

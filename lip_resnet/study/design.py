@@ -143,11 +143,16 @@ class Design:
         return {**self.study.model_dump(mode="json"), "recipes": recipes}
 
 
+def find_study(path: str | Path) -> Path:
+    """The file or folder that ``path`` names, as ``find_recipe``; or the shipped study of that name, such as digits."""
+    named, shipped = find_recipe(path), find_recipe(f"studies/{path}")
+    return named if named.exists() or not shipped.is_file() else shipped
+
+
 def default_folder(path: str | Path) -> Path:
     """The folder of a study file, runs/studies/<its name>; or ``path``, if it is a folder and no shipped study."""
-    if find_recipe(path).is_dir():
-        return Path(path)
-    return Path("runs/studies") / find_recipe(path).stem
+    study = find_study(path)
+    return Path(path) if study.is_dir() else Path("runs/studies") / study.stem
 
 
 def load_design(path: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None) -> Design:
@@ -162,7 +167,10 @@ def load_design(path: str | Path, overrides: Sequence[str] = (), output: str | P
         InputError: one line: an unknown key, variants that may not be compared, a seed twice, a baseline that is no
             variant.
     """
-    tree, source = read_tree(path)
+    if not find_study(path).exists():
+        shipped = ", ".join(sorted(each.stem for each in find_recipe("studies/digits").parent.glob("*.yaml")))
+        raise InputError(f"{path}: no such study file; shipped studies: {shipped}")
+    tree, source = read_tree(find_study(path))
     root = {"study": tree}
     for override in overrides:
         if override.startswith("study."):
@@ -266,13 +274,19 @@ def write_design(design: Design) -> None:
         raise InputError(f"--output {folder} is an exported study, which has no run folders; choose another")
     if path.is_file():
         earlier = load_record(folder)
-        check_same(design, earlier, f"--output {folder}")
-        names = [name for name in earlier.recipes if name not in design.recipes]
-        seeds = [seed for seed in earlier.study.seeds if seed not in design.study.seeds]
-        if names or seeds:
-            what = f"variant {names[0]}" if names else f"seed {seeds[0]}"
-            line = f"--output {folder} holds this study with {what}, which is not here"
-            raise InputError(f"{line}; a study may grow, not shrink: put it back, or choose another folder")
+        try:
+            check_same(design, earlier, f"--output {folder}")
+        except InputError as error:
+            if any(cell.folder.exists() for cell in earlier.cells()):
+                raise
+            raise InputError(f"{error}, or remove it: none of its cells has begun") from error
+        lacking = [f"variant {name}" for name in earlier.recipes if name not in design.recipes]
+        lacking += [f"seed {seed}" for seed in earlier.study.seeds if seed not in design.study.seeds]
+        if lacking:
+            line = (
+                f"--output {folder} holds this study with {lacking[0]}, which is not here; a study may grow, not shrink"
+            )
+            raise InputError(f"{line}: put it back, or choose another folder")
     elif occupied:
         raise InputError(f"--output {folder} exists and is not a study; choose another")
     try:

@@ -72,6 +72,10 @@ def test_a_study_is_named_by_its_file_or_its_folder(tmp_path, monkeypatch):
     (tmp_path / "studies" / "digits").mkdir(parents=True)
     (tmp_path / "mine").mkdir()
     assert str(design.default_folder("mine")) == "mine"
+    assert str(design.default_folder("own_images")) == "runs/studies/own_images"  # shipped, by its name alone
+    assert design.load_design("own_images", ["model.num_classes=2"]).study.primary == "lip_resnet18"
+    with pytest.raises(InputError, match=r"own_image: no such study file; shipped studies: cifar10, .*, own_images"):
+        design.load_design("own_image")
     assert str(design.default_folder("studies/digits")) == "runs/studies/digits"  # shipped, whatever lies here
     assert str(design.default_folder("mine.yaml")) == "runs/studies/mine"
 
@@ -86,9 +90,12 @@ def test_another_study_is_not_continued(tmp_path):
         design.write_design(design.load_design(write(tmp_path), output=folder))
     with pytest.raises(InputError, match="with variant average, which"):
         design.write_design(design.load_design(write(tmp_path, variants=fewer, seeds=range(6)), output=folder))
-    with pytest.raises(InputError, match="its primary is lip, here average"):
+    with pytest.raises(
+        InputError, match="lip, here average; choose another folder, or remove it: none of its cells has"
+    ):
         design.write_design(design.load_design(write(tmp_path, primary="average"), output=folder))
-    with pytest.raises(InputError, match=r"optim\.lr=0\.05 there, 0\.2 here"):
+    (folder / "lip" / "seed1").mkdir()
+    with pytest.raises(InputError, match=r"optim\.lr=0\.05 there, 0\.2 here; choose another folder$"):
         design.write_design(design.load_design(write(tmp_path), ["optim.lr=0.2"], folder))
     assert (folder / "study.yaml").read_bytes() == before
     (tmp_path / "files").mkdir()

@@ -5,7 +5,9 @@ import json
 import re
 
 import numpy as np
+import probe
 import pytest
+from helpers.commands import call, refuse
 from helpers.studies import write, write_costs, write_probe
 from scipy import stats
 
@@ -215,18 +217,16 @@ def test_nothing_finished(tmp_path):
 def test_a_report_without_the_baseline_or_without_the_primary(finished):
     """Whatever is not finished: no verdict, and what there is is shown."""
     pytest.importorskip("matplotlib")
-    for lacking, shown in (("plain", "average"), ("lip", "plain")):
-        for cell in finished.cells():
-            if cell.variant == lacking:
-                cell.row.rename(cell.row.with_suffix(".kept"))
-        printed = report.write_report(design.load_record(finished.folder))
-        assert "**No verdict yet**: no seed of both lip and plain is finished." in printed
-        page = (finished.folder / "report.md").read_text()
-        assert f"| {shown} " in page
-        assert f"\n| {lacking} " not in page
-        for cell in finished.cells():
-            if cell.variant == lacking:
-                cell.row.with_suffix(".kept").rename(cell.row)
+    line = "**No verdict yet**: no seed of both lip and plain is finished."
+    loaded = results.load_results(finished)
+    assert line in report.verdict_lines(finished, loaded | {"lip": {}}, [])
+    for cell in finished.cells():
+        if cell.variant == "plain":
+            cell.row.unlink()
+    assert line in report.write_report(design.load_record(finished.folder))
+    page = (finished.folder / "report.md").read_text()
+    assert "| average " in page
+    assert "\n| plain " not in page
 
 
 def test_what_limits_a_verdict_names_its_variants(finished):
@@ -262,3 +262,34 @@ def test_the_page_of_results_has_the_probes(finished, tmp_path):
     export.export(finished, tmp_path / "digits")
     page = summary.results_page([tmp_path / "digits"], [], "figures")
     assert "| shift consistency |   plain |     3 | 81.00 ± 1.00 |" in page
+
+
+def test_probes_of_a_whole_study(finished, tmp_path, capsys, monkeypatch):
+    """Every finished cell, by every probe of robustness, once."""
+    measured = []
+
+    def measure(name, path, output, options):
+        measured.append((name, str(output)))
+        output.write_text('{"consistency": 80.0, "protocol": {}}')
+
+    monkeypatch.setattr(probe, "probe", measure)
+    unfinished = finished.cells()[-1]
+    unfinished.row.unlink()
+    (finished.cells()[0].folder / "probe-shift.json").write_text('{"consistency": 80.0, "protocol": {}}')
+    code, _, note = call(capsys, monkeypatch, probe, "robustness", finished.folder)
+    assert (code, note) == (0, "note: 1 of 8 runs have a probe-shift.json already\n")
+    names = ("shift", "sizes", "objects")
+    every = [(name, str(cell.folder / f"probe-{name}.json")) for name in names for cell in finished.cells()[:-1]]
+    assert measured == every[1:]
+    call(capsys, monkeypatch, probe, "robustness", finished.folder)
+    assert len(measured) == len(every) - 1
+    export.export(finished, tmp_path / "exported")
+    for cell in finished.cells():
+        cell.row.unlink(missing_ok=True)
+    for arguments, line in (
+        (("shift", tmp_path / "exported"), "is an exported study, which has no weights"),
+        (("shift", finished.folder), "no cell is finished yet"),
+        (("robustness", finished.folder, "--output", "x"), "is for one row; robustness writes several"),
+        (("robustness", finished.folder, "--every", "3"), "--every belongs to the probe deletion"),
+    ):
+        assert line in refuse(capsys, monkeypatch, probe, *arguments)
