@@ -283,10 +283,8 @@ def write_design(design: Design) -> None:
         lacking = [f"variant {name}" for name in earlier.recipes if name not in design.recipes]
         lacking += [f"seed {seed}" for seed in earlier.study.seeds if seed not in design.study.seeds]
         if lacking:
-            line = (
-                f"--output {folder} holds this study with {lacking[0]}, which is not here; a study may grow, not shrink"
-            )
-            raise InputError(f"{line}: put it back, or choose another folder")
+            line = f"--output {folder} holds this study with {lacking[0]}, which is not here"
+            raise InputError(f"{line}; a study may grow, not shrink: put it back, or choose another folder")
     elif occupied:
         raise InputError(f"--output {folder} exists and is not a study; choose another")
     try:
