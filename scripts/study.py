@@ -83,6 +83,8 @@ def main() -> None:
         row = costs.measure(study, options.candidates, options.rounds, options.batch, options.clock)
         if (study.folder / "study.yaml").is_file():
             write_text(study.folder / "costs.json", to_json(row, indent=2) + "\n")
+        else:
+            print(f"note: not kept, for {study.folder} holds no study yet: measure again after run", file=sys.stderr)
         print("\n".join(costs.summarize(study, row)))
         return
     design.write_design(study)

@@ -51,6 +51,8 @@ def run_cells(design: Design, cells: Sequence[Cell], jobs: int) -> dict[str, str
         Stopped: after a signal.
     """
     todo = [cell for cell in cells if not cell.finished]
+    for cell in todo:
+        read_record(cell)  # refused now rather than hours later
     children = Children(threads=max(1, (os.cpu_count() or 1) // (jobs * design.study.processes)))
     free: SimpleQueue[str | None] = SimpleQueue()
     for gpus in assign_gpus(jobs, design.study.processes):

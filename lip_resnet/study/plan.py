@@ -75,9 +75,9 @@ def _what_it_can_show(design: Design, images: int | None) -> list[str]:
         ]
         lines += ["", *render(header, rows).rstrip().splitlines(), ""]
     if seeds <= statistics.EXACT_SEEDS:
-        lines.append(
-            f"smallest p of the exact sign-flip test with {seeds} seeds: {statistics.smallest_sign_flip(seeds):.3g}"
-        )
+        smallest = statistics.smallest_sign_flip(seeds)
+        of_family = f"; first of {family} others under Holm: {min(1, family * smallest):.3g}" * (family > 1)
+        lines.append(f"smallest p of the exact sign-flip test with {seeds} seeds: {smallest:.3g}{of_family}")
     if images and not design.detection:
         error = statistics.deviation_of_images(DISAGREEMENT, images)
         lines.append(
