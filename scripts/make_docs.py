@@ -238,8 +238,9 @@ def exported() -> list[Path]:
 
 
 def study_results() -> str:
-    """Every exported study, and the shipped ones without results."""
-    names = {path.stem: path for path in sorted((ROOT / "configs" / "studies").glob("*.yaml"))}
+    """Every exported study, and the shipped ones without results but ``own_images``, which is for the reader's."""
+    paths = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+    names = {path.stem: path for path in paths if path.stem != "own_images"}
     order = [*ORDER, *(name for name in names if name not in ORDER)]
     return summary.results_page(exported(), [names[name] for name in order], "figures/studies")
 

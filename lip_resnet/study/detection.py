@@ -17,17 +17,8 @@ from lip_resnet.evaluation.rows import read_rows
 from lip_resnet.files import write_text
 from lip_resnet.study.cells import read_record
 from lip_resnet.study.design import Cell, Design
-from lip_resnet.study.pages import (
-    Section,
-    equals_p,
-    format_interval,
-    format_p,
-    in_words,
-    to_html,
-    to_markdown,
-    verdict_lines,
-)
-from lip_resnet.study.results import load_failed
+from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, in_words, to_html, to_markdown
+from lip_resnet.study.results import describe_verdict, load_failed, nothing_finished
 from lip_resnet.study.statistics import Paired, compare_paired, holm, verdict
 
 SAMPLES = 1000
@@ -86,9 +77,7 @@ def load_results(design: Design) -> dict[str, dict[int, Result]]:
         if (differs := difference(protocols[0], protocols[1])) is not None:
             raise InputError(f"{cell.row} and {first.cell.row} were evaluated by different protocols: {differs}")
     if first is None:
-        raise InputError(
-            f"{design.folder}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml"
-        )
+        raise nothing_finished(design)
     return results
 
 
@@ -151,12 +140,12 @@ def write_report(design: Design) -> list[str]:
     return [*sections[0].text, *(str(design.folder / name) for name in ("report.md", "report.html", "report.csv"))]
 
 
-def _verdict(design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]) -> Section:
+def _verdict(design: Design, comparisons: list[Comparison]) -> Section:
     study = design.study
     declared = next((each for each in comparisons if each.variant == study.primary), None)
     text = None if declared is None else sentence(declared, study.baseline)
-    fewest = min((len(each.paired["AP"].differences) for each in comparisons), default=0)
-    lines = verdict_lines(design, text, fewest, sum(map(len, results.values())), load_failed(design))
+    seeds = {each.variant: len(each.paired["AP"].differences) for each in comparisons}
+    lines = describe_verdict(design, text, seeds, sum(cell.finished for cell in design.cells()), load_failed(design))
     return Section(f"{design.folder.name}: {study.primary} against {study.baseline}", tuple(lines))
 
 
@@ -164,8 +153,11 @@ def sentence(comparison: Comparison, baseline: str) -> str:
     """A comparison as one sentence: verdict on AP, difference, intervals and tests."""
     paired = comparison.paired["AP"]
     text = f"{in_words(comparison.verdict, comparison.variant, baseline)}: {paired.mean:+.2f} AP"
-    if paired.interval is None or paired.p_t is None:
+    if paired.p_t is None:
         return f"{text}, one seed."
+    if paired.interval is None:
+        seeds = len(paired.differences)
+        return f"{text} in each of {seeds} seeds, so no interval (sign-flip test p {equals_p(paired.p_t)})."
     text += f", 95% interval {format_interval(paired.interval)} (paired t over {len(paired.differences)} seeds, "
     flip = "" if paired.p_sign_flip is None else f"; exact sign-flip test p {equals_p(paired.p_sign_flip)}"
     text += f"p {equals_p(paired.p_t)}{flip})"

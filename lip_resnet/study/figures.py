@@ -136,7 +136,7 @@ def classes(names: Sequence[str], ours: Sequence[float], variant: str, baseline:
         axes.bar(range(len(values)), values, width=0.9, color=np.where(values < 0, "C1", "C0").tolist())
         axes.axhline(0, lw=0.8, color="0.5")
         if len(values) <= 20:
-            axes.set_xticks(range(len(values)), [names[index] for index in order])
+            axes.set_xticks(range(len(values)), [names[index].replace("$", r"\$") for index in order])
             if max(map(len, names)) > 3:
                 axes.tick_params(axis="x", rotation=60)
         else:

@@ -1,11 +1,10 @@
 """Pages of text, tables and figures, as Markdown or as one HTML file."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lip_resnet.evaluation.render import render
-from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
 
 
 @dataclass(frozen=True)
@@ -37,32 +36,6 @@ def equals_p(value: float) -> str:
     """``= .0313`` or ``< .0001``, after the letter p."""
     text = format_p(value)
     return f"< {text[1:]}" if text.startswith("<") else f"= {text}"
-
-
-def verdict_lines(
-    design: Design, declared: str | None, fewest: int, finished: int, failed: Mapping[str, str]
-) -> list[str]:
-    """The question, the declared comparison in words, and what it is based on.
-
-    Args:
-        declared: the sentence of the declared comparison; None: no seed of it is finished.
-        fewest: the smallest number of seeds of a comparison.
-        finished: the number of finished cells.
-        failed: cells -> the last lines that they have printed.
-    """
-    study, cells = design.study, len(design.cells())
-    unknown = f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished."
-    lines = [*([study.question] if study.question else []), declared or unknown]
-    if fewest < CONFIRMATORY_SEEDS:
-        lines.append(
-            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to run "
-            "more seeds, not a result."
-        )
-    if finished < cells:
-        lines.append(f"**Not complete**: {finished} of {cells} cells are finished; the table shows how many of each.")
-    if failed:
-        lines.append(f"**Failed cells**: {'; '.join(f'{cell}: {message}' for cell, message in failed.items())}.")
-    return lines
 
 
 def in_words(verdict: str, variant: str, baseline: str) -> str:
