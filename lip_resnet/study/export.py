@@ -82,9 +82,8 @@ def _check_target(design: Design, exported: Design, finished: set[str]) -> None:
         return
     earlier = load_record(folder)
     check_same(exported, earlier, f"--to {folder}")
-    if earlier.exported:
-        if lacking := sorted(_load(earlier).keys() - finished):
-            raise InputError(f"--to {folder} has {lacking[0]}, which {design.folder} lacks; choose another")
+    if earlier.exported and (lacking := sorted(_load(earlier).keys() - finished)):
+        raise InputError(f"--to {folder} has {lacking[0]}, which {design.folder} lacks; choose another")
 
 
 def _load(design: Design) -> dict[str, Any]:
