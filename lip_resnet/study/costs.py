@@ -108,6 +108,8 @@ def cost_notes(design: Design) -> tuple[str, ...]:
             f"{batch}{clock}; a whole training is the images of a run at that speed; in brackets: relative to the "
             "baseline."
         )
+    else:
+        text += " study.py measure adds the measured times of all networks."
     text += " Speed in the training log and minutes of a cell change with other work on the machine."
     return (f"{text} Pareto front: no variant has as much top-1 at less cost, by the means alone.",)
 

@@ -68,6 +68,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto
 table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #9aa0a688; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+th { white-space: normal; vertical-align: bottom; }
 figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
 figcaption { font-size: 0.85rem; color: #7a7f87; }
 """

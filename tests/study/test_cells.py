@@ -162,7 +162,7 @@ def test_commands_end_with_this_process_even_if_it_is_gone_before_they_look(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_killed_study_takes_its_cells_along(tmp_path):
     """SIGKILL of the study ends train.py long before its last step; the same command then finishes the study."""
     folder, steps = tmp_path / "out", 1000

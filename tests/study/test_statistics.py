@@ -142,16 +142,14 @@ def simulate(studies: int, seeds: int, effect: float, random: np.random.Generato
         if effect:
             low, high = statistics.crossed_bootstrap(runs[1], runs[0], samples=300)
             crossed += low <= effect <= high
-    percent = 100 / studies
     if not effect:
-        return {"t test": percent * rejected[0], "sign flip": percent * rejected[1]}
+        return {"t test": 100 * rejected[0] / studies, "sign flip": 100 * rejected[1] / studies}
     of_t = stats.ttest_1samp(differences, 0, axis=1).confidence_interval(0.95)
     of_bca = stats.bootstrap(
         (np.array(differences),), np.mean, axis=1, n_resamples=2000, method="BCa", rng=np.random.default_rng(0)
     ).confidence_interval
-    held = {"t": of_t, "BCa": of_bca}
-    held = {name: percent * np.sum((each.low <= truths) & (truths <= each.high)) for name, each in held.items()}
-    return held | {"crossed": percent * crossed}
+    held = {name: (each.low <= truths) & (truths <= each.high) for name, each in (("t", of_t), ("BCa", of_bca))}
+    return {name: 100 * each.mean() for name, each in held.items()} | {"crossed": 100 * crossed / studies}
 
 
 @pytest.mark.slow
