@@ -123,8 +123,7 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, EvalConfig, st
     device = distributed.choose_device(options.device)
     payload = {} if untrained else checkpoint.load(checkpoint.resolve(options.checkpoint))
     trained = None if untrained else checkpoint.read_recipe(payload, options.checkpoint)
-    asked = argparse.Namespace(**vars(options), data="." if options.model else None, dataset=None, pretrained=False)
-    config = choose_protocol(asked, payload, trained)
+    config = choose_protocol(options.checkpoint, payload, trained, options.config, options.model)
     if untrained:
         torch.manual_seed(0)
         model = registry.build_model(config.model.model_copy(update={"weights": None}))
@@ -135,7 +134,7 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, EvalConfig, st
         check_normalization(trained, config.data, options.checkpoint, advice)
         kind = options.weights or (trained.train.rules if trained else None)
         ema = choose_weights(payload, options.checkpoint, kind) == "ema"
-        model = build(config, asked, payload, ema)
+        model = build(config, payload, options.checkpoint, ema)
         step = f", step {payload['step']}" if isinstance(payload.get("step"), int) else ""
         short = Path(*Path(options.checkpoint).resolve().parts[-3:])
         title = f"{config.model.name} from {short}{step}{', averaged weights' if ema else ''}"
