@@ -20,7 +20,6 @@ from lip_resnet.evaluation.per_class import Confusions, count_confusions, name_c
 from lip_resnet.files import check_empty, make_folder, write_atomically, write_text
 
 MOST_IN_PICTURE = 50
-STYLE = Path(cli.__file__).parent / "figures.mplstyle"
 
 
 def main() -> None:
@@ -101,13 +100,14 @@ def write_csv(path: Path, header: list[str], lines: Any) -> None:
 def draw(confusions: Confusions, names: list[str]) -> bytes:
     """The confusion matrix as a PNG: the share of a class's images, and with at most 20 classes the counts."""
     try:
-        import matplotlib
         from matplotlib.figure import Figure
+
+        from lip_resnet.insight import figures
     except ImportError as error:
         raise InputError('the picture needs the package matplotlib: pip install "lip-resnet[insight]"') from error
     share = confusions.matrix / np.maximum(confusions.images, 1)[:, None]
     side, buffer = 2.4 + 0.32 * len(names), io.BytesIO()
-    with matplotlib.rc_context(fname=STYLE):
+    with figures.style():
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)

@@ -94,7 +94,7 @@ def probe(path: str, output: Path | None, options: argparse.Namespace) -> None:
     """Measure one network, print its figures and write its row."""
     payload = checkpoint.load(checkpoint.resolve(path))
     trained = checkpoint.read_recipe(payload, path)
-    ema = choose_weights(payload, path, options.weights or (trained.train.rules if trained else None)) == "ema"
+    ema = choose_weights(payload, path, options.weights, trained) == "ema"
     recipe = choose_protocol(path, payload, trained, options.config, options.model)
     if options.model and not options.data:
         raise InputError("--data is missing: the directory that holds val/")

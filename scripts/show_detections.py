@@ -63,7 +63,7 @@ def main() -> None:
     trained = checkpoint.read_recipe(payload, options.checkpoint, DetectionConfig)
     unchanged = dict.fromkeys(("eval_size", "eval_batch_size", "workers", "precision"))
     config = choose_protocol(argparse.Namespace(**vars(options), **unchanged), trained)
-    ema = choose_weights(payload, options.checkpoint, options.weights or (trained and trained.train.rules)) == "ema"
+    ema = choose_weights(payload, options.checkpoint, options.weights, trained) == "ema"
     (source,) = build_sources(config.data, config.model.num_classes, ("val",))
     model = load_detector(config, payload, options.checkpoint, ema)
     chosen = pictures.evenly(len(source), options.limit)

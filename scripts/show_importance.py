@@ -131,8 +131,7 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, EvalConfig, st
     else:
         advice = "show it by its own recipe, without --config and --model"
         check_normalization(trained, config.data, options.checkpoint, advice)
-        kind = options.weights or (trained.train.rules if trained else None)
-        ema = choose_weights(payload, options.checkpoint, kind) == "ema"
+        ema = choose_weights(payload, options.checkpoint, options.weights, trained) == "ema"
         model = build(config, payload, options.checkpoint, ema)
         step = f", step {payload['step']}" if isinstance(payload.get("step"), int) else ""
         short = Path(*Path(options.checkpoint).resolve().parts[-3:])

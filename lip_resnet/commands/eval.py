@@ -42,8 +42,7 @@ def main(options: Namespace) -> None:
 
     source = options.checkpoint or f"timm:{options.model}"
     trained = checkpoint.read_recipe(payload, source)
-    kind = options.weights or (trained.train.rules if trained else None)
-    ema = choose_weights(payload, source, kind) == "ema"
+    ema = choose_weights(payload, source, options.weights, trained) == "ema"
     recipe = choose_protocol(source, payload, trained, options.config, options.model)
     if options.model and not options.data:
         raise InputError(f"--data is missing: the directory that holds {(options.dataset or ['val/'])[0]}")
