@@ -153,6 +153,7 @@ def simulate(studies: int, seeds: int, effect: float, random: np.random.Generato
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore:.*BCa confidence interval cannot be calculated")  # of two equal differences
 def test_a_thousand_studies():
     """Coverage and false positives with 2 to 6 seeds; docs/studies.md has the figures."""
