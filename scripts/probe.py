@@ -125,11 +125,12 @@ def _without_row(name: str, paths: list[str], several: bool) -> list[str]:
 
 def probe(name: str, path: str, output: Path | None, options: argparse.Namespace) -> None:
     """Measure one network, print its figures and write its row."""
-    options = argparse.Namespace(**vars(options) | {"checkpoint": path, "pretrained": False, "dataset": None})
     payload = checkpoint.load(checkpoint.resolve(path))
     trained = checkpoint.read_recipe(payload, path)
-    ema = choose_weights(payload, path, options.weights or (trained.train.rules if trained else None)) == "ema"
-    recipe = choose_protocol(options, payload, trained)
+    ema = choose_weights(payload, path, options.weights, trained) == "ema"
+    recipe = choose_protocol(path, payload, trained, options.config, options.model)
+    if options.model and not options.data:
+        raise InputError("--data is missing: the directory that holds val/")
     check_normalization(trained, recipe.data, path, "probe it by its own recipe, without --config and --model")
     classes = recorded_classes(payload) if trained and trained.data.classes == recipe.data.classes else None
     changes = {key: getattr(options, key) for key in ("precision", "eval_batch_size", "workers")}
@@ -147,7 +148,7 @@ def probe(name: str, path: str, output: Path | None, options: argparse.Namespace
         return opened
 
     def network(sizes: Sequence[int]) -> torch.nn.Module:
-        model = build(recipe, options, payload, ema)
+        model = build(recipe, payload, path, ema)
         for size in sizes:
             registry.check_size(model, size)
         model.to(distributed.device())

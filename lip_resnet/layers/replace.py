@@ -239,12 +239,12 @@ class _Builder:
             new = nn.Conv2d(old.in_channels, old.out_channels, 1, bias=bias, **self.factory_kwargs).train(old.training)
             nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
             return [(old, PooledConv2d(new, pool))], pool
-        following = self._next(name, old)
+        following = self._next(name)
         pool = self._pool(name, layer, old.out_channels, window)
         return [(old, Unstrided(old)), (following, PooledConv2d(following, pool))], pool
 
-    def _next(self, name: str, old: nn.Conv2d) -> nn.Conv2d:
-        """The convolution that reads the activations of ``old``: the next one in its block with a map of that shape."""
+    def _next(self, name: str) -> nn.Conv2d:
+        """The convolution that reads a convolution's activations: the next one in its block that reads its shape."""
         block, names = name.rpartition(".")[0], list(self.calls)
         for other in names[names.index(name) + 1 :]:
             module = self.calls[other].module

@@ -38,6 +38,16 @@ def equals_p(value: float) -> str:
     return f"< {text[1:]}" if text.startswith("<") else f"= {text}"
 
 
+def in_words(verdict: str, variant: str, baseline: str) -> str:
+    """A verdict of ``statistics.verdict`` as the beginning of a sentence, in bold."""
+    words = {
+        "better": f"{variant} is better than {baseline}",
+        "worse": f"{variant} is worse than {baseline}",
+        "not distinguishable": f"{variant} and {baseline} are not distinguishable",
+    }
+    return f"**{words.get(verdict, f'{variant} against {baseline}: too few seeds to say')}**"
+
+
 def to_markdown(sections: Sequence[Section]) -> str:
     """Sections as Markdown; figures are links to ``figures/NAME.svg``."""
     lines = []

@@ -12,9 +12,9 @@ from lip_resnet.study import costs, detection, statistics
 from lip_resnet.study.costs import Results
 from lip_resnet.study.design import Design
 from lip_resnet.study.details import classes_section, seeds_section
-from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, to_html, to_markdown
+from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, in_words, to_html, to_markdown
 from lip_resnet.study.probes import robustness_section
-from lip_resnet.study.results import Comparison, Result, compare, load_failed, load_results, state_lines
+from lip_resnet.study.results import Comparison, Result, compare, describe_verdict, load_failed, load_results
 
 
 def write_report(design: Design) -> list[str]:
@@ -120,27 +120,17 @@ def draw_curves(design: Design, results: Results) -> list[tuple[str, str, str]]:
 
 
 def verdict_lines(design: Design, results: Results, comparisons: list[Comparison]) -> list[str]:
-    """The question, the declared comparison in words, and what it is based on."""
-    study = design.study
-    lines = [study.question] if study.question else []
-    declared = next((each for each in comparisons if each.variant == study.primary), None)
-    if declared is None:
-        lines.append(f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished.")
-    else:
-        lines.append(sentence(declared, study.baseline))
+    """``describe_verdict`` of a study."""
+    declared = next((each for each in comparisons if each.variant == design.study.primary), None)
+    text = None if declared is None else sentence(declared, design.study.baseline)
     seeds = {each.variant: len(each.seeds) for each in comparisons}
-    return lines + state_lines(design, seeds, sum(map(len, results.values())), load_failed(design))
+    return describe_verdict(design, text, seeds, sum(map(len, results.values())), load_failed(design))
 
 
 def sentence(comparison: Comparison, baseline: str) -> str:
     """A comparison as one sentence: verdict, difference, interval and tests."""
     paired, seeds = comparison.paired, len(comparison.seeds)
-    words = {
-        "better": f"{comparison.variant} is better than {baseline}",
-        "worse": f"{comparison.variant} is worse than {baseline}",
-        "not distinguishable": f"{comparison.variant} and {baseline} are not distinguishable",
-    }.get(comparison.verdict, f"{comparison.variant} against {baseline}: too few seeds to say")
-    text = f"**{words}**: {paired.mean:+.2f} points top-1"
+    text = f"{in_words(comparison.verdict, comparison.variant, baseline)}: {paired.mean:+.2f} points top-1"
     if paired.p_t is None:
         return f"{text}, one seed."
     if paired.interval is None:

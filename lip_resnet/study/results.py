@@ -112,10 +112,27 @@ def load_failed(design: Design) -> dict[str, str]:
     """Cell -> its last message, of the cells that have failed and are not finished."""
     if design.exported:
         return {
-            str(_cell(design, line)): line.get("message", "") for line in _lines(design) if line["status"] == "failed"
+            str(cell): line.get("message", "")
+            for cell, line in exported_cells(design).items()
+            if line["status"] == "failed"
         }
     records = {str(cell): read_record(cell) for cell in design.cells() if not cell.finished}
     return {name: record["message"] for name, record in records.items() if record.get("status") == "failed"}
+
+
+def describe_verdict(
+    design: Design, declared: str | None, seeds: Mapping[str, int], finished: int, failed: Mapping[str, str]
+) -> list[str]:
+    """The question, the declared comparison in words, and what limits it.
+
+    Args:
+        declared: the sentence of the declared comparison; None: no seed of it is finished.
+        seeds, finished, failed: as for ``state_lines``.
+    """
+    study = design.study
+    unknown = f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished."
+    lines = [*([study.question] if study.question else []), declared or unknown]
+    return lines + state_lines(design, seeds, finished, failed)
 
 
 def state_lines(design: Design, seeds: Mapping[str, int], finished: int, failed: Mapping[str, str]) -> list[str]:
@@ -182,10 +199,9 @@ def _read_exported(design: Design) -> Iterator[Result]:
     """The finished cells of an exported study."""
     cells, predictions = design.folder / EXPORTED_CELLS, design.folder / EXPORTED_PREDICTIONS
     images, label, top1 = _read_exported_predictions(predictions)
-    for line in _lines(design):
+    for cell, line in exported_cells(design).items():
         if line["status"] != "done":
             continue
-        cell = _cell(design, line)
         source = f"{cells}: {cell}"
         if str(cell) not in top1:
             raise InputError(f"{predictions}: lacks {cell}, which {cells.name} has; export the study again")
@@ -199,22 +215,24 @@ def _read_exported(design: Design) -> Iterator[Result]:
         yield Result(cell, row, images, label, top1[str(cell)], curve, speed, seconds, probes)
 
 
-def _lines(design: Design) -> list[dict[str, Any]]:
-    """The lines of an exported study, one a cell."""
+def exported_cells(design: Design) -> dict[Cell, dict[str, Any]]:
+    """Cell -> its line in an exported study: ``status``, done or failed, and what ``export`` has written of it.
+
+    Raises:
+        InputError: the file cannot be read, or is damaged.
+    """
     path = design.folder / EXPORTED_CELLS
+    cells = {str(cell): cell for cell in design.cells()}
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if others := {str(_cell(design, line)) for line in lines} - set(map(str, design.cells())):
+        by_name = {f"{line['variant']}/seed{line['seed']}": line for line in lines}
+        if others := by_name.keys() - cells.keys():
             raise ValueError(f"{min(others)} is no cell of study.yaml")
         if unknown := {line["status"] for line in lines} - {"done", "failed"}:
             raise ValueError(f"status {min(unknown)!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the cells of an exported study: {error}") from error
-    return lines
-
-
-def _cell(design: Design, line: dict[str, Any]) -> Cell:
-    return Cell(line["variant"], line["seed"], design.folder / line["variant"] / f"seed{line['seed']}")
+    return {cells[name]: line for name, line in by_name.items()}
 
 
 def _read_exported_predictions(path: Path) -> tuple[list[str], NDArray[np.int64], dict[str, NDArray[np.int64]]]:
