@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import initLevelMapper
 
 from lip_resnet.compat import tree_map_only
 from lip_resnet.config import BackboneConfig, DetectorConfig, InputError, ModelConfig
@@ -206,6 +208,12 @@ class FasterRCNN(Detector):
     def __init__(self, network: detection.FasterRCNN) -> None:
         super().__init__(network)
         self.rpn, self.roi_heads = network.rpn, network.roi_heads
+        # Else torchvision infers them, for good, from the images of the first batch: wrong if these are far smaller than
+        # their canvas.
+        pool: Any = self.roi_heads.box_roi_pool
+        pool.scales = [1 / stride for stride in STRIDES]
+        first, last = (int(math.log2(stride)) for stride in (STRIDES[0], STRIDES[-1]))
+        pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
         for head in (self.rpn.head, self.roi_heads.box_predictor):
             head.register_forward_hook(_to_float32)
 
