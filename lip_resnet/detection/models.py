@@ -208,8 +208,8 @@ class FasterRCNN(Detector):
     def __init__(self, network: detection.FasterRCNN) -> None:
         super().__init__(network)
         self.rpn, self.roi_heads = network.rpn, network.roi_heads
-        # Else torchvision infers them, for good, from the images of the first batch: wrong if these are far smaller than
-        # their canvas.
+        # torchvision would infer them from the images of the first batch, wrongly if these are far smaller than their
+        # canvas, and keep them.
         pool: Any = self.roi_heads.box_roi_pool
         pool.scales = [1 / stride for stride in STRIDES]
         first, last = (int(math.log2(stride)) for stride in (STRIDES[0], STRIDES[-1]))
