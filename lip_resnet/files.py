@@ -56,6 +56,28 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_output(folder: Path) -> None:
+    """Check that ``--output`` is a new or an empty folder.
+
+    Raises:
+        InputError: it is not.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"--output {folder} exists and is not an empty folder; give a new one or empty it")
+
+
+def make_output(folder: Path) -> None:
+    """Make the folder of ``--output``, if it is not there.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot make the folder: {error.strerror}") from error
+
+
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal, as ``sha256sum`` prints it."""
     digest = hashlib.sha256()

@@ -17,7 +17,7 @@ from lip_resnet import checkpoint, cli
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.compatibility import recorded_classes
 from lip_resnet.evaluation.per_class import Confusions, count_confusions, name_classes, read_result
-from lip_resnet.files import write_atomically, write_text
+from lip_resnet.files import check_output, make_output, write_atomically, write_text
 
 MOST_IN_PICTURE = 50
 STYLE = Path(cli.__file__).parent / "figures.mplstyle"
@@ -35,8 +35,8 @@ def main() -> None:
         if getattr(options, flag) < 0:
             raise InputError(f"--{flag} is {getattr(options, flag)}; it must be 0 or more")
     folder = options.output
-    if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"--output {folder} exists and is not an empty folder; give a new one or empty it")
+    if folder is not None:
+        check_output(folder)
     predictions, row = read_result(options.path, options.predictions)
     confusions = count_confusions(predictions)
     names = name_classes(confusions.classes, predictions, classes_of(row))
@@ -79,10 +79,7 @@ def print_table(header: list[str], lines: list[list[str]]) -> None:
 def write_files(folder: Path, confusions: Confusions, names: list[str]) -> None:
     draws = len(names) <= MOST_IN_PICTURE
     picture = draw(confusions, names) if draws else b""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot make the folder: {error.strerror}") from error
+    make_output(folder)
     correct = confusions.matrix.diagonal().tolist()
     lines = zip(confusions.classes, names, confusions.images.tolist(), correct, strict=True)
     write_csv(folder / "classes.csv", ["class", "name", "images", "correct"], lines)

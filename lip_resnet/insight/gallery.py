@@ -4,6 +4,9 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from lip_resnet.files import make_output, write_atomically
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,17 @@ class Picture:
     alternative: str
     """Text for readers who do not see it; the page shows it below."""
     content: bytes
+
+
+def write_picture(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
+    """Write a picture into the folder, which is made with the first one.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    make_output(folder)
+    write_atomically(folder / file, lambda opened: opened.write(content))
+    return Picture(file, alternative, content)
 
 
 _STYLE = """
