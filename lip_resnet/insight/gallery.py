@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+<<<<<<< HEAD
 from lip_resnet.files import make_folder, write_atomically
+=======
+from lip_resnet.files import make_output, write_atomically
+>>>>>>> d-finish
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,17 @@ class Picture:
         """
         make_folder(folder)
         write_atomically(folder / self.file, lambda opened: opened.write(self.content))
+
+
+def write_picture(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
+    """Write a picture into the folder, which is made with the first one.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    make_output(folder)
+    write_atomically(folder / file, lambda opened: opened.write(content))
+    return Picture(file, alternative, content)
 
 
 _STYLE = """

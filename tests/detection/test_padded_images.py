@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lip_resnet.detection import models
+from lip_resnet.detection.canvas import prepare
 from lip_resnet.detection.models import build_body, build_detector
 
 SIZES = [(40, 64), (64, 36)]
@@ -25,6 +26,17 @@ class Unchanged(GeneralizedRCNNTransform):
 
     def resize(self, image, target=None):
         return image, target
+
+
+def test_padding_is_zero_after_normalisation():
+    pixels = torch.randint(1, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    prepared = prepare(pixels, SIZES, torch.device("cpu"), True, mean, std)
+    for image, given, (height, width) in zip(prepared, pixels, SIZES, strict=True):
+        expected = (given[:, :height, :width] / 255 - mean[:, None, None]) / std[:, None, None]
+        torch.testing.assert_close(image[:, :height, :width], expected)
+        assert not image[:, height:].any()
+        assert not image[:, :, width:].any()
 
 
 @pytest.mark.parametrize("kind", ARGS)

@@ -6,8 +6,9 @@ from helpers.detection import Pictures
 
 pytest.importorskip("matplotlib")
 
-from lip_resnet.detection.pictures import Judged, describe, evenly, judge
+from lip_resnet.detection.pictures import Judged, describe, draw, evenly, judge
 from lip_resnet.detection.samples import Annotations
+from lip_resnet.insight import figures
 
 
 class Two(Pictures):
@@ -45,6 +46,26 @@ def test_of_two_free_objects_the_one_of_more_overlap():
     boxes = np.array([[6.0, 0, 46, 40], [0, 0, 40, 40]])
     judged = judge(boxes, np.zeros(2, int), np.array([0.9, 0.8]), Near([(50, 50)]), 0)
     assert (judged.right.all(), judged.detected.all()) == (True, True)
+
+
+@pytest.mark.parametrize("missed", [False, True])
+def test_a_name_is_within_the_picture(missed):
+    """Inside the box where it reaches the upper or lower edge."""
+    boxes, none = np.array([[0.0, 0, 40, 40], [50, 60, 90, 100]]), np.zeros((0, 4))
+    detections, objects = (none, boxes) if missed else (boxes, none)
+    right, detected = np.ones(len(detections), bool), np.zeros(len(objects), bool)
+    labels, object_labels = (np.zeros(len(each), int) for each in (detections, objects))
+    judged = Judged(detections, labels, np.ones(len(detections)), right, objects, object_labels, detected)
+    source = Pictures([(100, 100)])
+    with figures.style():
+        figure = draw(source[0], judged, source.classes, "a picture")
+        figures.to_pixels(figure)  # lays it out
+    (axes,) = figure.axes
+    inside = axes.get_window_extent()
+    assert len(axes.texts) == 2
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert inside.y0 - 0.01 < box.y0 < box.y1 < inside.y1 + 0.01
 
 
 def test_no_objects_and_no_detections():
