@@ -56,13 +56,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-<<<<<<< HEAD
 def check_empty(folder: Path) -> None:
     """Check that a command's ``--output`` is a new or empty folder.
-=======
-def check_output(folder: Path) -> None:
-    """Check that ``--output`` is a new or an empty folder.
->>>>>>> d-finish
 
     Raises:
         InputError: it is not.
@@ -71,13 +66,8 @@ def check_output(folder: Path) -> None:
         raise InputError(f"--output {folder} exists and is not an empty folder; give a new one or empty it")
 
 
-<<<<<<< HEAD
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, where it does not exist.
-=======
-def make_output(folder: Path) -> None:
-    """Make the folder of ``--output``, if it is not there.
->>>>>>> d-finish
 
     Raises:
         InputError: it cannot be made.
@@ -85,11 +75,7 @@ def make_output(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-<<<<<<< HEAD
         raise InputError(f"{folder}: cannot make this folder: {error.strerror}") from error
-=======
-        raise InputError(f"--output {folder}: cannot make the folder: {error.strerror}") from error
->>>>>>> d-finish
 
 
 def sha256(path: Path) -> str:

@@ -17,11 +17,7 @@ from lip_resnet import checkpoint, cli
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.compatibility import recorded_classes
 from lip_resnet.evaluation.per_class import Confusions, count_confusions, name_classes, read_result
-<<<<<<< HEAD
 from lip_resnet.files import check_empty, make_folder, write_atomically, write_text
-=======
-from lip_resnet.files import check_output, make_output, write_atomically, write_text
->>>>>>> d-finish
 
 MOST_IN_PICTURE = 50
 
@@ -39,11 +35,7 @@ def main() -> None:
             raise InputError(f"--{flag} is {getattr(options, flag)}; it must be 0 or more")
     folder = options.output
     if folder is not None:
-<<<<<<< HEAD
         check_empty(folder)
-=======
-        check_output(folder)
->>>>>>> d-finish
     predictions, row = read_result(options.path, options.predictions)
     confusions = count_confusions(predictions)
     names = name_classes(confusions.classes, predictions, classes_of(row))
@@ -86,11 +78,7 @@ def print_table(header: list[str], lines: list[list[str]]) -> None:
 def write_files(folder: Path, confusions: Confusions, names: list[str]) -> None:
     draws = len(names) <= MOST_IN_PICTURE
     picture = draw(confusions, names) if draws else b""
-<<<<<<< HEAD
     make_folder(folder)
-=======
-    make_output(folder)
->>>>>>> d-finish
     correct = confusions.matrix.diagonal().tolist()
     lines = zip(confusions.classes, names, confusions.images.tolist(), correct, strict=True)
     write_csv(folder / "classes.csv", ["class", "name", "images", "correct"], lines)

@@ -21,13 +21,8 @@ from lip_resnet.config import DetectionConfig, InputError
 from lip_resnet.detection.canvas import canvas, resize, resized
 from lip_resnet.detection.rows import DetectionEvalConfig
 from lip_resnet.detection.sources import build_sources
-<<<<<<< HEAD
 from lip_resnet.files import check_empty, write_text
-from lip_resnet.insight.gallery import Picture, to_page
-=======
-from lip_resnet.files import check_output, write_text
 from lip_resnet.insight.gallery import Picture, to_page, write_picture
->>>>>>> d-finish
 from lip_resnet.insight.importance import importance_maps
 from lip_resnet.models.weights import choose_weights
 
@@ -55,11 +50,7 @@ def parse() -> argparse.Namespace:
         raise InputError(f"--limit is {options.limit}; it must be at least 1")
     if not 0 <= options.score <= 1:
         raise InputError(f"--score is {options.score}; it must be between 0 and 1")
-<<<<<<< HEAD
     check_empty(options.output)
-=======
-    check_output(options.output)
->>>>>>> d-finish
     return options
 
 
@@ -149,15 +140,5 @@ def by_size(judged: Sequence["pictures.Judged"]) -> list[list[str]]:
     return [*table, ["all", *map(str, sums)]]
 
 
-<<<<<<< HEAD
-def save(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
-    """Write a picture into the folder, which is made with the first one."""
-    picture = Picture(file, alternative, content)
-    picture.write(folder)
-    return picture
-
-
-=======
->>>>>>> d-finish
 if __name__ == "__main__":
     cli.launch(main)

@@ -26,11 +26,7 @@ from lip_resnet.data.decode import BadImage
 from lip_resnet.data.photographs import Photograph, find_photographs, read_photograph, sample_images
 from lip_resnet.evaluation.compatibility import check_normalization
 from lip_resnet.evaluation.protocol import EvalConfig
-<<<<<<< HEAD
 from lip_resnet.files import check_empty, write_text
-=======
-from lip_resnet.files import check_output, write_text
->>>>>>> d-finish
 from lip_resnet.insight import SiteMaps, importance_maps
 from lip_resnet.insight.gallery import Picture, to_page, write_picture
 from lip_resnet.insight.importance import choose_sites
@@ -61,11 +57,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.limit < 1:
         raise InputError(f"--limit is {options.limit}; it must be at least 1")
-<<<<<<< HEAD
     check_empty(options.output)
-=======
-    check_output(options.output)
->>>>>>> d-finish
     return options
 
 
@@ -195,16 +187,6 @@ def unused_stem(name: str, used: set[str]) -> str:
     return unused
 
 
-<<<<<<< HEAD
-def save(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
-    """Write a picture into the folder, which is made with the first one."""
-    picture = Picture(file, alternative, content)
-    picture.write(folder)
-    return picture
-
-
-=======
->>>>>>> d-finish
 def entropies(maps_of_images: Sequence[Sequence[SiteMaps]]) -> list[list[str]]:
     """A table: mean entropy over all images, a line a site and a column a layer."""
     values: dict[str, dict[str, list[float]]] = {}

@@ -6,11 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-<<<<<<< HEAD
 from lip_resnet.files import make_folder, write_atomically
-=======
-from lip_resnet.files import make_output, write_atomically
->>>>>>> d-finish
 
 
 @dataclass(frozen=True)
@@ -23,15 +19,6 @@ class Picture:
     """Text for readers who do not see it; the page shows it below."""
     content: bytes
 
-    def write(self, folder: Path) -> None:
-        """Write the file into a folder, which is made if it does not exist.
-
-        Raises:
-            InputError: it cannot be written.
-        """
-        make_folder(folder)
-        write_atomically(folder / self.file, lambda opened: opened.write(self.content))
-
 
 def write_picture(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
     """Write a picture into the folder, which is made with the first one.
@@ -39,7 +26,7 @@ def write_picture(folder: Path, file: str, alternative: str, content: bytes) -> 
     Raises:
         InputError: it cannot be written.
     """
-    make_output(folder)
+    make_folder(folder)
     write_atomically(folder / file, lambda opened: opened.write(content))
     return Picture(file, alternative, content)
 
