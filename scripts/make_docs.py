@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
 FIGURE = FIGURES / "operator.svg"
 STUDIES = ROOT / "results" / "studies"
-ORDER = ("tiny_imagenet_100", "cifar10", "digits")
+ORDER = ("tiny_imagenet_100", "digit_scenes", "bccd", "cifar10", "digits")
 """Studies that docs/results.md and the README show first."""
 
 SITES_OF_RESNET50 = {"stem": [(64, 112)], "main": [(128, 56), (256, 28), (512, 14)]}

@@ -238,7 +238,10 @@ def _cost(results: dict[str, dict[int, Result]]) -> Section:
             row = next(iter(of_seeds.values())).row
             minutes = f"{plain.fmean(seconds) / 60:.1f}" if seconds else "-"
             rows.append([name, f"{row['params'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3f}", minutes])
-    text = ("Multiply-adds are of the backbone with its feature pyramid, for one square image of the shorter side.",)
+    text = (
+        "Multiply-adds are of the backbone with its feature pyramid, for one square image of the shorter side. Minutes "
+        "of a cell change with other work on the machine.",
+    )
     return Section("Cost", text, (["variant", "parameters (M)", "multiply-adds (G)", "minutes a cell"], rows))
 
 

@@ -121,8 +121,8 @@ def _detectors(design: Design, shipped: Design | None) -> str:
     verdict, *others = detection.make_sections(design, results, detection.compare(design, results))
     question = design.study.question or (shipped.study.question if shipped else "")
     first = Section(name, tuple(filter(None, (question, *verdict.text))))
-    text = to_markdown([first, *others, Section("Command", (_command(name, shipped),))])
-    return re.sub(r"^#", "##", text, count=1).replace("\n## ", "\n### ")
+    text = re.sub("^#", "##", to_markdown([first, *others]), flags=re.MULTILINE)
+    return f"{text}\n{_command(name, shipped)}\n"
 
 
 def _command(name: str, shipped: Design | None) -> str:

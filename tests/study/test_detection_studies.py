@@ -136,7 +136,7 @@ def test_an_export_reports_the_same(tmp_path, monkeypatch):
     assert all(part in text[1][0] for part in ("5 of 6 cells", f"lip_resnet18/seed2: {message}", "1.5"))
     page = summary.results_page([target], [], "figures/studies")
     assert page.startswith("## run\n\n**")
-    assert page.count("\n### ") == 5
+    assert page.count("\n### ") == 4
     assert not summary.draw_figures(target)
     before = (target / "matches.npz").read_bytes()
     export.export(design.load_record(target), tmp_path / "copy")
