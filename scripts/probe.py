@@ -84,8 +84,8 @@ def main() -> None:
     options = parse()
     distributed.choose_device(options.device)
     paths = list(dict.fromkeys(path for given in options.checkpoints for path in _cells(given)))
-    if options.output and len(paths) > 1:
-        raise InputError(f"--output {options.output} is for one network; {len(paths)} are given")
+    if options.output and (given := max(len(paths), len(options.checkpoints))) > 1:
+        raise InputError(f"--output {options.output} is for one network; {given} are given")
     if options.probe in ("deletion", "localisation") and distributed.is_main() and not pixels.has_captum():
         print('note: without Grad-CAM: pip install "lip-resnet[insight]"', file=sys.stderr)
     one = len(options.names) == 1 and paths == options.checkpoints[:1]  # whose row must not exist
