@@ -66,8 +66,10 @@ def eval_parser(
     add("--partial", action="store_true", help="accept imagenet-c with missing folders: no mCE")
     where = "where to write the row (default for a run: RUN/eval.json, or RUN/eval-NAME.json with --dataset)"
     add("--output", help=f"{where}; for several sets a directory, for rows of those names")
-    predictions = "write the prediction of every image, with its loss and margin; of a detector a .json in COCO's form"
-    add("--predictions", metavar="FILE.csv", help=predictions)
+    predictions = (
+        "write the prediction of every image, with its loss and margin, as .csv; of a detector as .json in COCO's form"
+    )
+    add("--predictions", metavar="FILE", help=predictions)
     add("--matches", metavar="FILE.npz", help="of a detector: write its matches, for scripts/compare_detections.py")
     add("--intervals", action="store_true", help="of a detector: 95%% bootstrap intervals of AP and APs over images")
     add("--weights", choices=("model", "ema"), help="default: what the recipe's train.rules says")

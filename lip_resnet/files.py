@@ -1,4 +1,4 @@
-"""Atomic writes of files, strict JSON, and digests of files."""
+"""Atomic writes of files, strict JSON, digests of files, and folders for a command's output."""
 
 import hashlib
 import json
@@ -54,6 +54,28 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_empty(folder: Path) -> None:
+    """Check that a command's ``--output`` is a new or empty folder.
+
+    Raises:
+        InputError: it is not.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"--output {folder} exists and is not an empty folder; give a new one or empty it")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where it does not exist.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot make this folder: {error.strerror}") from error
 
 
 def sha256(path: Path) -> str:

@@ -21,7 +21,7 @@ from lip_resnet.config import DetectionConfig, InputError
 from lip_resnet.detection.canvas import canvas, resize, resized
 from lip_resnet.detection.rows import DetectionEvalConfig
 from lip_resnet.detection.sources import build_sources
-from lip_resnet.files import write_atomically, write_text
+from lip_resnet.files import check_empty, write_text
 from lip_resnet.insight.gallery import Picture, to_page
 from lip_resnet.insight.importance import importance_maps
 from lip_resnet.models.weights import choose_weights
@@ -50,8 +50,7 @@ def parse() -> argparse.Namespace:
         raise InputError(f"--limit is {options.limit}; it must be at least 1")
     if not 0 <= options.score <= 1:
         raise InputError(f"--score is {options.score}; it must be between 0 and 1")
-    if options.output.exists() and not (options.output.is_dir() and not any(options.output.iterdir())):
-        raise InputError(f"--output {options.output} exists and is not an empty folder; give a new one or empty it")
+    check_empty(options.output)
     return options
 
 
@@ -64,7 +63,7 @@ def main() -> None:
     trained = checkpoint.read_recipe(payload, options.checkpoint, DetectionConfig)
     unchanged = dict.fromkeys(("eval_size", "eval_batch_size", "workers", "precision"))
     config = choose_protocol(argparse.Namespace(**vars(options), **unchanged), trained)
-    ema = choose_weights(payload, options.checkpoint, options.weights or (trained and trained.train.rules)) == "ema"
+    ema = choose_weights(payload, options.checkpoint, options.weights, trained) == "ema"
     (source,) = build_sources(config.data, config.model.num_classes, ("val",))
     model = load_detector(config, payload, options.checkpoint, ema)
     chosen = pictures.evenly(len(source), options.limit)
@@ -127,23 +126,20 @@ def draw_maps(
 
 
 def by_size(judged: Sequence["pictures.Judged"]) -> list[list[str]]:
-    """A table: objects, found, missed and false detections by size, over all images shown."""
-    table = [["size", "objects", "found", "missed", "false detections"]]
+    """A table: objects, detected, missed and false detections by size, over all images shown."""
+    table = [["size", "objects", "detected", "missed", "false detections"]]
     for size in pictures.SIZES:
-        objects, found, false = np.sum([each.counts()[size] for each in judged], axis=0).tolist()
-        table.append([size, str(objects), str(found), str(objects - found), str(false)])
+        objects, detected, false = np.sum([each.counts()[size] for each in judged], axis=0).tolist()
+        table.append([size, str(objects), str(detected), str(objects - detected), str(false)])
     sums = [sum(int(line[column]) for line in table[1:]) for column in range(1, 5)]
     return [*table, ["all", *map(str, sums)]]
 
 
 def save(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
     """Write a picture into the folder, which is made with the first one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot make the folder: {error.strerror}") from error
-    write_atomically(folder / file, lambda opened: opened.write(content))
-    return Picture(file, alternative, content)
+    picture = Picture(file, alternative, content)
+    picture.write(folder)
+    return picture
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from torch import nn
 import lip_resnet  # noqa: F401 (registers the LIP networks with timm)
 from lip_resnet import checkpoint, cli, distributed
 from lip_resnet.commands.eval import build, choose_protocol
-from lip_resnet.config import InputError
+from lip_resnet.config import DetectionConfig, InputError, Recipe
 from lip_resnet.data import build_sources
 from lip_resnet.data.decode import BadImage
 from lip_resnet.data.photographs import Photograph, find_photographs, read_photograph, sample_images
 from lip_resnet.evaluation.compatibility import check_normalization
 from lip_resnet.evaluation.protocol import EvalConfig
-from lip_resnet.files import write_atomically, write_text
+from lip_resnet.files import check_empty, write_text
 from lip_resnet.insight import SiteMaps, importance_maps
 from lip_resnet.insight.gallery import Picture, to_page
 from lip_resnet.insight.importance import choose_sites
@@ -57,8 +57,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.limit < 1:
         raise InputError(f"--limit is {options.limit}; it must be at least 1")
-    if options.output.exists() and not (options.output.is_dir() and not any(options.output.iterdir())):
-        raise InputError(f"--output {options.output} exists and is not an empty folder; give a new one or empty it")
+    check_empty(options.output)
     return options
 
 
@@ -122,9 +121,12 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, EvalConfig, st
         options.model = UNTRAINED
     device = distributed.choose_device(options.device)
     payload = {} if untrained else checkpoint.load(checkpoint.resolve(options.checkpoint))
+    if not untrained and isinstance(checkpoint.read_recipe(payload, options.checkpoint, Recipe), DetectionConfig):
+        raise InputError(
+            f"{options.checkpoint} is a detector: scripts/show_detections.py --maps shows its importance maps"
+        )
     trained = None if untrained else checkpoint.read_recipe(payload, options.checkpoint)
-    asked = argparse.Namespace(**vars(options), data="." if options.model else None, dataset=None, pretrained=False)
-    config = choose_protocol(asked, payload, trained)
+    config = choose_protocol(options.checkpoint, payload, trained, options.config, options.model)
     if untrained:
         torch.manual_seed(0)
         model = registry.build_model(config.model.model_copy(update={"weights": None}))
@@ -133,9 +135,8 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, EvalConfig, st
     else:
         advice = "show it by its own recipe, without --config and --model"
         check_normalization(trained, config.data, options.checkpoint, advice)
-        kind = options.weights or (trained.train.rules if trained else None)
-        ema = choose_weights(payload, options.checkpoint, kind) == "ema"
-        model = build(config, asked, payload, ema)
+        ema = choose_weights(payload, options.checkpoint, options.weights, trained) == "ema"
+        model = build(config, payload, options.checkpoint, ema)
         step = f", step {payload['step']}" if isinstance(payload.get("step"), int) else ""
         short = Path(*Path(options.checkpoint).resolve().parts[-3:])
         title = f"{config.model.name} from {short}{step}{', averaged weights' if ema else ''}"
@@ -186,12 +187,9 @@ def unused_stem(name: str, used: set[str]) -> str:
 
 def save(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
     """Write a picture into the folder, which is made with the first one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot make the folder: {error.strerror}") from error
-    write_atomically(folder / file, lambda opened: opened.write(content))
-    return Picture(file, alternative, content)
+    picture = Picture(file, alternative, content)
+    picture.write(folder)
+    return picture
 
 
 def entropies(maps_of_images: Sequence[Sequence[SiteMaps]]) -> list[list[str]]:

@@ -24,9 +24,10 @@ Stage = Literal["stem", "stage1", "stage2", "stage3", "stage4"]
 class BackboneConfig(NetworkConfig):
     """The network whose features are detected on: the only section in which a LIP recipe and its baseline differ."""
 
-    norm: Trains[Literal["batch", "frozen", "group"]] = "batch"
+    norm: Trains[Literal["batch", "frozen", "eval", "group"]] = "batch"
     """Batch norm as in training (with train.sync_bn over all processes); frozen: the statistics and affine map of
-    `weights`; group: a group norm of 32 groups in its place, for training from random weights in small batches."""
+    `weights`; eval: its statistics, and the affine map is trained, as mmdetection's norm_eval; group: a group norm of
+    32 groups in its place, for training from random weights in small batches."""
     frozen: Trains[Annotated[tuple[Stage, ...], Field(strict=False, examples=[["stem", "stage1"]])]] = ()
     """Stages that are not trained, with all their layers: of a LIP network the logit modules too."""
     valid_statistics: Trains[bool] = False
@@ -34,8 +35,9 @@ class BackboneConfig(NetworkConfig):
 
     @model_validator(mode="after")
     def _check_backbone(self) -> "BackboneConfig":
-        if not self.weights and (self.norm == "frozen" or self.frozen):
-            key = "norm: frozen" if self.norm == "frozen" else f"frozen: [{', '.join(self.frozen)}]"
+        fixed = self.norm in ("frozen", "eval")
+        if not self.weights and (fixed or self.frozen):
+            key = f"norm: {self.norm}" if fixed else f"frozen: [{', '.join(self.frozen)}]"
             raise ValueError(f"{key} needs weights to keep; give weights, or train all with norm: batch or group")
         return self
 
@@ -142,6 +144,10 @@ class DetectionConfig(Recipe):
     def _check_task(self) -> "DetectionConfig":
         if self.train.compile:
             raise ValueError("train.compile is not for task: detection, whose images have many sizes; leave it out")
+        if self.optim.layer_decay < 1:
+            raise ValueError(
+                "optim.layer_decay is not for task: detection: timm has no layers of a detector; leave it out"
+            )
         return self
 
     def model_dump(self, **options: Any) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from lip_resnet.data.decode import one_line
 from lip_resnet.errors import InputError
 
+LEAST_SIDE = 0.01
+"""Sides of a box that is trained on, pixels: a thinner one may have none in float32, and its loss would be infinite."""
+
 
 class Tables(NamedTuple):
     """A checked annotation file as arrays: I images in the order of the file, g objects by image."""
@@ -149,11 +152,11 @@ def _check_objects(
 ) -> tuple[NDArray[Any], ...]:
     """``starts``, ``labels``, ``boxes``, ``areas`` and ``crowds`` of ``Tables``."""
     ids, images, labels = (
-        _numbers([each[key] for each in annotations], "i") for key in ("id", "image_id", "category_id")
+        numbers([each[key] for each in annotations], "i") for key in ("id", "image_id", "category_id")
     )
-    boxes = _numbers([each["bbox"] for each in annotations], "if").astype(np.float64).reshape(-1, 4)
-    areas = _numbers([each.get("area", math.nan) for each in annotations], "if").astype(np.float64)
-    crowds = _numbers([each.get("iscrowd", 0) for each in annotations], "ib")
+    boxes = numbers([each["bbox"] for each in annotations], "if").astype(np.float64).reshape(-1, 4)
+    areas = numbers([each.get("area", math.nan) for each in annotations], "if").astype(np.float64)
+    crowds = numbers([each.get("iscrowd", 0) for each in annotations], "ib")
     if len(boxes) != len(ids):
         raise ValueError("boxes of other than four numbers")
     _refuse_twice(ids.tolist(), "annotation id", file)
@@ -185,7 +188,7 @@ def _check_objects(
     return (starts, *(each[by_image] for each in (labels, boxes, areas, crowds.astype(bool))))
 
 
-def _numbers(values: list[Any], kinds: str) -> NDArray[Any]:
+def numbers(values: list[Any], kinds: str) -> NDArray[Any]:
     """An array of the values as they are: no number is read from text.
 
     Raises:
@@ -209,8 +212,8 @@ def _first_bad(annotations: list[Any]) -> str:
         keys = ("id", "image_id", "category_id")
         fine = isinstance(each, dict) and all(_is_int(each.get(key)) for key in keys)
         box = each.get("bbox") if fine else None
-        numbers = [*box, each.get("area", 0.0)] if isinstance(box, list) else []
-        if len(numbers) != 5 or not all(type(value) in (int, float) for value in numbers):
+        values = [*box, each.get("area", 0.0)] if isinstance(box, list) else []
+        if len(values) != 5 or not all(type(value) in (int, float) for value in values):
             return f"annotations[{number}] is {_short(each)}; {needed}"
         if not _is_int(each.get("iscrowd", 0)):
             return f"annotations[{number}] (id {each['id']}): iscrowd is {each['iscrowd']!r}; it must be 0 or 1"
@@ -258,7 +261,7 @@ def usable_objects(tables: Tables, file: Path) -> tuple[NDArray[np.bool_], dict[
             f"{width}x{height} pixels: bbox {box}; a bbox is [x, y, width, height] in pixels of the image"
         )
     corners = clipped(tables.boxes, sides)
-    empty = (corners[:, 2:] <= corners[:, :2]).any(axis=1)
+    empty = (corners[:, 2:] - corners[:, :2] < LEAST_SIDE).any(axis=1)
     beyond = ((low < -1) | (high > sides + 1)).any(axis=1)
     notes = {
         "boxes reach more than a pixel beyond their image: clipped in training": int(beyond.sum()),

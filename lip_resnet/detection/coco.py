@@ -17,7 +17,7 @@ from lip_resnet.data.decode import BadImage
 from lip_resnet.data.fingerprint import describe_source, digest
 from lip_resnet.data.sources.base import Files
 from lip_resnet.detection.annotations import clipped, read_annotations, usable_objects
-from lip_resnet.detection.samples import Annotations
+from lip_resnet.detection.samples import Annotations, coco_form
 from lip_resnet.errors import InputError
 
 
@@ -40,15 +40,17 @@ class CocoSource:
         self.file = root / (getattr(config, f"{split}_annotations") or f"annotations/instances_{folder.name}.json")
         tables = distributed.on_main(lambda: read_annotations(root, folder, self.file))
         usable, notes = usable_objects(tables, self.file)
-        kept = np.arange(len(tables.names))
+        kept, lines = np.arange(len(tables.names)), list[str]()
         if split == "train":
             kept = np.flatnonzero(np.diff(np.append(0, np.cumsum(usable))[tables.starts]))
-            notes = {**notes, "images without a box left out of training": len(tables.names) - len(kept)}
             if not len(kept):
                 raise InputError(f"{self.file}: no image has a box to train on")
-        shown = ", ".join(f"{count:,} {what}" for what, count in notes.items() if count)
-        if shown and distributed.is_main():
-            print(f"note: {self.file}: {shown}", file=sys.stderr, flush=True)
+            notes = {**notes, "images without a box left out of training": len(tables.names) - len(kept)}
+            lines = [f"{count:,} {what}" for what, count in notes.items() if count]
+        elif tables.crowds.all():
+            lines = ["no object to find: AP is undefined"]
+        if lines and distributed.is_main():
+            print(f"note: {self.file}: {', '.join(lines)}", file=sys.stderr, flush=True)
         self.classes, self.category_ids = tables.classes, tables.category_ids
         self.image_ids = tables.image_ids[kept].tolist()
         self.files = Files(folder, self.classes, [(str(folder / tables.names[index]), 0) for index in kept])
@@ -78,9 +80,9 @@ class CocoSource:
         """
         height, width = self.sizes[index].tolist()
         if image.size != (width, height):
-            raise BadImage(
-                f"{self.path(index)}: {image.width}x{image.height} pixels; {self.file.name} says {width}x{height}"
-            )
+            hint = " (EXIF orientation is not applied)" if image.size == (height, width) else ""
+            what = f"{image.width}x{image.height} pixels; {self.file.name} says {width}x{height}{hint}"
+            raise BadImage(f"{self.path(index)}: {what}")
 
     def __getitem__(self, index: int) -> Image.Image:
         image, _ = self.files[index]
@@ -94,16 +96,8 @@ class CocoSource:
         return Annotations(clipped(boxes[usable], (width, height)).astype(np.float32), labels[usable])
 
     def ground_truth(self) -> dict[str, Any]:
-        """All annotations of the set in COCO's form, with ids from 1: id 0 would be no object to COCO's evaluation."""
-        images, annotations = [], list[dict[str, Any]]()
-        for index, (image, (height, width)) in enumerate(zip(self.image_ids, self.sizes.tolist(), strict=True)):
-            images.append({"id": image, "file_name": self.path(index), "height": height, "width": width})
-            for label, box, area, crowd, _ in zip(*(each.tolist() for each in self._objects(index)), strict=True):
-                common = {"id": len(annotations) + 1, "image_id": image, "category_id": self.category_ids[label]}
-                annotations.append({**common, "bbox": box, "area": area, "iscrowd": int(crowd)})
-        names = zip(self.category_ids, self.classes, strict=True)
-        categories = [{"id": category, "name": name} for category, name in names]
-        return {"images": images, "annotations": annotations, "categories": categories}
+        """As ``DetectionSource``'s."""
+        return coco_form(self, (self._objects(index)[:-1] for index in range(len(self))))
 
     def describe(self) -> dict[str, Any]:
         """``data.describe_source``, with the number of ``boxes`` and the digest of the ``annotations``."""

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from lip_resnet import distributed, memory
 from lip_resnet.compat import tree_leaves
 from lip_resnet.config import InputError
+from lip_resnet.detection.annotations import numbers
 from lip_resnet.detection.canvas import Sizes, prepare
 from lip_resnet.detection.loaders import DetectionEvalLoader
 from lip_resnet.detection.samples import DetectionSource
 from lip_resnet.evaluation.average_precision import METRICS, average_precision
-from lip_resnet.evaluation.evaluate import autocast
+from lip_resnet.evaluation.evaluate import autocast, explain_memory, progress_bar
 from lip_resnet.evaluation.matching import Detections, match
 from lip_resnet.evaluation.nonfinite import FirstNonFinite
 from lip_resnet.files import to_json, write_text
@@ -90,9 +91,9 @@ def detect(
 
     source, failed = loader.source, ""
     columns: list[tuple[NDArray[Any], ...]] = []
-    with _FiniteOutputs(model) as outputs_of_modules:
+    with _FiniteOutputs(model) as outputs_of_modules, progress_bar(len(source)) as bar:
         for indices, (images, sizes) in zip(loader.batches, loader, strict=True):
-            with memory.explained(functools.partial(_smaller_batch, forward, images, sizes, device)):
+            with memory.explained(functools.partial(explain_memory, forward, (images, sizes), device)):
                 outputs = forward(images, sizes)
             if not outputs_of_modules.finite() and not failed:
                 with FirstNonFinite(model) as first:
@@ -100,6 +101,7 @@ def detect(
                 failed = f"the first, near {source.path(indices[0])}: {first.name or 'nothing, when run again'}"
             for index, size, output in zip(indices, sizes, outputs, strict=True):
                 columns.append(_to_original(source, index, size, output))
+            bar.update(min(len(indices) * distributed.world_size(), len(source) - bar.n))
     model.train(was_training)
     causes = [cause for cause in distributed.gather_objects(failed) if cause]
     if causes:
@@ -132,10 +134,10 @@ def _to_original(
 ) -> tuple[NDArray[Any], ...]:
     """An image's detections: index, labels from 0, boxes x, y, width, height in pixels of the original, scores."""
     height, width = (int(side) for side in source.sizes[index])
-    boxes = output["boxes"].double().cpu().numpy() * np.array([width / size[1], height / size[0]] * 2)
+    boxes = output["boxes"].cpu().double().numpy() * np.array([width / size[1], height / size[0]] * 2)
     boxes[:, 2:] -= boxes[:, :2]
     labels = output["labels"].cpu().numpy() - 1
-    return np.full(len(boxes), index), labels, boxes, output["scores"].double().cpu().numpy()
+    return np.full(len(boxes), index), labels, boxes, output["scores"].cpu().double().numpy()
 
 
 def _gather(columns: list[tuple[NDArray[Any], ...]], source: DetectionSource) -> Detections:
@@ -147,14 +149,6 @@ def _gather(columns: list[tuple[NDArray[Any], ...]], source: DetectionSource) ->
     order = np.argsort(index, kind="stable")
     image_ids, category_ids = np.array(source.image_ids), np.array(source.category_ids)
     return Detections(image_ids[index][order], category_ids[labels][order], boxes[order], scores[order])
-
-
-def _smaller_batch(forward: Any, images: Tensor, sizes: Sizes, device: torch.device) -> str:
-    """The line for a batch whose forward did not fit: the largest part of it that does."""
-    used, half = memory.describe_peak(device), len(images) // 2
-    count = memory.largest_that_fits(half, lambda count: forward(images[:count], sizes[:count]))
-    advice = f"{count} fit: data.eval_batch_size={count} (eval.py --batch-size {count})" if count else "not even 1 fits"
-    return f"out of memory on {device.type} in evaluation with {len(images)} images a batch, {used}; {advice}"
 
 
 def to_results(detections: Detections) -> list[dict[str, Any]]:
@@ -186,9 +180,10 @@ def read_results(path: Path) -> Detections:
         if not isinstance(results, list):
             raise ValueError(f"it holds a {type(results).__name__}")
         columns = [[each[key] for each in results] for key in ("image_id", "category_id", "bbox", "score")]
-        boxes, scores = np.array(columns[2], dtype=np.float64).reshape(-1, 4), np.array(columns[3], dtype=np.float64)
-        detections = Detections(np.array(columns[0], np.int64), np.array(columns[1], np.int64), boxes, scores)
-        if len(boxes) != len(scores) or not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        image_ids, category_ids = (numbers(each, "i") for each in columns[:2])
+        boxes, scores = (numbers(each, "if").astype(np.float64) for each in columns[2:])
+        detections = Detections(image_ids, category_ids, boxes.reshape(-1, 4), scores)
+        if len(detections.boxes) != len(scores) or not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
             raise ValueError("boxes or scores are not finite numbers")
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from error

@@ -13,7 +13,7 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
@@ -66,15 +66,15 @@ class Backbone(nn.Module):
         if config.norm == "frozen":
             for module in batch_norms(body):
                 module.requires_grad_(False)
-        self.all_norms_fixed, self.valid_only = config.norm == "frozen", config.valid_statistics
+        self.fixed_statistics, self.valid_only = config.norm in ("frozen", "eval"), config.valid_statistics
         self.body = body
         self.out_channels = channels
         self.fpn = FeaturePyramidNetwork(widths, channels, extra)
 
     def train(self, mode: bool = True) -> "Backbone":
-        """As ``nn.Module``'s; fixed batch norms keep their statistics in training too."""
+        """As ``nn.Module``'s; batch norms of fixed statistics keep them in training too."""
         super().train(mode)
-        fixed = [self.body] if self.all_norms_fixed else [self.body.get_submodule(name) for name in self.fixed]
+        fixed = [self.body] if self.fixed_statistics else [self.body.get_submodule(name) for name in self.fixed]
         for module in fixed:
             for norm in batch_norms(module):
                 norm.eval()
@@ -117,8 +117,11 @@ def find_stages(body: nn.Module, name: str) -> tuple[list[tuple[int, str, int]],
         indices = [index for index, _, _ in stages]
         images = torch.empty(2, 3, 128, 64, device="meta")
         features = trial.forward_intermediates(images, indices=indices, intermediates_only=True)
-    except AttributeError as error:
-        raise InputError(f"model.backbone.name: {name} does not return its features; {allowed}") from error
+    except (AttributeError, AssertionError, RuntimeError, ValueError) as error:  # timm's, for want of a feature or size
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model.backbone.name: {name} has no features of 128x64 images: {reason}; {allowed}"
+        ) from error
     expected = [(width, 128 // stride, 64 // stride) for stride, (_, _, width) in zip(STRIDES, stages, strict=True)]
     if [tuple(feature.shape[1:]) for feature in features] != expected:
         raise InputError(f"model.backbone.name: {name} has features of other sizes at its strides; {allowed}")
@@ -200,6 +203,17 @@ class Detector(nn.Module):
         raise NotImplementedError
 
 
+class CanvasRoIAlign(MultiScaleRoIAlign):
+    """torchvision's, which infers the strides of the features from the first images: here from their canvas.
+
+    An image of 40 pixels has a canvas of 64: features of 16 pixels would pass for those of stride 2.
+    """
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Sizes) -> Tensor:
+        height, width = x["0"].shape[-2:]
+        return super().forward(x, boxes, [(height * STRIDES[0], width * STRIDES[0])])
+
+
 class FasterRCNN(Detector):
     """torchvision's Faster R-CNN, see ``Detector``."""
 
@@ -248,6 +262,7 @@ class RetinaNet(Detector):
             return {f"loss_{name}": loss for name, loss in losses.items()}
         per_anchor = outputs["cls_logits"].size(1) // sum(feature[0, 0].numel() for feature in features)
         counts = [feature[0, 0].numel() * per_anchor for feature in features]
+        outputs["cls_logits"][..., 0] = -math.inf  # labels are from 1
         outputs = {name: list(output.split(counts, dim=1)) for name, output in outputs.items()}
         return network.postprocess_detections(outputs, [list(each.split(counts)) for each in anchors], sizes)
 
@@ -283,12 +298,13 @@ def build_detector(config: DetectorConfig, body: nn.Module) -> FasterRCNN | Reti
         backbone = Backbone(body, config.backbone, channels, STRIDES, LastLevelMaxPool())
         keywords = {
             "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in sizes), (_RATIOS,) * 5),
+            "box_roi_pool": CanvasRoIAlign(["0", "1", "2", "3"], 7, 2),
             "box_head": TwoMLPHead(channels * 7**2, config.head_channels),
             "box_predictor": FastRCNNPredictor(config.head_channels, config.num_classes + 1),
         }
         return FasterRCNN(_build(detection.FasterRCNN, backbone, None, keywords, config.args))
     backbone = Backbone(body, config.backbone, channels, STRIDES[1:], LastLevelP6P7(channels, channels))
-    octaves = tuple(tuple(round(size * 2 ** (i / 3)) for i in range(3)) for size in sizes)
+    octaves = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in sizes)
     generator = {"anchor_generator": AnchorGenerator(octaves, (_RATIOS,) * 5)}
     return RetinaNet(_build(detection.RetinaNet, backbone, config.num_classes + 1, generator, config.args))
 

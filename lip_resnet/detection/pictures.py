@@ -42,14 +42,18 @@ class Judged:
     """(g, 4)"""
     object_labels: NDArray[np.int64]
     """(g,)"""
-    found: NDArray[np.bool_]
+    detected: NDArray[np.bool_]
     """(g,)"""
 
     def counts(self) -> dict[str, tuple[int, int, int]]:
-        """Size -> objects, of these found, and false detections; by the areas of boxes."""
+        """Size -> objects, of these detected, and false detections; by the areas of boxes."""
         of_objects, of_false = _sizes(self.objects), _sizes(self.boxes[~self.right])
         return {
-            size: (int((of_objects == at).sum()), int(self.found[of_objects == at].sum()), int((of_false == at).sum()))
+            size: (
+                int((of_objects == at).sum()),
+                int(self.detected[of_objects == at].sum()),
+                int((of_false == at).sum()),
+            )
             for at, size in enumerate(SIZES)
         }
 
@@ -77,7 +81,7 @@ def detect_image(
     output: dict[str, Tensor] = model(inputs, sizes)[0]
     model.train(was_training)
     scale = np.array([image.width / width, image.height / height] * 2)
-    boxes, scores = output["boxes"].double().cpu().numpy() * scale, output["scores"].double().cpu().numpy()
+    boxes, scores = output["boxes"].cpu().double().numpy() * scale, output["scores"].cpu().double().numpy()
     order = np.argsort(-scores, kind="stable")
     return boxes[order], output["labels"].cpu().numpy()[order] - 1, scores[order]
 
@@ -91,28 +95,28 @@ def judge(
 ) -> Judged:
     """Sort out the detections of image ``index``, by falling score: each takes the free object that it covers best."""
     objects, object_labels = source.annotations(index)
-    right, found = np.zeros(len(boxes), dtype=bool), np.zeros(len(objects), dtype=bool)
+    right, detected = np.zeros(len(boxes), dtype=bool), np.zeros(len(objects), dtype=bool)
     for number, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         sides = np.maximum(np.minimum(box[2:], objects[:, 2:]) - np.maximum(box[:2], objects[:, :2]), 0)
         shared = sides[:, 0] * sides[:, 1]
         areas = [np.prod(each[..., 2:] - each[..., :2], axis=-1) for each in (box, objects)]
-        overlap = np.where(found | (object_labels != label), 0, shared / np.maximum(areas[0] + areas[1] - shared, 1e-9))
+        overlap = np.where(
+            detected | (object_labels != label), 0, shared / np.maximum(areas[0] + areas[1] - shared, 1e-9)
+        )
         if len(objects) and overlap.max() >= IOU:
-            right[number] = found[np.argmax(overlap)] = True
-    return Judged(boxes, labels, scores, right, objects, object_labels, found)
+            right[number] = detected[np.argmax(overlap)] = True
+    return Judged(boxes, labels, scores, right, objects, object_labels, detected)
 
 
 def describe(judged: Judged) -> str:
-    """One line: what was found, missed and false, and by size."""
+    """One line: what was detected, missed and false, and by size."""
     sizes = [
-        f"{size} {found}/{objects}" + f" and {false} false" * bool(false)
-        for size, (objects, found, false) in judged.counts().items()
+        f"{size} {detected}/{objects}" + f" and {false} false" * bool(false)
+        for size, (objects, detected, false) in judged.counts().items()
         if objects or false
     ]
-    false = int((~judged.right).sum())
-    return (
-        f"{int(judged.found.sum())} of {len(judged.found)} objects found, {false} false ({', '.join(sizes) or 'none'})"
-    )
+    detected, false = int(judged.detected.sum()), int((~judged.right).sum())
+    return f"{detected} of {len(judged.detected)} objects detected, {false} false ({', '.join(sizes) or 'none'})"
 
 
 def draw(image: Image.Image, judged: Judged, classes: Sequence[str], heading: str) -> Figure:
@@ -152,8 +156,8 @@ def add_boxes(axes: Axes, judged: Judged, classes: Sequence[str], width: float =
                 bbox={"facecolor": _COLOURS[kind], "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
             )
 
-    for box, label, found in zip(judged.objects, judged.object_labels, judged.found, strict=True):
-        if not found:
+    for box, label, detected in zip(judged.objects, judged.object_labels, judged.detected, strict=True):
+        if not detected:
             add(box, "missed", "--", classes[label] if classes else "")
     for box, label, score, right in zip(judged.boxes, judged.labels, judged.scores, judged.right, strict=True):
         add(box, "right" if right else "false", "-", f"{classes[label]} {score:.2f}" if classes else "")

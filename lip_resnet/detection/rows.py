@@ -2,7 +2,6 @@
 
 import copy
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -13,7 +12,7 @@ from lip_resnet.detection.canvas import STRIDE, canvas
 from lip_resnet.detection.samples import DetectionSource
 from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost
-from lip_resnet.evaluation.protocol import describe_training
+from lip_resnet.evaluation.rows import describe_weights
 
 NETWORK = ("name", "args", "downsampling", "circular_padding")
 """Keys of ``model.backbone`` that are a row's network; those below ``model`` that stay are of its protocol."""
@@ -84,11 +83,7 @@ def build_row(
         payload: the checkpoint.
         trained: the recipe of the training, where it is known.
     """
-    training = None
-    if trained:
-        training = describe_training(
-            trained, payload["processes"], payload.get("initial_weights"), payload.get("datasets")
-        )
+    weights, training = describe_weights(source, ema, payload, trained)
     backbone = config.model.backbone
     network = {"model": backbone.name, **{key: getattr(backbone, key) for key in NETWORK[1:]}}
     figures = {key: None if isinstance(each, float) and math.isnan(each) else each for key, each in result.items()}
@@ -96,14 +91,10 @@ def build_row(
     return {
         **network,
         "detector": config.model.name,
-        "checkpoint": source,
-        "weights": "ema" if ema else "model",
-        "selected_on_val": Path(source).name == "best.pt",
+        **weights,
         **figures,
         "params": cost.count_parameters(model),
         "macs": count_macs(model, config.data),
-        "seed": trained.train.seed if trained else None,
-        "step": step if isinstance(step := payload.get("step"), int) else None,
         "protocol": describe_protocol(config, training),
         "dataset": {"name": name, **data.describe()},
         "environment": describe_environment(),

@@ -1,5 +1,6 @@
-"""What a source of images with boxes is."""
+"""What a source of images with boxes is, and its objects in COCO's form."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -52,3 +53,21 @@ class DetectionSource(Protocol):
     def describe(self) -> dict[str, Any]:
         """The fingerprint of the set, see ``data.describe_source``; and ``boxes``, how many."""
         ...
+
+
+def coco_form(source: DetectionSource, objects: Iterable[Sequence[np.ndarray]]) -> dict[str, Any]:
+    """The objects of a set in COCO's form, with ids from 1: id 0 would be no object to COCO's evaluation.
+
+    Args:
+        objects: of every image: labels (n,), boxes (n, 4) x, y, width, height, areas (n,) and whether each is a crowd.
+    """
+    images, annotations = [], list[dict[str, Any]]()
+    sides = source.sizes.tolist()
+    for index, (image, (height, width), arrays) in enumerate(zip(source.image_ids, sides, objects, strict=True)):
+        images.append({"id": image, "file_name": source.path(index), "height": height, "width": width})
+        for label, box, area, crowd in zip(*(each.tolist() for each in arrays), strict=True):
+            common = {"id": len(annotations) + 1, "image_id": image, "category_id": source.category_ids[label]}
+            annotations.append({**common, "bbox": box, "area": area, "iscrowd": int(crowd)})
+    names = zip(source.category_ids, source.classes, strict=True)
+    categories = [{"id": category, "name": name} for category, name in names]
+    return {"images": images, "annotations": annotations, "categories": categories}

@@ -8,7 +8,7 @@ from PIL import Image
 from lip_resnet import seeding
 from lip_resnet.data.fingerprint import digest
 from lip_resnet.data.sources.embedded import Digits
-from lip_resnet.detection.samples import Annotations
+from lip_resnet.detection.samples import Annotations, coco_form
 
 SHAPES = ((192, 256), (256, 192), (256, 256))
 """Height and width of the pictures, pixels."""
@@ -41,9 +41,9 @@ class Scenes:
         self.classes = list(self.digits.classes)
         self.category_ids = list(range(1, 11))
         self.image_ids = list(range(1, images + 1))
-        scenes = [self._place(index) for index in range(images)]
+        scenes = [self._layout(index) for index in range(images)]
         self.sizes = np.array([SHAPES[shape] for shape, *_ in scenes])
-        self.placed = scenes
+        self.layouts = scenes
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -55,7 +55,7 @@ class Scenes:
     def _random(self, purpose: str, index: int) -> np.random.Generator:
         return np.random.default_rng(seeding.derive(purpose, int(self.train), index))
 
-    def _place(self, index: int) -> tuple[int, np.ndarray, np.ndarray]:
+    def _layout(self, index: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Number of the shape, digits (n,) and their boxes (n, 4) int: x1, y1, x2, y2."""
         random = self._random("scene", index)
         shape = int(random.integers(len(SHAPES)))
@@ -74,7 +74,7 @@ class Scenes:
         return shape, np.array(chosen), np.stack(boxes)
 
     def __getitem__(self, index: int) -> Image.Image:
-        shape, chosen, boxes = self.placed[index]
+        shape, chosen, boxes = self.layouts[index]
         height, width = SHAPES[shape]
         random = self._random("background", index)
         # A smooth background with grain, and every digit in a colour of its own that stands out from it.
@@ -90,30 +90,23 @@ class Scenes:
 
     def annotations(self, index: int) -> Annotations:
         """The boxes of a picture."""
-        _, chosen, boxes = self.placed[index]
+        _, chosen, boxes = self.layouts[index]
         return Annotations(boxes.astype(np.float32), np.array(self.digits.targets)[chosen])
 
     def ground_truth(self) -> dict[str, Any]:
-        """All annotations in COCO's form."""
-        annotations: list[dict[str, Any]] = []
-        for index, image in enumerate(self.image_ids):
+        """As ``DetectionSource``'s."""
+
+        def objects(index: int) -> tuple[np.ndarray, ...]:
             boxes, labels = self.annotations(index)
-            for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist(), strict=True):
-                box = [x1, y1, x2 - x1, y2 - y1]
-                common = {"id": len(annotations) + 1, "image_id": image, "category_id": self.category_ids[label]}
-                annotations.append(common | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
-        images = [
-            {"id": image, "file_name": self.path(index), "height": height, "width": width}
-            for index, (image, (height, width)) in enumerate(zip(self.image_ids, self.sizes.tolist(), strict=True))
-        ]
-        names = zip(self.category_ids, self.classes, strict=True)
-        categories = [{"id": category, "name": name} for category, name in names]
-        return {"images": images, "annotations": annotations, "categories": categories}
+            sides = boxes[:, 2:] - boxes[:, :2]
+            return labels, np.concatenate([boxes[:, :2], sides], axis=1), sides.prod(axis=1), np.zeros(len(boxes))
+
+        return coco_form(self, map(objects, range(len(self))))
 
     def describe(self) -> dict[str, Any]:
         """As ``DetectionSource``'s; ``content`` is the digest of the digits and boxes."""
-        lines = [np.concatenate([chosen, boxes.reshape(-1)]).tobytes() for _, chosen, boxes in self.placed]
-        boxes = sum(len(chosen) for _, chosen, _ in self.placed)
+        lines = [np.concatenate([chosen, boxes.reshape(-1)]).tobytes() for _, chosen, boxes in self.layouts]
+        boxes = sum(len(chosen) for _, chosen, _ in self.layouts)
         counts = {"images": len(self), "classes": len(self.classes), "boxes": boxes}
         return {**counts, "content": digest([self.digits.pixels.tobytes(), *lines])}
 

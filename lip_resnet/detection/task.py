@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lip_resnet import distributed, seeding
 from lip_resnet.config import DetectionConfig
 from lip_resnet.data import to_device
-from lip_resnet.detection.canvas import prepare
+from lip_resnet.detection.canvas import canvas, prepare
 from lip_resnet.detection.evaluate import METRICS, evaluate
 from lip_resnet.detection.loaders import DetectionEvalLoader
 from lip_resnet.detection.models import Detector
@@ -52,6 +52,7 @@ class Detection:
     metrics = METRICS
     best = "AP"
     freeze_epochs = 0
+    least_images = 1
 
     def __init__(
         self,
@@ -92,11 +93,10 @@ class Detection:
         """As ``Task``'s: square images, or of the longest side, with one box."""
         data = self.config.data
         sides = (data.size, data.max_size if largest else data.size)
-        padded = [-(-side // 32) * 32 for side in sides]
         box = torch.tensor([[0.0, 0.0, sides[1], sides[0]]])
         labels = torch.ones(1, dtype=torch.int64)
         targets = {"sizes": [sides] * images, "boxes": [box] * images, "labels": [labels] * images}
-        return torch.zeros(images, 3, *padded, dtype=torch.uint8), targets
+        return torch.zeros(images, 3, *canvas(*sides), dtype=torch.uint8), targets
 
     def remark(self, best: float) -> str | None:
         """As ``Task``'s: nothing, as no AP of a shipped recipe's own protocol is published with a range."""

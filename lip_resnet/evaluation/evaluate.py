@@ -81,7 +81,7 @@ def evaluate(
 
     with progress_bar(loader.samples) as bar:
         for batch, (indices, (images, labels)) in enumerate(zip(loader.batches, loader, strict=True)):
-            with memory.explained(functools.partial(_smaller_batch, forward, images, device)):
+            with memory.explained(functools.partial(explain_memory, forward, (images,), device)):
                 logits = forward(images)
             labels = to_device(labels, device)
             nonfinite[batch] = (~logits.isfinite().all(dim=1)).sum()
@@ -120,12 +120,16 @@ def _first_nonfinite(
     return first.name
 
 
-def _smaller_batch(forward: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> str:
-    """The line for a batch (B, 3, H, W) whose forward did not fit: the largest part of it that does."""
-    used, half = memory.describe_peak(device), len(images) // 2
-    count = memory.largest_that_fits(half, lambda count: forward(images[:count]))
+def explain_memory(forward: Callable[..., Any], batch: Sequence[Any], device: torch.device) -> str:
+    """The line for a batch whose forward did not fit: the largest part of it that does.
+
+    Args:
+        batch: the arguments of ``forward``, of as many images each.
+    """
+    used, images = memory.describe_peak(device), len(batch[0])
+    count = memory.largest_that_fits(images // 2, lambda count: forward(*(each[:count] for each in batch)))
     advice = f"{count} fit: data.eval_batch_size={count} (eval.py --batch-size {count})" if count else "not even 1 fits"
-    return f"out of memory on {device.type} in evaluation with {len(images)} images a batch, {used}; {advice}"
+    return f"out of memory on {device.type} in evaluation with {images} images a batch, {used}; {advice}"
 
 
 def evaluate_set(

@@ -19,17 +19,22 @@ from lip_resnet.files import write_text
 COLUMNS = ("image", "label", "top1", "top5", "margin", "loss")
 
 
-def check_new_file(path: Path, several: bool, flag: str = "--predictions") -> None:
-    """Refuse a file that exists or cannot be written, and one for several sets. A collective.
+def check_new_file(path: Path, several: bool, flag: str = "--predictions", suffix: str = ".csv") -> None:
+    """Refuse a file that exists, cannot be written or is named as of another format, and one for several sets.
+
+    A collective.
 
     Args:
         flag: the option that names the file.
+        suffix: of the format that is written.
 
     Raises:
         InputError: one of these.
     """
     if several:
         raise InputError(f"{flag} {path} is for one set; give one --dataset")
+    if path.suffix.lower() != suffix:
+        raise InputError(f"{flag} {path}: the file is written as {suffix}; give a name that ends so")
     if distributed.on_main(path.exists):
         raise InputError(f"{path} exists; choose another {flag} or remove it")
     if not path.resolve().parent.is_dir():

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lip_resnet import distributed
-from lip_resnet.config import Config, InputError, ModelConfig
+from lip_resnet.config import Config, DetectionConfig, InputError, ModelConfig
 from lip_resnet.data import describe_source
 from lip_resnet.environment import describe_environment
 from lip_resnet.evaluation import cost, protocol
@@ -71,28 +71,39 @@ def build_row(
         payload: the checkpoint; empty for timm's own weights.
         trained: the recipe of the training, where it is known.
     """
-    training = None
-    if trained:
-        training = protocol.describe_training(
-            trained, payload["processes"], payload.get("initial_weights"), payload.get("datasets")
-        )
+    weights, training = describe_weights(source, ema, payload, trained)
     return {
         "model": config.model.name,
         "args": config.model.args,
         "downsampling": config.model.downsampling,
         "circular_padding": config.model.circular_padding,
-        "checkpoint": source,
-        "weights": "ema" if ema else "model",
-        "selected_on_val": Path(source).name == "best.pt",
+        **weights,
         **result,
         "params": cost.count_parameters(model),
         "macs": cost.count_macs(model, config.data.eval_size),
-        "seed": trained.train.seed if trained else None,
-        "step": step if isinstance(step := payload.get("step"), int) else None,
         "protocol": protocol.describe_protocol(config, training, data.protocol),
         "dataset": {"name": data.name, "whole": data.whole, **describe_source(data.source)},
         "environment": describe_environment(),
     }
+
+
+def describe_weights(
+    source: str, ema: bool, payload: dict[str, Any], trained: Config | DetectionConfig | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What a row says of its weights, and ``describe_training`` of them; arguments as for ``build_row``."""
+    training = None
+    if trained:
+        training = protocol.describe_training(
+            trained, payload["processes"], payload.get("initial_weights"), payload.get("datasets")
+        )
+    weights = {
+        "checkpoint": source,
+        "weights": "ema" if ema else "model",
+        "selected_on_val": Path(source).name == "best.pt",
+        "seed": trained.train.seed if trained else None,
+        "step": step if isinstance(step := payload.get("step"), int) else None,
+    }
+    return weights, training
 
 
 def write_row(path: Path, row: dict[str, Any]) -> None:

@@ -4,6 +4,9 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from lip_resnet.files import make_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,15 @@ class Picture:
     alternative: str
     """Text for readers who do not see it; the page shows it below."""
     content: bytes
+
+    def write(self, folder: Path) -> None:
+        """Write the file into a folder, which is made if it does not exist.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        make_folder(folder)
+        write_atomically(folder / self.file, lambda opened: opened.write(self.content))
 
 
 _STYLE = """

@@ -100,8 +100,12 @@ def parse_choices(layers: str | Mapping[str, Any]) -> Choices:
         if layers not in PRESETS:
             check_layer(layers, f"layer (or preset: {', '.join(PRESETS)})", PRESETS)
         layers = PRESETS.get(layers) or dict.fromkeys(SITES[1:], layers)
+    if not isinstance(layers, Mapping):
+        raise ValueError(f"downsampling {layers!r}; it must be a layer, a preset, or a mapping of sites to layers")
     choices = {}
     for key, value in layers.items():
+        if not isinstance(key, str):
+            raise ValueError(f"site {key!r}; it must be a name, such as main")
         if _is_pattern(key) and not any(letter in key for letter in ".*?["):
             near = difflib.get_close_matches(key, SITES, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ";"

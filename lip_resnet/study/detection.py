@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import statistics as plain
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from lip_resnet.evaluation.protocol import difference
 from lip_resnet.evaluation.rows import check_row, read_rows
 from lip_resnet.files import write_text
 from lip_resnet.study.cells import read_record
-from lip_resnet.study.design import CONFIRMATORY_SEEDS, Cell, Design
-from lip_resnet.study.pages import Section, format_interval, to_html, to_markdown
-from lip_resnet.study.results import exported_cells, load_failed
+from lip_resnet.study.design import Cell, Design
+from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, in_words, to_html, to_markdown
+from lip_resnet.study.results import describe_verdict, exported_cells, load_failed, nothing_finished
 from lip_resnet.study.statistics import Paired, compare_paired, holm, verdict
 
 EXPORTED_MATCHES = "matches.npz"
@@ -83,9 +82,7 @@ def load_results(design: Design) -> dict[str, dict[int, Result]]:
         if (differs := difference(protocols[0], protocols[1])) is not None:
             raise InputError(f"{cell.row} and {first.cell.row} were evaluated by different protocols: {differs}")
     if first is None:
-        raise InputError(
-            f"{design.folder}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml"
-        )
+        raise nothing_finished(design)
     return results
 
 
@@ -173,39 +170,25 @@ def write_report(design: Design) -> list[str]:
 def _verdict(design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]) -> Section:
     study = design.study
     declared = next((each for each in comparisons if each.variant == study.primary), None)
-    lines = [
-        f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished."
-        if declared is None
-        else sentence(declared, study.baseline)
-    ]
-    fewest = min((len(each.paired["AP"].differences) for each in comparisons), default=0)
-    if fewest < CONFIRMATORY_SEEDS:
-        lines.append(
-            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to run "
-            "more seeds, not a result."
-        )
-    finished, planned = sum(map(len, results.values())), len(design.cells())
-    if finished < planned:
-        lines.append(f"**Not complete**: {finished} of {planned} cells are finished.")
-    failed = [f"{cell}: {message}" for cell, message in load_failed(design).items()]
-    lines += [f"**Failed cells**: {'; '.join(failed)}."] if failed else []
+    text = None if declared is None else sentence(declared, study.baseline)
+    seeds = {each.variant: len(each.paired["AP"].differences) for each in comparisons}
+    lines = describe_verdict(design, text, seeds, sum(map(len, results.values())), load_failed(design))
     return Section(f"{design.folder.name}: {study.primary} against {study.baseline}", tuple(lines))
 
 
 def sentence(comparison: Comparison, baseline: str) -> str:
     """A comparison as one sentence: verdict on AP, difference, intervals and tests."""
-    paired, name = comparison.paired["AP"], comparison.variant
-    words = {
-        "better": f"{name} is better than {baseline}",
-        "worse": f"{name} is worse than {baseline}",
-        "not distinguishable": f"{name} and {baseline} are not distinguishable",
-    }.get(comparison.verdict, f"{name} against {baseline}: too few seeds to say")
-    text = f"**{words}**: {paired.mean:+.2f} AP"
-    if paired.interval is None:
+    paired = comparison.paired["AP"]
+    text = f"{in_words(comparison.verdict, comparison.variant, baseline)}: {paired.mean:+.2f} AP"
+    if paired.p_t is None:
         return f"{text}, one seed."
+    if paired.interval is None:
+        seeds = len(paired.differences)
+        return f"{text} in each of {seeds} seeds, so no interval (sign-flip test p {equals_p(paired.p_t)})."
     text += f", 95% interval {format_interval(paired.interval)} (paired t over {len(paired.differences)} seeds, "
-    flip = "" if paired.p_sign_flip is None else f"; exact sign-flip test p = {_p(paired.p_sign_flip)}"
-    return f"{text}p = {_p(paired.p_t)}{flip}); over seeds and images {format_interval(comparison.over_images['AP'])}."
+    flip = "" if paired.p_sign_flip is None else f"; exact sign-flip test p {equals_p(paired.p_sign_flip)}"
+    text += f"p {equals_p(paired.p_t)}{flip})"
+    return f"{text}; over seeds and images {format_interval(comparison.over_images['AP'])}."
 
 
 def _figures(design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]) -> Section:
@@ -231,8 +214,8 @@ def _differences(design: Design, comparisons: list[Comparison]) -> Section:
             metric,
             f"{paired.mean:+.2f}",
             format_interval(paired.interval),
-            _p(each.p if metric == "AP" else paired.p_t),
-            _p(paired.p_sign_flip),
+            format_p(each.p if metric == "AP" else paired.p_t),
+            format_p(paired.p_sign_flip),
             format_interval(each.over_images.get(metric)),
         ]
         for each in comparisons
@@ -303,9 +286,3 @@ def _mean(of_seeds: dict[int, Result], metric: str) -> str:
     if None in values:
         return "-"
     return f"{plain.fmean(values):.2f}" + (f" ± {plain.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def _p(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return "<.0001" if value < 1e-4 else f"{value:.4f}".lstrip("0") if value < 1 else "1"

@@ -38,6 +38,16 @@ def equals_p(value: float) -> str:
     return f"< {text[1:]}" if text.startswith("<") else f"= {text}"
 
 
+def in_words(verdict: str, variant: str, baseline: str) -> str:
+    """A verdict of ``statistics.verdict`` as the beginning of a sentence, in bold."""
+    words = {
+        "better": f"{variant} is better than {baseline}",
+        "worse": f"{variant} is worse than {baseline}",
+        "not distinguishable": f"{variant} and {baseline} are not distinguishable",
+    }
+    return f"**{words.get(verdict, f'{variant} against {baseline}: too few seeds to say')}**"
+
+
 def to_markdown(sections: Sequence[Section]) -> str:
     """Sections as Markdown; figures are links to ``figures/NAME.svg``."""
     lines = []
@@ -58,6 +68,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto
 table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #9aa0a688; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+th { white-space: normal; vertical-align: bottom; }
 figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
 figcaption { font-size: 0.85rem; color: #7a7f87; }
 """

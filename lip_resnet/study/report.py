@@ -10,11 +10,11 @@ from lip_resnet.config import InputError
 from lip_resnet.files import write_text
 from lip_resnet.study import costs, detection, statistics
 from lip_resnet.study.costs import Results
-from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
+from lip_resnet.study.design import Design
 from lip_resnet.study.details import classes_section, seeds_section
-from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, to_html, to_markdown
+from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, in_words, to_html, to_markdown
 from lip_resnet.study.probes import robustness_section
-from lip_resnet.study.results import Comparison, Result, compare, load_failed, load_results
+from lip_resnet.study.results import Comparison, Result, compare, describe_verdict, load_failed, load_results
 
 
 def write_report(design: Design) -> list[str]:
@@ -120,39 +120,21 @@ def draw_curves(design: Design, results: Results) -> list[tuple[str, str, str]]:
 
 
 def verdict_lines(design: Design, results: Results, comparisons: list[Comparison]) -> list[str]:
-    """The question, the declared comparison in words, and what it is based on."""
-    study, cells = design.study, len(design.cells())
-    finished, failed = sum(map(len, results.values())), load_failed(design)
-    lines = [study.question] if study.question else []
-    declared = next((each for each in comparisons if each.variant == study.primary), None)
-    if declared is None:
-        lines.append(f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished.")
-    else:
-        lines.append(sentence(declared, study.baseline))
-    fewest = min((len(each.seeds) for each in comparisons), default=0)
-    if fewest < CONFIRMATORY_SEEDS:
-        lines.append(
-            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to run "
-            "more seeds, not a result."
-        )
-    if finished < cells:
-        lines.append(f"**Not complete**: {finished} of {cells} cells are finished; the table shows how many of each.")
-    if failed:
-        lines.append(f"**Failed cells**: {'; '.join(f'{cell}: {message}' for cell, message in failed.items())}.")
-    return lines
+    """``describe_verdict`` of a study."""
+    declared = next((each for each in comparisons if each.variant == design.study.primary), None)
+    text = None if declared is None else sentence(declared, design.study.baseline)
+    seeds = {each.variant: len(each.seeds) for each in comparisons}
+    return describe_verdict(design, text, seeds, sum(map(len, results.values())), load_failed(design))
 
 
 def sentence(comparison: Comparison, baseline: str) -> str:
     """A comparison as one sentence: verdict, difference, interval and tests."""
     paired, seeds = comparison.paired, len(comparison.seeds)
-    words = {
-        "better": f"{comparison.variant} is better than {baseline}",
-        "worse": f"{comparison.variant} is worse than {baseline}",
-        "not distinguishable": f"{comparison.variant} and {baseline} are not distinguishable",
-    }.get(comparison.verdict, f"{comparison.variant} against {baseline}: too few seeds to say")
-    text = f"**{words}**: {paired.mean:+.2f} points top-1"
-    if paired.interval is None or paired.p_t is None:
+    text = f"{in_words(comparison.verdict, comparison.variant, baseline)}: {paired.mean:+.2f} points top-1"
+    if paired.p_t is None:
         return f"{text}, one seed."
+    if paired.interval is None:
+        return f"{text} in each of {seeds} seeds, so no interval (sign-flip test p {equals_p(paired.p_t)})."
     text += f", 95% interval {paired.interval[0]:+.2f} to {paired.interval[1]:+.2f} (paired t over {seeds} seeds, "
     text += f"p {equals_p(paired.p_t)}"
     text += ")." if paired.p_sign_flip is None else f"; exact sign-flip test p {equals_p(paired.p_sign_flip)})."
@@ -239,7 +221,7 @@ def _differences(design: Design, comparisons: list[Comparison]) -> Section:
     from lip_resnet.study import figures
 
     baseline = design.study.baseline
-    if all(each.paired.interval is None for each in comparisons):
+    if all(len(each.seeds) < 2 for each in comparisons):
         line = f"No figure of differences: intervals need two finished seeds of {baseline} and a variant, there is one."
         return Section("Differences", (line,))
     alternative = f"Top-1 difference of each variant to {baseline}"

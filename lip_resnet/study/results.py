@@ -6,7 +6,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from lip_resnet.evaluation.robustness import check_probe, read_probe
 from lip_resnet.evaluation.rows import check_row, read_rows
 from lip_resnet.study import statistics
 from lip_resnet.study.cells import read_record
-from lip_resnet.study.design import EXPORTED_CELLS, Cell, Design
+from lip_resnet.study.design import CONFIRMATORY_SEEDS, EXPORTED_CELLS, Cell, Design
 from lip_resnet.study.statistics import Paired
 
 EXPORTED_PREDICTIONS = "predictions.csv.gz"
@@ -96,10 +96,16 @@ def load_results(design: Design) -> dict[str, dict[int, Result]]:
         _check(result, first)
         results[result.cell.variant][result.cell.seed] = result
     if first is None:
-        raise InputError(
-            f"{design.folder}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml"
-        )
+        raise nothing_finished(design)
     return results
+
+
+def nothing_finished(design: Design) -> InputError:
+    """The error of a report or export of a study without a finished cell."""
+    line = f"{design.folder}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml"
+    for cell, message in load_failed(design).items():
+        return InputError(f"{line}; failed: {cell}: {message}")
+    return InputError(line)
 
 
 def load_failed(design: Design) -> dict[str, str]:
@@ -112,6 +118,47 @@ def load_failed(design: Design) -> dict[str, str]:
         }
     records = {str(cell): read_record(cell) for cell in design.cells() if not cell.finished}
     return {name: record["message"] for name, record in records.items() if record.get("status") == "failed"}
+
+
+def describe_verdict(
+    design: Design, declared: str | None, seeds: Mapping[str, int], finished: int, failed: Mapping[str, str]
+) -> list[str]:
+    """The question, the declared comparison in words, and what limits it.
+
+    Args:
+        declared: the sentence of the declared comparison; None: no seed of it is finished.
+        seeds, finished, failed: as for ``state_lines``.
+    """
+    study = design.study
+    unknown = f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished."
+    lines = [*([study.question] if study.question else []), declared or unknown]
+    return lines + state_lines(design, seeds, finished, failed)
+
+
+def state_lines(design: Design, seeds: Mapping[str, int], finished: int, failed: Mapping[str, str]) -> list[str]:
+    """What limits a verdict: few seeds, cells that are not finished, cells that failed.
+
+    Args:
+        seeds: of each comparison.
+        finished: number of cells.
+        failed: as ``load_failed``.
+    """
+    lines, few = [], [name for name, count in seeds.items() if count < CONFIRMATORY_SEEDS]
+    if few or not seeds:
+        whose = f" of {', '.join(few)}" if len(few) < len(seeds) else ""
+        lines.append(
+            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds{whose}. A difference of this kind is a reason to "
+            "run more seeds, not a result."
+        )
+    if finished < (cells := len(design.cells())):
+        lines.append(
+            f"**Not complete**: {finished} of {cells} cells are finished; the table shows how many of each. The "
+            "verdict may change until all are."
+        )
+    if failed:
+        messages = "; ".join(f"{cell}: {message}" for cell, message in failed.items())
+        lines.append(f"**Failed cells**, which no figure includes: {messages}.")
+    return lines
 
 
 def _read_cells(design: Design) -> Iterator[Result]:

@@ -8,6 +8,7 @@ from lip_resnet.evaluation.render import render
 from lip_resnet.study import costs, detection, statistics
 from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design, load_design, load_record
 from lip_resnet.study.pages import Section, to_markdown
+from lip_resnet.study.probes import robustness_section
 from lip_resnet.study.report import accuracy_table, draw_costs, draw_curves, mean_deviation, verdict_lines
 from lip_resnet.study.results import Comparison, compare, load_results
 
@@ -97,6 +98,8 @@ def _study(folder: Path, shipped: Design | None, figures: str) -> str:
     lines += [render(*costs.cost_table(design, results))]
     if (equal := costs.equal_costs(design, results)) and equal.table:
         lines += [*equal.text, "", render(*equal.table)]
+    if (robustness := robustness_section(design, results)) and robustness.table:
+        lines += [*robustness.text, "", render(*robustness.table)]
     for name, alternative, _ in [*draw_costs(design, results), *draw_curves(design, results)]:
         lines += [f"![{alternative}]({figures}/{folder.name}-{name}.svg)", ""]
     lines += [
@@ -117,7 +120,7 @@ def _detectors(design: Design, shipped: Design | None) -> str:
     name, results = design.folder.name, detection.load_results(design)
     verdict, *others = detection.make_sections(design, results, detection.compare(design, results))
     question = design.study.question or (shipped.study.question if shipped else "")
-    first = Section(name, tuple(filter(None, (question, *verdict.text))))
+    first = Section(name, tuple(dict.fromkeys([*([question] if question else []), *verdict.text])))
     text = re.sub("^#", "##", to_markdown([first, *others]), flags=re.MULTILINE)
     return f"{text}\n{_command(name, shipped)}\n"
 
@@ -138,8 +141,8 @@ def _limits(comparisons: list[Comparison], images: int) -> str:
         f"{each.variant} and the baseline disagree about {disagreement:.0%} of the {images:,} images, so that other "
         f"images of the kind move the difference of two runs by up to {error:.1f} points (95%)"
     )
-    if each.paired.deviation is None or each.paired.deviation == 0:
-        return f"{text}. One seed has no interval."
+    if each.paired.deviation is None or each.paired.interval is None:
+        return f"{text}. One seed has no interval, nor have equal differences."
     shown = statistics.detectable_difference(each.paired.deviation, len(each.seeds))
     return (
         f"{text}. With {len(each.seeds)} seeds, whose differences deviate by {each.paired.deviation:.2f} points, "

@@ -26,6 +26,7 @@ class Classification:
 
     logged = metrics = ("loss", "top1", "top5")
     best = "top1"
+    least_images = 2
 
     def __init__(self, config: Config, device: torch.device, val_loader: EvalLoader | None = None) -> None:
         self.config, self.val_loader = config, val_loader

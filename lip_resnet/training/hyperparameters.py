@@ -9,7 +9,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from lip_resnet.config import Recipe
 
-FIRST_COLUMNS = ("model.name", "model.downsampling", "train.seed", "optim.lr")
+FIRST_COLUMNS = ("model.name", "model.downsampling", "model.backbone", "train.seed", "optim.lr")
 """Keys in which runs differ most."""
 
 

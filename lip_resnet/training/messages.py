@@ -27,8 +27,9 @@ def describe_setup(
         epoch: optimizer steps of an epoch.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    name = getattr(config.model, "name", type(model).__name__)
-    downsampling = getattr(config.model, "downsampling", None)
+    network = getattr(config.model, "backbone", config.model)
+    name = config.model.name if network is config.model else f"{config.model.name} on {network.name}"
+    downsampling = network.downsampling
     layers = f", downsampling: {downsampling}" if downsampling else ""
     processes = distributed.world_size()
     each = "1 process" if processes == 1 else f"{processes} processes"

@@ -12,9 +12,6 @@ from lip_resnet.config import Recipe
 from lip_resnet.errors import InputError
 from lip_resnet.training.engine import TrainState
 
-LEAST = 2
-"""Images of which batch norm can compute statistics."""
-
 
 def suggest(state: TrainState, config: Recipe, samples: int) -> str:
     """One line: what did not fit, and which values of ``optim.accumulate``, ``data.batch_size`` and
@@ -26,7 +23,7 @@ def suggest(state: TrainState, config: Recipe, samples: int) -> str:
     Args:
         samples: training images, of which the last batch may hold too few for more parts.
     """
-    device, world = state.guard.device, distributed.world_size()
+    device, world, least = state.guard.device, distributed.world_size(), state.task.least_images
     batch_size, parts = config.data.batch_size, config.optim.accumulate
     share, used = batch_size // world, memory.describe_peak(device)
     images = share // parts
@@ -36,7 +33,7 @@ def suggest(state: TrainState, config: Recipe, samples: int) -> str:
 
     def accepted(size: int, accumulate: int) -> bool:
         keeps_last = config.data.last_batch == "keep"
-        return not (keeps_last and 0 < samples % size < LEAST * world * accumulate) and size <= samples
+        return not (keeps_last and 0 < samples % size < least * world * accumulate) and size <= samples
 
     def attempt(count: int) -> None:
         reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(copies)]
@@ -53,16 +50,16 @@ def suggest(state: TrainState, config: Recipe, samples: int) -> str:
         if isinstance(module, nn.SyncBatchNorm):
             module.eval()  # the other processes may not be here
     with eager:
-        count = memory.largest_that_fits(images // 2, attempt, LEAST)
+        count = memory.largest_that_fits(images // 2, attempt, least)
         if count:
             part = next(size for size in range(count, 0, -1) if share % size == 0)
-            if part >= LEAST and accepted(batch_size, share // part):
+            if part >= least and accepted(batch_size, share // part):
                 advice.append(
                     f"optim.accumulate={share // part} keeps data.batch_size={batch_size} and takes {part} images at a "
                     "time, which batch norm then sees"
                 )
             unit = math.lcm(world * parts, config.data.repeats)
-            sizes = range(count * world * parts // unit * unit, LEAST * world * parts - 1, -unit)
+            sizes = range(count * world * parts // unit * unit, least * world * parts - 1, -unit)
             smaller = next((size for size in sizes if accepted(size, parts)), None)
             if smaller is not None:
                 advice.append(f"data.batch_size={smaller}")
@@ -71,5 +68,6 @@ def suggest(state: TrainState, config: Recipe, samples: int) -> str:
                 memory.enable_grad_checkpointing(state.model)
                 if memory.fits(lambda: attempt(images)):
                     advice.append("train.grad_checkpointing=true, also with --resume auto")
-    fits = f"what fits: {'; or '.join(advice)}" if advice else f"not even {LEAST} images fit: a smaller data.size might"
+    smallest = f"not even {least} {'image fits' if least == 1 else 'images fit'}: a smaller data.size might"
+    fits = f"what fits: {'; or '.join(advice)}" if advice else smallest
     return f"out of memory on {device.type} with {images} images at a time, {batch_size} in a step, {used}; {fits}"

@@ -96,10 +96,10 @@ def check_same_data(theirs: Datasets, ours: Datasets, where: str) -> None:
         where: names the run in errors.
 
     Raises:
-        InputError: number of images, number of classes or file names differ; names the first.
+        InputError: number of images, number of classes, file names or boxes differ; names the first.
     """
     for split, dataset in ours.items():
-        for key in ("images", "classes", "names"):
+        for key in ("images", "classes", "names", "annotations"):
             before, now = theirs.get(split, {}).get(key), dataset.get(key)
             if before is not None and now is not None and before != now:
                 raise InputError(f"{where} was trained with other data: {key} of {split}: {before}, here {now}")

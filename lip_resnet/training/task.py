@@ -56,6 +56,11 @@ class Task(Protocol):
         """First epochs in which only the classifier trains."""
         ...
 
+    @property
+    def least_images(self) -> int:
+        """Images that a part must have: of which batch norm can compute statistics."""
+        ...
+
     def new_counts(self, device: torch.device) -> Counts:
         """Counts of zero."""
         ...

@@ -126,11 +126,11 @@ def test_where_an_evaluation_reads(flat, bucket):
     [
         (
             {"train": "set-train-{0005..0007}.tar"},
-            r"lacks 3 of the 3 shards.* it holds set-train-\{0000\.\.0004\}\.tar, s",
+            r"3 of the 3 shards that are named are missing.* it holds set-train-\{0000\.\.0004\}\.tar, s",
         ),
         (
             {"train": "set-train-{0000..0005}.tar"},
-            r"lacks 1 of the 6 shards that are named, the first is set-train-0005",
+            r"1 of the 6 shards that are named are missing in .*, the first is set-train-0005",
         ),
         ({"val": "set-train-{0000..0001}.tar"}, "data.val names 2 shards that data.train names too"),
         ({"train": "set-val-{00..02}.tar", "val": TRAIN}, "the shards of each other's split"),

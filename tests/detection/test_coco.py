@@ -16,6 +16,7 @@ from lip_resnet.config.detection import EvalDetectionDataConfig
 from lip_resnet.data.decode import BadImage
 from lip_resnet.detection.coco import CocoSource
 from lip_resnet.detection.sources import build_sources
+from lip_resnet.training.run import check_same_data
 
 SIZES = {"a.jpg": (64, 48), "deep/b.png": (40, 60), "c.jpg": (32, 32), "d.jpg": (50, 50)}
 """(width, height)."""
@@ -85,7 +86,25 @@ def test_every_object_has_its_rule(root, capsys):
     assert "1 boxes reach more than a pixel beyond their image: clipped in training" in printed
     assert "1 boxes of zero size left out of training" in printed
     assert "2 images without a box left out of training" in printed
+    assert "instances_val2017.json" not in printed  # nothing is left out of an evaluation
     assert val.sizes.tolist() == [[48, 64], [60, 40], [32, 32], [50, 50]]
+
+
+def test_a_box_without_sides_in_float32_is_left_out_of_training(root):
+    """torchvision's loss of such a box is infinite."""
+    value = content()
+    value["annotations"].append({"id": 15, "image_id": 5, "category_id": 2, "bbox": [30, 5, 1e-6, 9]})
+    write(root, value, "train2017")
+    (source,) = build_sources(config(root), 2, ("train",))
+    np.testing.assert_array_equal(source.annotations(1).boxes, np.array([[0, 5, 40, 15]], np.float32))
+
+
+def test_a_set_without_objects_is_evaluated(root, capsys):
+    write(root, {**content(), "annotations": []})
+    (val,) = build_sources(config(root), 2, ("val",))
+    truth = val.ground_truth()
+    assert (len(truth["images"]), truth["annotations"]) == (4, [])
+    assert "instances_val2017.json: no object to find: AP is undefined" in capsys.readouterr().err
 
 
 def test_names_of_other_splits_and_files(root):
@@ -104,12 +123,14 @@ def test_annotations_change_the_fingerprint(root):
     after = CocoSource(config(root), "val").describe()
     assert before["names"] == after["names"]
     assert before["annotations"] != after["annotations"]
+    with pytest.raises(InputError, match="it was trained with other data: annotations of val: sha256"):
+        check_same_data({"val": before}, {"val": after}, "it")
 
 
 def test_an_image_of_another_size(root):
     Image.new("RGB", (48, 64)).save(root / "val2017" / "a.jpg")
     source = CocoSource(config(root), "val")
-    with pytest.raises(BadImage, match=r"a\.jpg: 48x64 pixels; instances_val2017\.json says 64x48"):
+    with pytest.raises(BadImage, match=r"a\.jpg: 48x64 pixels; instances_val2017\.json says 64x48 \(EXIF "):
         source[0]
 
 

@@ -145,6 +145,7 @@ def test_detections_as_a_file(tmp_path: Path):
     assert coco_metrics(truth, read_results(tmp_path / "none.json"))["AP"] == 0
     box = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
     bad = ("[", "{}", "3", [1], [{**box, "bbox": [1, 2, 3]}], [{**box, "score": "high"}], [{"image_id": 1}])
+    bad = (*bad, [{**box, "image_id": 1.5}], [{**box, "score": "0.5"}])
     for content in (*bad, [{**box, "score": float("nan")}], [box, {**box, "bbox": [1, 2]}]):
         (tmp_path / "b.json").write_text(content if isinstance(content, str) else json.dumps(content))
         with pytest.raises(InputError, match=r"b\.json: not detections in COCO's form"):

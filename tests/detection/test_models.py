@@ -3,17 +3,21 @@
 import itertools
 
 import pytest
+import timm
 import torch
 from helpers import small_config
 from helpers.detection import small_detection
 from torch import nn
+from torchvision.models.detection import faster_rcnn, retinanet
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import roi_align
 
 from lip_resnet import checkpoint
 from lip_resnet.commands.detection import load_backbone_weights
 from lip_resnet.config import InputError
 from lip_resnet.detection import models
-from lip_resnet.detection.models import build_body, build_detector, find_stages, stage_modules
+from lip_resnet.detection.canvas import canvas
+from lip_resnet.detection.models import CanvasRoIAlign, build_body, build_detector, find_stages, stage_modules
 from lip_resnet.models import registry
 
 SIZES = [(64, 64), (64, 64)]
@@ -73,10 +77,39 @@ def test_losses_and_detections_are_torchvision_s(kind, args, monkeypatch):
     assert {name: loss.item() for name, loss in losses.items()} == {
         f"{prefix}{name}": loss.item() for name, loss in expected.items()
     }
+    if kind == "retinanet":  # class 0, the background, has logits that are trained to be low
+        first = model.head.classification_head.cls_logits.bias.data.view(9, 11)[:, 0]
+        first.fill_(-100)
     ours = run(model, images, SIZES, training=False)
     assert sum(len(each["scores"]) for each in ours) > 0
     for one, other in zip(ours, run(theirs, list(images), training=False), strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
+    if kind == "retinanet":
+        first.fill_(100)
+        for one, other in zip(ours, run(model, images, SIZES, training=False), strict=True):
+            assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_anchors_are_torchvision_s():
+    default = [32, 64, 128, 256, 512]
+    network = a_detector(model__name="retinanet", model__args={}, model__anchor_sizes=default, **SMALL).network[0]
+    assert network.anchor_generator.sizes == retinanet._default_anchorgen().sizes
+    model = a_detector(model__anchor_sizes=default, **SMALL)
+    generator = model.rpn.anchor_generator
+    assert generator.sizes == faster_rcnn._default_anchorgen().sizes
+    assert generator.aspect_ratios == faster_rcnn._default_anchorgen().aspect_ratios
+    assert isinstance(model.roi_heads.box_roi_pool, CanvasRoIAlign)
+
+
+@pytest.mark.parametrize("sides", [(40, 40), (33, 128), (64, 64), (16, 20)])
+def test_boxes_of_small_images_are_pooled_at_the_features_strides(sides):
+    """As roi_align at 1/4, whatever part of its canvas an image covers; other images before it change nothing."""
+    features = {str(level): torch.randn(1, 8, *(side >> level + 2 for side in canvas(*sides))) for level in range(4)}
+    boxes = [torch.tensor([[1.0, 2, 14, 13], [3, 3, 9, 15.5]])]
+    pool = CanvasRoIAlign(["0", "1", "2", "3"], 7, 2)
+    for sizes in ([sides], [(33, 33)]):
+        expected = roi_align(features["0"], boxes, 7, 1 / 4, 2)
+        torch.testing.assert_close(pool(features, boxes, sizes), expected, rtol=0, atol=0)
 
 
 def test_boxes_are_not_rounded_under_autocast():
@@ -96,7 +129,7 @@ def test_what_is_frozen(name, tmp_path):
     start = build_body(small_detection(model__backbone={"name": name}).model.backbone)
     torch.save(start.state_dict(), tmp_path / "start.pt")
     frozen = ("conv1.", "bn1.", "pool.", "layer1.")
-    for norm in ("batch", "frozen"):
+    for norm in ("batch", "frozen", *["eval"] * (name == "resnet18")):
         backbone = {"name": name, "weights": str(tmp_path / "start.pt"), "frozen": ["stem", "stage1"], "norm": norm}
         model = a_detector(model__backbone=backbone).train()
         for module in model.modules():
@@ -131,6 +164,15 @@ def test_stages_of_other_networks(name):
         assert unused == ["fc.weight", "fc.bias"]
     if name == "mobilenetv3_small_050":
         assert any(key.startswith("conv_head") for key in unused)
+
+
+def test_a_network_for_images_of_one_size_is_refused():
+    with torch.device("meta"):
+        body = timm.create_model("swin_tiny_patch4_window7_224")
+    with pytest.raises(
+        InputError, match=r"swin\S+ has no features of 128x64 images: .*\(224\).*; a detector needs a network"
+    ):
+        find_stages(body, "swin_tiny_patch4_window7_224")
 
 
 def test_group_norm_in_the_place_of_batch_norm():
@@ -184,10 +226,12 @@ def test_weights_of_a_detector_are_refused(tmp_path):
         ({**SMALL, "model__args": {"min_size": 3}}, "FasterRCNN has no number min_size"),
         ({**SMALL, "model__args": {"box_score_thresh": "low"}}, "box_score_thresh: given 'low'; it must be a number"),
         ({"model__backbone": {"norm": "frozen"}}, "norm: frozen needs weights to keep"),
+        ({"model__backbone": {"norm": "eval", "frozen": ["stem"]}}, "norm: eval needs weights to keep"),
         ({"model__backbone": {"frozen": ["stem"]}}, r"frozen: \[stem\] needs weights to keep"),
         ({"model__backbone": {"frozen": ["layer1"]}}, "model.backbone.frozen.0: given 'layer1'"),
         ({"model__anchor_sizes": [8, 16]}, "anchor_sizes are .8, 16.; there must be 5"),
         ({"train__mixup": 0.2}, "train.mixup: unknown key"),
+        ({"optim__layer_decay": 0.8}, "optim.layer_decay is not for task: detection"),
         ({"train__compile": True}, "train.compile is not for task: detection"),
         ({"data__size": 128}, "size 128 is larger than max_size 96"),
         ({"data__name": "coco"}, "data.name: coco needs the directory that holds train2017/, val2017/ and annotations"),

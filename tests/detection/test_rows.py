@@ -1,4 +1,4 @@
-"""eval.py and the tables on a trained detector: rows, detections, matches, intervals, and one line for wrong input."""
+"""A trained detector in eval.py, tables and pictures: rows, detections, matches, and one line for wrong input."""
 
 import json
 import re
@@ -7,8 +7,12 @@ import compare_detections
 import make_table
 import numpy as np
 import pytest
+import show_detections
+import show_importance
+import torch
 from helpers.commands import call, refuse
 from helpers.training import run_train
+from PIL import Image
 
 import eval as eval_command
 from lip_resnet.evaluation.average_precision import METRICS, average_precision
@@ -76,15 +80,63 @@ def test_a_run_is_evaluated(run, tmp_path, capsys, monkeypatch):
 
 
 def test_wrong_input_is_one_line(run, tmp_path, capsys, monkeypatch):
+    taken = tmp_path / "boxes.json"
+    taken.touch()
     for arguments, line in (
         (("--dataset", "imagenet-v2"), "--dataset is for classification"),
         (("--resize", 99), "--resize is for classification"),
         (("--data", tmp_path), r"the recipe's data.name is digit_scenes, which reads no directory"),
-        (("--predictions", run / "config.yaml"), "exists; choose another --predictions"),
-        (("--matches", tmp_path / "no" / "m.npz"), "--matches"),
+        (("--predictions", taken), "exists; choose another --predictions"),
+        (("--predictions", tmp_path / "boxes.csv"), r"the file is written as \.json; give a name that ends so"),
+        (("--matches", tmp_path / "no" / "m.npz"), "--matches .* is not a directory"),
         (("--config", "digits/resnet50"), "is of task: detection; here it must be of task: classification"),
         (("--config", "digits/lip_resnet18_fpn"), r"was trained with model\.\S+=.*evaluate it by its own recipe"),
         (("--size", 0), "data.size"),
     ):
         assert re.search(line, refuse(capsys, monkeypatch, eval_command, "--checkpoint", run, *arguments)), arguments
     assert not (run / "eval.json").exists()
+
+
+def test_weights_without_a_recipe(run, tmp_path, capsys, monkeypatch):
+    """A bare file is evaluated by --config, and needs one; the weights of a classifier are named."""
+    trained = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"]
+    bare, backbone = tmp_path / "bare.pt", tmp_path / "backbone.pt"
+    torch.save(trained, bare)
+    body = "backbone.body."
+    torch.save({key.removeprefix(body): value for key, value in trained.items() if key.startswith(body)}, backbone)
+    recipe = ("--config", run.parent / "recipe.yaml", "--output", tmp_path / "row.json")
+    assert "--config" in refuse(capsys, monkeypatch, eval_command, "--checkpoint", bare)
+    line = refuse(capsys, monkeypatch, eval_command, "--checkpoint", backbone, *recipe)
+    assert "backbone.pt" in line
+    assert not (tmp_path / "row.json").exists()
+    assert call(capsys, monkeypatch, eval_command, "--checkpoint", bare, *recipe)[0] == 0
+    call(capsys, monkeypatch, eval_command, "--checkpoint", run, "--output", tmp_path / "own.json")
+    rows = [json.loads((tmp_path / name).read_text()) for name in ("row.json", "own.json")]
+    assert [rows[0][name] for name in METRICS] == [rows[1][name] for name in METRICS]
+
+
+def test_pictures(run, tmp_path, capsys, monkeypatch):
+    """One of the image and, with --maps, one of the backbone's maps; the counts by size add up."""
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "shown"
+    arguments = ("--checkpoint", run, "--output", output, "--score", 0, "--limit", 1, "--maps")
+    code, out, err = call(capsys, monkeypatch, show_detections, *arguments)
+    assert (code, err) == (0, "note: 1 of 4 images, evenly spaced; --limit shows more\n")
+    pictures = sorted(output.glob("*.png"))
+    assert len(pictures) == 2
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r"<th>([^<]*)</th>", page) == ["size", "objects", "detected", "missed", "false detections"]
+    table = np.array([line.split("</td>") for line in page.split("<tr>")[2:]])[:, :5]
+    numbers = np.array([[int(cell.rpartition(">")[2]) for cell in line[1:]] for line in table])
+    assert (numbers[:3].sum(axis=0) == numbers[3]).all()
+    assert (numbers[:, 0] == numbers[:, 1] + numbers[:, 2]).all()
+    printed = [re.search(r": (\d+) of (\d+) objects detected, (\d+) false", line) for line in out.splitlines()[:1]]
+    assert [sum(int(line[group]) for line in printed if line) for group in (2, 1, 3)] == numbers[3][[0, 1, 3]].tolist()
+    line = refuse(capsys, monkeypatch, show_detections, "--checkpoint", run, "--output", output)
+    assert "exists and is not an empty folder" in line
+    line = refuse(capsys, monkeypatch, show_importance, "--checkpoint", run, "--output", tmp_path / "maps")
+    assert "is a detector: scripts/show_detections.py --maps shows its importance maps" in line
+    assert not (tmp_path / "maps").exists()

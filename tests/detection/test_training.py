@@ -1,6 +1,7 @@
 """A detector trained by train.py: its run folder, a resumed run's bits, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from helpers.training import run_train, same
 
 from lip_resnet import checkpoint
 from lip_resnet.config import InputError
+from lip_resnet.detection.models import build_body, build_detector
+from lip_resnet.detection.task import Detection
 from lip_resnet.recipe import load_config, load_recipe
 from lip_resnet.training import engine
+from lip_resnet.training.out_of_memory import suggest
 
 SMALL = {"model__backbone": {"name": "resnet10t"}, "data__size": 32, "data__max_size": 64}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -87,8 +91,6 @@ def test_a_run_and_the_same_run_stopped_in_between(start, monkeypatch):
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named(start, monkeypatch, capsys):
     """As in classification: skipped, with what was not finite, and its batch saved."""
-    from lip_resnet.detection.task import Detection
-
     forward = Detection.forward
 
     def spoiled(self, network, images, targets, step, part):
@@ -132,7 +134,23 @@ def test_a_checkpoint_of_the_other_task(start, tmp_path, monkeypatch):
         load_config(tmp_path / "detector.yaml")
 
 
-def test_a_dry_run_trains_and_writes_nothing(start, tmp_path):
-    assert not start("--dry-run").exists()
+def test_out_of_memory_one_image_at_a_time_is_advised():
+    """Not two, as in classification: batch norm has statistics of one image's features."""
+    config = small_detection(**SMALL, data__batch_size=2)
+    torch.manual_seed(0)
+    model = build_detector(config.model, build_body(config.model.backbone))
+    state = engine.build_state(model, config, torch.device("cpu"), Detection(config, model, torch.device("cpu")))
+
+    def check(module: torch.nn.Module, inputs: tuple) -> None:
+        if len(inputs[0]) > 1:
+            raise MemoryError
+
+    model.register_forward_pre_hook(check)
+    assert "optim.accumulate=2 keeps data.batch_size=2 and takes 1 images at a time" in suggest(state, config, 10)
+
+
+def test_a_dry_run_trains_and_writes_nothing(start, capsys):
+    assert not start("--dry-run", "model.backbone.downsampling={main: lip_simplified}").exists()
+    assert re.search(r"^network   faster_rcnn on resnet10t, [\d,]+ parameters, downsampling: ", capsys.readouterr().out)
     with pytest.raises(InputError, match=r"model.num_classes is 7; the train images have 10 classes: 0, 1, 2"):
         start("--dry-run", "model.num_classes=7")

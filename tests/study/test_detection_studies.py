@@ -70,7 +70,7 @@ def test_designs(tmp_path):
 
 def test_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(detection, "SAMPLES", 200)
-    study = load(tmp_path)
+    study = load(tmp_path, question="Does LIP detect better?")
     design.write_design(study)
     with pytest.raises(InputError, match="no cell is finished yet"):
         report.write_report(study)
@@ -79,7 +79,8 @@ def test_a_report(tmp_path, monkeypatch):
     differences = [aps["lip_resnet18", seed] - aps["resnet18", seed] for seed in range(3)]
     t = stats.ttest_1samp(differences, 0)
     low, high = t.confidence_interval()
-    assert f"{np.mean(differences):+.2f} AP, 95% interval {low:+.2f} to {high:+.2f}" in lines[0]
+    assert lines[0] == "Does LIP detect better?"
+    assert f"{np.mean(differences):+.2f} AP, 95% interval {low:+.2f} to {high:+.2f}" in lines[1]
     with open(tmp_path / "run" / "report.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["variant"], row["figure"]) for row in rows} >= {("resnet18", "AP"), ("lip_resnet18", "APl")}

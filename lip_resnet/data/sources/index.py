@@ -21,7 +21,7 @@ from lip_resnet.data.decode import readable_suffixes
 from lip_resnet.data.sources.base import LeftOut
 from lip_resnet.data.sources.patterns import summarise
 from lip_resnet.data.sources.remote import MAX_REQUESTS, Remote
-from lip_resnet.files import write_atomically
+from lip_resnet.files import make_folder, write_atomically
 
 FILE = "index.npz"
 """The index's name beside the shards; numpy arrays, nothing pickled."""
@@ -170,10 +170,7 @@ def index_remote(remote: Remote, names: Sequence[str] | None = None) -> tuple[In
     except InputError as error:
         path = cached_index(remote.url, names)
         print(f"note: {error}; the index goes to the local cache", file=sys.stderr)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as failure:
-            raise InputError(f"{path.parent}: cannot make this directory: {failure.strerror}") from failure
+        make_folder(path.parent)
         _write(path, index)
         return index, str(path)
 
@@ -199,8 +196,8 @@ def _shards(root: Path, names: Sequence[str] | None) -> list[str]:
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise InputError(
-            f"data.root: {root} lacks {len(missing):,} of the {len(names):,} shards that are named, the first is "
-            f"{missing[0]}; it holds {summarise(present)}"
+            f"data.root: {len(missing):,} of the {len(names):,} shards that are named are missing in {root}, the "
+            f"first is {missing[0]}; it holds {summarise(present)}"
         )
     return sorted(names)
 
