@@ -120,7 +120,7 @@ def _detectors(design: Design, shipped: Design | None) -> str:
     name, results = design.folder.name, detection.load_results(design)
     verdict, *others = detection.make_sections(design, results, detection.compare(design, results))
     question = design.study.question or (shipped.study.question if shipped else "")
-    first = Section(name, tuple(filter(None, (question, *verdict.text))))
+    first = Section(name, tuple(dict.fromkeys([*([question] if question else []), *verdict.text])))
     text = re.sub("^#", "##", to_markdown([first, *others]), flags=re.MULTILINE)
     return f"{text}\n{_command(name, shipped)}\n"
 
