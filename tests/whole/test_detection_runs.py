@@ -12,7 +12,7 @@ from helpers import ROOT
 from helpers.commands import done, prepare
 from helpers.detection import small_detection
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("detection")]
+pytestmark = pytest.mark.slow
 TIMES = ("train/images_per_second", "train/data_wait")
 
 
