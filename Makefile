@@ -6,7 +6,7 @@ RUN := runs/demo
 PROCESSES ?= 2
 # torchrun's default is one thread a process; this shares out the cores.
 THREADS = $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // $(PROCESSES)))')
-# On CPUs everywhere: the README's figures, and no more processes than there are GPUs.
+# On the CPU, on machines with GPUs too: it gives the README's figures, and PROCESSES may be more than there are GPUs.
 TORCHRUN = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
 .PHONY: install help demo test test-slow lint figures docs dist bench faults soak clean
@@ -24,7 +24,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Keeps what a failed step made; every file is written whole or not at all.
+# make would delete a target whose step failed; these files are written whole or not at all.
 .PRECIOUS: $(RUN)/%/eval.json
 
 # Both digits recipes are trained, evaluated and compared. A finished part is not repeated; a killed one goes on.
@@ -72,7 +72,7 @@ faults: $(READY) ## kill runs, fill disks, break files (docs/faults.md)
 soak: $(READY) ## train under repeated kills and look for leaks
 	$(BIN)/python tests/faults/soak.py
 
-# Only what the targets above have made: an environment that was there before them stays, and other runs too.
+# Removes only what the targets above have made: an environment that make did not make stays, and so do other runs.
 clean: ## remove .venv and the demo's runs, if make has made them
 	test ! -e .venv/made-by-make || rm -rf .venv
 	rm -rf runs/demo/lip_resnet50 runs/demo/resnet50 runs/demo/table.md

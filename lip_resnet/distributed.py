@@ -74,9 +74,9 @@ def _find_device(name: str) -> torch.device:
         raise InputError(f"{processes} processes on this machine but {count} GPUs are visible; lower --nproc_per_node")
     if "RANK" not in os.environ:
         return torch.device("cuda", 0)
-    here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(here)
-    return here
+    gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(gpu)
+    return gpu
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Atomic writes of files, strict JSON, and digests of files."""
+"""Atomic writes of files, strict JSON, digests of files, and folders for a command's output."""
 
 import hashlib
 import json
@@ -56,8 +56,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_output(folder: Path) -> None:
-    """Check that ``--output`` is a new or an empty folder.
+def check_empty(folder: Path) -> None:
+    """Check that a command's ``--output`` is a new or empty folder.
 
     Raises:
         InputError: it is not.
@@ -66,8 +66,8 @@ def check_output(folder: Path) -> None:
         raise InputError(f"--output {folder} exists and is not an empty folder; give a new one or empty it")
 
 
-def make_output(folder: Path) -> None:
-    """Make the folder of ``--output``, if it is not there.
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where it does not exist.
 
     Raises:
         InputError: it cannot be made.
@@ -75,7 +75,7 @@ def make_output(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot make the folder: {error.strerror}") from error
+        raise InputError(f"{folder}: cannot make this folder: {error.strerror}") from error
 
 
 def sha256(path: Path) -> str:

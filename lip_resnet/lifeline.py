@@ -11,7 +11,7 @@ SECONDS = 1.0
 """Between two checks of the parent."""
 
 
-def exit_with_parent() -> None:
+def exit_with_parent(parent_pid: int | None = None) -> None:
     """End this process within seconds of the end of the process that started it.
 
     A process killed by SIGKILL cannot end its children: torchrun's ranks would train on without it, and loader workers
@@ -19,8 +19,12 @@ def exit_with_parent() -> None:
 
     For a child of ``multiprocessing``, the parent is the process that called ``Process.start()``. Under ``forkserver``
     the operating system's parent is the fork server instead, which lives as long as any of its children.
+
+    Args:
+        parent_pid: of the process that started this one, which may have ended before this call; by default the present
+            parent.
     """
-    parent, started_by = multiprocessing.parent_process(), os.getppid()
+    parent, started_by = multiprocessing.parent_process(), parent_pid or os.getppid()
 
     def watch() -> None:
         # Under fork, a sibling can inherit the pipe behind is_alive() and keep it open: so getppid() is checked too.

@@ -23,6 +23,7 @@ from lip_commands import DATA_HELP, DATA_NAME_HELP
 from lip_resnet import cli, distributed
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.location import KINDS
+from lip_resnet.files import make_folder
 from lip_resnet.models.published import RELEASED, RELEASED_FOLDER
 
 LIST = "https://drive.google.com/embeddedfolderview?id=" + RELEASED_FOLDER.rpartition("/")[2]
@@ -54,7 +55,7 @@ def download(url: str, path: Path) -> None:
         except _BROKEN as error:
             if pause is None or (isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)):
                 raise
-            print(f"note: {path.name}: {error}; going on in {pause:g} s", file=sys.stderr, flush=True)
+            print(f"note: {path.name}: {error}; retrying in {pause:g} s", file=sys.stderr, flush=True)
             time.sleep(pause)
     os.replace(part, path)
 
@@ -99,10 +100,7 @@ def fetch(folder: Path, names: list[str]) -> None:
     """
     missing = [name for name in names if not (folder / name).is_file()]
     what = f"{', '.join(missing)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot make this directory: {error.strerror}") from error
+    make_folder(folder)
     try:
         ids = list_folder() if missing else {}
         for name in missing:

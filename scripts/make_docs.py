@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
 FIGURE = FIGURES / "operator.svg"
 STUDIES = ROOT / "results" / "studies"
-ORDER = ("tiny_imagenet_100", "cifar10", "digits")
+ORDER = ("tiny_imagenet_100", "digit_scenes", "bccd", "cifar10", "digits")
 """Studies that docs/results.md and the README show first."""
 
 SITES_OF_RESNET50 = {"stem": [(64, 112)], "main": [(128, 56), (256, 28), (512, 14)]}
@@ -64,7 +64,7 @@ def criteria() -> str:
 
 
 def layer_costs() -> str:
-    """Parameters and multiply-adds of every layer at ResNet-50's sites, with what was published and what to mind."""
+    """Parameters and multiply-adds of every layer at ResNet-50's sites, with what was published and the pitfalls."""
     rows = []
     for name, layer in DOWNSAMPLING.items():
         cells = []
@@ -75,7 +75,7 @@ def layer_costs() -> str:
             cells += [f"{parameters:,}", f"{macs / 1e6:,.1f}"]
         rows.append([f"`{name}`", *cells, layer.published, layer.pitfalls])
     header = ["layer", "stem: parameters", "MACs (M)", "main, 3 stages: parameters", "MACs (M)"]
-    return render([*header, "published (top-1 on ImageNet, %)", "mind"], rows)
+    return render([*header, "published (top-1 on ImageNet, %)", "pitfalls"], rows)
 
 
 def paper() -> str:
@@ -238,8 +238,9 @@ def exported() -> list[Path]:
 
 
 def study_results() -> str:
-    """Every exported study, and the shipped ones without results."""
-    names = {path.stem: path for path in sorted((ROOT / "configs" / "studies").glob("*.yaml"))}
+    """Every exported study, and the shipped ones without results but ``own_images``, which is for the reader's."""
+    paths = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+    names = {path.stem: path for path in paths if path.stem != "own_images"}
     order = [*ORDER, *(name for name in names if name not in ORDER)]
     return summary.results_page(exported(), [names[name] for name in order], "figures/studies")
 

@@ -17,10 +17,9 @@ from lip_resnet import checkpoint, cli
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.compatibility import recorded_classes
 from lip_resnet.evaluation.per_class import Confusions, count_confusions, name_classes, read_result
-from lip_resnet.files import check_output, make_output, write_atomically, write_text
+from lip_resnet.files import check_empty, make_folder, write_atomically, write_text
 
 MOST_IN_PICTURE = 50
-STYLE = Path(cli.__file__).parent / "figures.mplstyle"
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
             raise InputError(f"--{flag} is {getattr(options, flag)}; it must be 0 or more")
     folder = options.output
     if folder is not None:
-        check_output(folder)
+        check_empty(folder)
     predictions, row = read_result(options.path, options.predictions)
     confusions = count_confusions(predictions)
     names = name_classes(confusions.classes, predictions, classes_of(row))
@@ -79,7 +78,7 @@ def print_table(header: list[str], lines: list[list[str]]) -> None:
 def write_files(folder: Path, confusions: Confusions, names: list[str]) -> None:
     draws = len(names) <= MOST_IN_PICTURE
     picture = draw(confusions, names) if draws else b""
-    make_output(folder)
+    make_folder(folder)
     correct = confusions.matrix.diagonal().tolist()
     lines = zip(confusions.classes, names, confusions.images.tolist(), correct, strict=True)
     write_csv(folder / "classes.csv", ["class", "name", "images", "correct"], lines)
@@ -101,13 +100,14 @@ def write_csv(path: Path, header: list[str], lines: Any) -> None:
 def draw(confusions: Confusions, names: list[str]) -> bytes:
     """The confusion matrix as a PNG: the share of a class's images, and with at most 20 classes the counts."""
     try:
-        import matplotlib
         from matplotlib.figure import Figure
+
+        from lip_resnet.insight import figures
     except ImportError as error:
         raise InputError('the picture needs the package matplotlib: pip install "lip-resnet[insight]"') from error
     share = confusions.matrix / np.maximum(confusions.images, 1)[:, None]
     side, buffer = 2.4 + 0.32 * len(names), io.BytesIO()
-    with matplotlib.rc_context(fname=STYLE):
+    with figures.style():
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)

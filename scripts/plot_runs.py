@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lip_resnet import cli
-from lip_resnet.config import Config, Effect, InputError
+from lip_resnet.config import Effect, InputError, Recipe
 from lip_resnet.files import write_atomically
-from lip_resnet.recipe import load_config
+from lip_resnet.recipe import load_recipe
 
 KINDS = ("pdf", "svg", "png")
 DEFAULTS = ("val/top1", "val/AP")
@@ -78,7 +78,7 @@ def main() -> None:
     print(options.output)
 
 
-def read_run(run: Path) -> tuple[Config, list[dict[str, Any]]]:
+def read_run(run: Path) -> tuple[Recipe, list[dict[str, Any]]]:
     """Recipe and lines of metrics.jsonl of a run folder; a last line that a kill has truncated is left out.
 
     Raises:
@@ -92,7 +92,7 @@ def read_run(run: Path) -> tuple[Config, list[dict[str, Any]]]:
         lines = [json.loads(text) for text in texts]
     except ValueError as error:
         raise InputError(f"{run / 'metrics.jsonl'}: a line is not JSON") from error
-    return load_config(run / "config.yaml"), lines
+    return load_recipe(run / "config.yaml"), lines
 
 
 def choose_metric(runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -113,7 +113,7 @@ def choose_metric(runs: dict[str, list[dict[str, Any]]]) -> str:
     raise InputError(f"{first} has {one} and {other} has {theirs}: one figure shows one metric; plot them separately")
 
 
-def read_curve(run: str, config: Config, lines: list[dict[str, Any]], metric: str, x: str) -> Curve:
+def read_curve(run: str, config: Recipe, lines: list[dict[str, Any]], metric: str, x: str) -> Curve:
     """The curve of one run.
 
     Raises:
@@ -140,7 +140,7 @@ def epochs_of(run: str, lines: list[dict[str, Any]], steps: NDArray[np.float64])
 
 
 def minutes_of(
-    run: str, config: Config, lines: list[dict[str, Any]], steps: NDArray[np.float64]
+    run: str, config: Recipe, lines: list[dict[str, Any]], steps: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Steps -> minutes, of the training steps alone, by the speeds in the log."""
     name = "train/images_per_second"

@@ -15,12 +15,12 @@ from typing import Any
 
 from bench import reencoding
 from prepare import archives, kaggle
-from prepare.writing import Member, make_folder, write_folder, write_shards
+from prepare.writing import Member, write_folder, write_shards
 from torchvision.datasets.imagenet import ARCHIVE_META
 
 from lip_resnet import cli
 from lip_resnet.config import InputError
-from lip_resnet.files import to_json, write_text
+from lip_resnet.files import make_folder, to_json, write_text
 
 
 def parse() -> Any:

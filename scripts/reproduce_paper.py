@@ -36,7 +36,7 @@ from lip_resnet.evaluation.paper import (
 from lip_resnet.evaluation.paper_detection import render_section
 from lip_resnet.evaluation.protocol import describe_training, difference, reference_protocol
 from lip_resnet.evaluation.rows import is_detection, read_rows
-from lip_resnet.files import sha256, to_json, write_text
+from lip_resnet.files import make_folder, sha256, to_json, write_text
 from lip_resnet.models import registry
 from lip_resnet.models.identify import check_finite, identify
 from lip_resnet.models.weights import put_weights
@@ -95,10 +95,7 @@ def prepare(folder: Path, force: bool) -> None:
     for name in ("report.md", "report.json"):
         if (folder / name).exists() and not force:
             raise InputError(f"{folder / name} exists; choose another --output or add --force")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot make this directory: {error.strerror}") from error
+    make_folder(folder)
 
 
 def accuracy(row: Row, result: dict[str, Any], images: int, retrained: bool, **facts: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lip_resnet.config import DetectionConfig, InputError
 from lip_resnet.detection.canvas import canvas, resize, resized
 from lip_resnet.detection.rows import DetectionEvalConfig
 from lip_resnet.detection.sources import build_sources
-from lip_resnet.files import check_output, write_text
+from lip_resnet.files import check_empty, write_text
 from lip_resnet.insight.gallery import Picture, to_page, write_picture
 from lip_resnet.insight.importance import importance_maps
 from lip_resnet.models.weights import choose_weights
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
         raise InputError(f"--limit is {options.limit}; it must be at least 1")
     if not 0 <= options.score <= 1:
         raise InputError(f"--score is {options.score}; it must be between 0 and 1")
-    check_output(options.output)
+    check_empty(options.output)
     return options
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     trained = checkpoint.read_recipe(payload, options.checkpoint, DetectionConfig)
     unchanged = dict.fromkeys(("eval_size", "eval_batch_size", "workers", "precision"))
     config = choose_protocol(argparse.Namespace(**vars(options), **unchanged), trained)
-    ema = choose_weights(payload, options.checkpoint, options.weights or (trained and trained.train.rules)) == "ema"
+    ema = choose_weights(payload, options.checkpoint, options.weights, trained) == "ema"
     (source,) = build_sources(config.data, config.model.num_classes, ("val",))
     model = load_detector(config, payload, options.checkpoint, ema)
     chosen = pictures.evenly(len(source), options.limit)

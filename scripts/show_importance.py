@@ -26,7 +26,7 @@ from lip_resnet.data.decode import BadImage
 from lip_resnet.data.photographs import Photograph, find_photographs, read_photograph, sample_images
 from lip_resnet.evaluation.compatibility import check_normalization
 from lip_resnet.evaluation.protocol import EvalConfig
-from lip_resnet.files import check_output, write_text
+from lip_resnet.files import check_empty, write_text
 from lip_resnet.insight import SiteMaps, importance_maps
 from lip_resnet.insight.gallery import Picture, to_page, write_picture
 from lip_resnet.insight.importance import choose_sites
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.limit < 1:
         raise InputError(f"--limit is {options.limit}; it must be at least 1")
-    check_output(options.output)
+    check_empty(options.output)
     return options
 
 
@@ -128,8 +128,7 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, EvalConfig, st
             f"{options.checkpoint} is a detector: scripts/show_detections.py --maps shows its importance maps"
         )
     trained = None if untrained else checkpoint.read_recipe(payload, options.checkpoint)
-    asked = argparse.Namespace(**vars(options), data="." if options.model else None, dataset=None, pretrained=False)
-    config = choose_protocol(asked, payload, trained)
+    config = choose_protocol(options.checkpoint, payload, trained, options.config, options.model)
     if untrained:
         torch.manual_seed(0)
         model = registry.build_model(config.model.model_copy(update={"weights": None}))
@@ -138,9 +137,8 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, EvalConfig, st
     else:
         advice = "show it by its own recipe, without --config and --model"
         check_normalization(trained, config.data, options.checkpoint, advice)
-        kind = options.weights or (trained.train.rules if trained else None)
-        ema = choose_weights(payload, options.checkpoint, kind) == "ema"
-        model = build(config, asked, payload, ema)
+        ema = choose_weights(payload, options.checkpoint, options.weights, trained) == "ema"
+        model = build(config, payload, options.checkpoint, ema)
         step = f", step {payload['step']}" if isinstance(payload.get("step"), int) else ""
         short = Path(*Path(options.checkpoint).resolve().parts[-3:])
         title = f"{config.model.name} from {short}{step}{', averaged weights' if ema else ''}"

@@ -6,7 +6,8 @@
     python scripts/study.py report STUDY.yaml                            tables, intervals, figures and a verdict
     python scripts/study.py export STUDY.yaml                            a compact record that report reads too
 
-``run`` can be stopped or killed at any time: the same command goes on, and never repeats a finished cell.
+``run`` can be stopped or killed at any time: the same command goes on, and never repeats a finished cell. When all are
+finished it writes the report. ``probe.py robustness FOLDER`` measures the robustness of every finished cell.
 """
 
 import sys
@@ -18,7 +19,15 @@ from bench.timing import CLOCKS
 from lip_resnet import cli
 from lip_resnet.config import InputError
 from lip_resnet.files import to_json, write_text
-from lip_resnet.recipe import find_recipe
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "to": ("export",),
+    "jobs": ("plan", "run"),
+    "shard": ("run",),
+    "no_measure": ("plan",),
+    **dict.fromkeys(("candidates", "rounds", "batch", "clock"), ("measure",)),
+}
+"""Option -> the actions that take it; the others take no options but --output."""
 
 
 def main() -> None:
@@ -37,17 +46,18 @@ def main() -> None:
     parser.add_argument("--no-measure", action="store_true", help="plan: do not measure a training step")
     parser.add_argument("--candidates", nargs="+", default=[], metavar="MODEL", help="measure: networks to time beside")
     parser.add_argument("--rounds", type=int, default=7, help="measure: rounds (default 7)")
-    parser.add_argument("--batch", type=int, default=32, help="measure: images of a step (default 32)")
+    parser.add_argument("--batch", type=int, help="measure: images of a step (default: a process's, of the recipe)")
     parser.add_argument(
         "--clock", choices=tuple(CLOCKS), default="wall", help="measure: cpu counts one thread's time on a busy machine"
     )
     options = parser.parse_intermixed_args()
     for name, least in (("jobs", 1), ("rounds", 2), ("batch", 1)):
-        if getattr(options, name) < least:
-            raise InputError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
+        if (value := getattr(options, name)) is not None and value < least:
+            raise InputError(f"--{name} is {value}; it must be at least {least}")
     index, shards = cells.parse_shard(options.shard)
-    if options.to and options.action != "export":
-        raise InputError(f"--to {options.to} is of export, not of {options.action}")
+    for name, actions in OPTIONS.items():
+        if getattr(options, name) != parser.get_default(name) and options.action not in actions:
+            raise InputError(f"--{name.replace('_', '-')} is of {' and '.join(actions)}, not of {options.action}")
     if options.action in ("report", "export"):
         if options.overrides:
             line = f"{options.action} takes no overrides ({options.overrides[0]}): it shows the study that was run"
@@ -58,7 +68,7 @@ def main() -> None:
         else:
             print("\n".join(report.write_report(record)))
         return
-    if find_recipe(options.study).is_dir():
+    if design.find_study(options.study).is_dir():
         if options.overrides or options.output:
             raise InputError(f"{options.study} is a study's folder: it takes no overrides and no --output")
         study = design.load_record(Path(options.study))
@@ -73,6 +83,8 @@ def main() -> None:
         row = costs.measure(study, options.candidates, options.rounds, options.batch, options.clock)
         if (study.folder / "study.yaml").is_file():
             write_text(study.folder / "costs.json", to_json(row, indent=2) + "\n")
+        else:
+            print(f"note: not kept, for {study.folder} holds no study yet: measure again after run", file=sys.stderr)
         print("\n".join(costs.summarize(study, row)))
         return
     design.write_design(study)
@@ -84,6 +96,8 @@ def main() -> None:
         line = f"{len(failed)} cells failed: {', '.join(failed)}; the same command tries them again"
         print(f"study.py: error: {line}", file=sys.stderr)
         sys.exit(1)
+    if done == len(study.cells()):
+        print("\n".join(report.write_report(study)))
 
 
 if __name__ == "__main__":

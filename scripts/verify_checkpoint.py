@@ -71,7 +71,7 @@ def verify(options: Any, expected: str | None = None) -> bool:
     say(f"sha256    {sha256(path)}")
     say(f"holds     {describe(payload)}")
     trained = checkpoint.read_recipe(payload, str(path))
-    kind = choose_weights(payload, str(path), options.weights or (trained.train.rules if trained else None))
+    kind = choose_weights(payload, str(path), options.weights, trained)
     ema = kind == "ema"
     network = identify(payload, str(path), ema)
     if expected not in (None, network.model):

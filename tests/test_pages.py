@@ -117,6 +117,32 @@ def test_recipes_scripts_and_targets_exist():
     assert {first or second for first, second in commands} - {"train-lip_resnet50", "val-lip_resnet50"} <= targets
 
 
+def test_the_tree_names_every_module():
+    tree = TEXTS["docs/architecture.md"].partition("## The tree")[2].partition("\n## ")[0]
+    parts = re.split(r"^ {4,}(\w+)/\s", tree, flags=re.MULTILINE)
+    named = dict(zip(parts[1::2], parts[2::2], strict=True))
+    folders = [ROOT / "scripts", *(path.parent for path in (ROOT / "lip_resnet").glob("**/__init__.py"))]
+    for folder in folders:
+        if folder.name in named:  # all but folders in folders, such as data/sources
+            modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+            assert modules <= set(re.findall(r"\w+", named[folder.name])), folder
+
+
+def test_commands_give_what_their_script_needs():
+    """Flags and positional arguments of commands in the pages, by the source of the script itself."""
+    helpers = {"benchmark": "bench/*.py", "benchmark_gpu": "bench/stages.py"}
+    for script, arguments in re.findall(
+        r"^ {4}python scripts/(\w+)\.py( .*)?$", ALL.replace("\\\n", " "), re.MULTILINE
+    ):
+        paths = [ROOT / "scripts" / f"{script}.py", *(ROOT / "scripts").glob(helpers.get(script, "no"))]
+        code = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+        given = arguments.partition(" # ")[0].replace("[", " ").replace("]", " ").split()
+        assert all(f'"{flag}"' in code for flag in given if flag.startswith("--")), (script, given)
+        if re.search(r'(\.add_argument|(?<![.\w])add)\(\s*"\w', code):
+            assert given, f"{script}.py needs an argument"
+            assert not given[0].startswith("--"), f"{script}.py: give its argument before the flags"
+
+
 def test_flags_in_commands_exist():
     folders = ("scripts", "lip_resnet", "tests/faults")
     sources = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]

@@ -40,12 +40,13 @@ def main(options: Namespace) -> None:
         check_new_file(Path(options.predictions), several)
     outputs = [rows.row_path(options.checkpoint, options.output, name, several) for name in names]
 
-    trained = checkpoint.read_recipe(payload, options.checkpoint)
-    kind = options.weights or (trained.train.rules if trained else None)
-    ema = choose_weights(payload, options.checkpoint, kind) == "ema"
-    recipe = choose_protocol(options, payload, trained)
-    own_recipe = "evaluate it by its own recipe, without --config and --model"
-    check_normalization(trained, recipe.data, options.checkpoint, own_recipe)
+    source = options.checkpoint or f"timm:{options.model}"
+    trained = checkpoint.read_recipe(payload, source)
+    ema = choose_weights(payload, source, options.weights, trained) == "ema"
+    recipe = choose_protocol(source, payload, trained, options.config, options.model)
+    if options.model and not options.data:
+        raise InputError(f"--data is missing: the directory that holds {(options.dataset or ['val/'])[0]}")
+    check_normalization(trained, recipe.data, source, "evaluate it by its own recipe, without --config and --model")
     same_classes = trained is not None and trained.data.classes == recipe.data.classes
     classes = recorded_classes(payload) if same_classes else None
     keys = ("precision", "eval_size", "eval_resize", "crop_mode", "interpolation", "eval_batch_size", "workers")
@@ -57,13 +58,12 @@ def main(options: Namespace) -> None:
         for name, (config, split) in zip(names, plans, strict=True)
     ]
     for data in sets:
-        check_set(payload, data, options.checkpoint)
+        check_set(payload, data, source)
     if distributed.is_main():
         print_notes(configs, sets, trained, bool(options.dataset), bool(options.eval_size and not options.eval_resize))
     # Before the network: the loader's workers are forked before other threads start.
     loader = EvalLoader(testsets.Joined(sets), configs[0].data)
-    model = build(recipe, options, payload, ema)
-
+    model = registry.create_pretrained(recipe.model.name) if options.pretrained else build(recipe, payload, source, ema)
     for config in configs:
         registry.check_size(model, config.data.eval_size)
     model.to(device).to(memory_format=memory.layout(recipe.channels_last, device))
@@ -77,7 +77,6 @@ def main(options: Namespace) -> None:
         if distributed.is_main():
             print_result(data, result, with_name=bool(options.dataset))
         if distributed.is_main() and output is not None:
-            source = options.checkpoint or f"timm:{recipe.model.name}"
             row = rows.build_row(model, source, ema, data, config, result, payload, trained)
             named = {"predictions": options.predictions} if options.predictions else {}
             rows.write_row(output, row | named)
@@ -89,29 +88,31 @@ def is_detection(options: Namespace, payload: dict[str, Any]) -> bool:
     return task_of(tree) == "detection"
 
 
-def choose_protocol(options: Namespace, payload: dict[str, Any], trained: Config | None) -> EvalConfig:
-    """The protocol of ``--config``, timm's for ``--model``, or the run's; with as many classes as the weights have."""
-    if options.config:
-        config = EvalConfig.from_recipe(load_config(options.config))
-    elif options.model:
-        config = timm_protocol(options.model, registry.pretrained_cfg(options.model))
-        if not options.data:
-            raise InputError(f"--data is missing: the directory that holds {(options.dataset or ['val/'])[0]}")
+def choose_protocol(
+    source: str, payload: dict[str, Any], trained: Config | None, config: str | None, model: str | None
+) -> EvalConfig:
+    """The protocol of the recipe ``config``, timm's for ``model``, or the run's; with as many classes as the weights.
+
+    Raises:
+        InputError: nothing names the model of the checkpoint ``source``, or there is no such recipe or model.
+    """
+    if config:
+        protocol = EvalConfig.from_recipe(load_config(config))
+    elif model:
+        protocol = timm_protocol(model, registry.pretrained_cfg(model))
     elif trained is not None:
         return EvalConfig.from_recipe(trained)
     else:
-        raise InputError(f"{options.checkpoint} does not name its model; add --model NAME or --config FILE")
-    head = registry.pretrained_cfg(config.model.name).get("classifier")
-    weight = extract_weights(payload, options.checkpoint).get(f"{head}.weight") if payload else None
+        raise InputError(f"{source} does not name its model; add --model NAME or --config FILE")
+    head = registry.pretrained_cfg(protocol.model.name).get("classifier")
+    weight = extract_weights(payload, source).get(f"{head}.weight") if payload else None
     if weight is None:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": len(weight)})})
+        return protocol
+    return protocol.model_copy(update={"model": protocol.model.model_copy(update={"num_classes": len(weight)})})
 
 
-def build(config: EvalConfig, options: Namespace, payload: dict[str, Any], ema: bool) -> torch.nn.Module:
-    """The network with the weights to evaluate."""
-    if options.pretrained:
-        return registry.create_pretrained(config.model.name)
+def build(config: EvalConfig, payload: dict[str, Any], source: str, ema: bool) -> torch.nn.Module:
+    """The network with the weights of a checkpoint; ``source`` names it in errors."""
     model = registry.build_model(config.model.model_copy(update={"weights": None}))
-    put_weights(model, payload, options.checkpoint, ema=ema)
+    put_weights(model, payload, source, ema=ema)
     return model

@@ -39,8 +39,7 @@ def main(options: Namespace, payload: dict[str, Any]) -> None:
         if path := getattr(options, flag[2:]):
             check_new_file(Path(path), several=False, flag=flag, suffix=suffix)
     trained = checkpoint.read_recipe(payload, options.checkpoint, DetectionConfig)
-    kind = options.weights or (trained.train.rules if trained else None)
-    ema = choose_weights(payload, options.checkpoint, kind) == "ema"
+    ema = choose_weights(payload, options.checkpoint, options.weights, trained) == "ema"
     config = choose_protocol(options, trained)
     check_normalization(trained, config.data, options.checkpoint, "evaluate it by its own recipe, without --config")
     (source,) = build_sources(config.data, config.model.num_classes, ("val",))

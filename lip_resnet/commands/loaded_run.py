@@ -73,7 +73,7 @@ def load_run(path: str | Path, *, weights: str | None = None, device: str | torc
     """
     payload, source = checkpoint.load(checkpoint.resolve(path)), str(path)
     trained = checkpoint.read_recipe(payload, source)
-    ema = choose_weights(payload, source, weights or (trained.train.rules if trained else None)) == "ema"
+    ema = choose_weights(payload, source, weights, trained) == "ema"
     network = identify(payload, source, ema)
     model = network.build(trained)
     put_weights(model, payload, source, ema=ema)

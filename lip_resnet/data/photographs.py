@@ -45,9 +45,8 @@ def find_photographs(paths: Iterable[str | Path]) -> list[Path]:
         try:
             if path.is_dir():
                 named = (file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-                below = sorted(
-                    file for file in named if file.is_file() or not file.exists()
-                )  # a link to nothing is named
+                # A link to nothing is kept: reading it is an error that names it.
+                below = sorted(file for file in named if file.is_file() or not file.exists())
                 inside = [file for file in below if not any(p.startswith(".") for p in file.relative_to(path).parts)]
             elif not path.is_file():
                 raise InputError(f"{path}: {'not a file or folder' if path.exists() else 'no such file or folder'}")

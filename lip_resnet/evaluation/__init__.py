@@ -1,11 +1,10 @@
-"""Evaluation: exact counts, how weights are evaluated, and the rows and tables of the results.
+"""Evaluation: exact counts on a set of images, and the rows and tables of the results.
 
-``evaluate`` is the loop, ``metrics`` its counts, and ``nonfinite`` names the module at fault. ``protocol`` holds how
-weights are evaluated (``EvalConfig``), ``location``, ``testsets`` and ``classes`` on which images and classes; ``cost``
-counts parameters and multiply-adds. ``rows`` writes and reads results, ``tables`` groups and compares them, ``render``
-makes any table a text, and ``paper`` compares results with the published figures. ``robustness`` measures how a
-network's answers change with shifts, test resolution and object size, and ``attribution`` averages the scores of maps
-of the pixels, which are handed in. ``predictions`` writes and reads the answers to every image, and ``compatibility``
-says whether weights belong to an evaluation. Of detectors, ``matching`` and ``average_precision`` compute COCO's AP and
-its bootstrap, and ``paper_detection`` compares it with the published one.
+``evaluate`` is the loop, ``metrics`` its counts, and ``nonfinite`` names the module at fault. ``protocol.EvalConfig``
+is how weights are evaluated; ``location``, ``testsets`` and ``classes`` say on which images, and ``compatibility``
+whether the weights belong to them. ``predictions`` has the prediction of every image, ``per_class`` their counts by
+class. ``rows`` writes and reads results, ``tables`` compares them, ``render`` formats a table, ``cost`` counts
+parameters and multiply-adds; ``paper`` and ``baselines`` compare with published figures. The probes are in
+``robustness`` (shifts, test size, object size) and ``attribution`` (maps of the pixels). Of detectors, ``matching`` and
+``average_precision`` compute COCO's AP and its bootstrap, and ``paper_detection`` compares it with the published one.
 """

@@ -1,6 +1,7 @@
-"""Do maps of the pixels mean anything? Means and intervals over a set of images of scores that are handed in.
+"""Do maps of the pixels mean anything? Scores of every image of a set, with means and confidence intervals.
 
-What a map is and how it is scored, ``insight`` knows; here images are read, boxes cropped, and scores gathered.
+The caller passes the function that makes and scores maps (of ``insight``, which this wing does not import); here images
+are read, boxes cropped and scores gathered.
 """
 
 import io
@@ -36,7 +37,7 @@ def measure_deletion(
     """Deletion: the area under the curve of the predicted class's probability as the image is removed, in percent.
 
     Args:
-        every: take each so manieth image of the set; None: all.
+        every: take every Nth image of the set; None: all.
         score: method -> (B, points) in [0, 1], of a batch; its fourth argument is the indices of the images.
     """
     every = 1 if every is None else every

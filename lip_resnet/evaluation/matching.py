@@ -68,21 +68,33 @@ class Matches:
         Raises:
             InputError: it cannot be written.
         """
-        buffer = io.BytesIO()
-        packed = {name: np.packbits(getattr(self, name), axis=-1) for name in ("hit", "ignored")}
-        np.savez_compressed(buffer, **{**vars(self), **packed})
-        write_atomically(path, lambda file: file.write(buffer.getvalue()))
+        write_matches(path, {"": self})
 
 
-def read_matches(path: Path) -> Matches:
-    """Read a file of ``Matches.write``.
+def write_matches(path: Path, matches: Mapping[str, Matches]) -> None:
+    """Write the matches of several evaluations into one .npz file, each under a prefix.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    arrays: dict[str, Any] = {}
+    for prefix, each in matches.items():
+        packed = {name: np.packbits(getattr(each, name), axis=-1) for name in ("hit", "ignored")}
+        arrays |= {prefix + name: array for name, array in {**vars(each), **packed}.items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def read_matches(path: Path, prefix: str = "") -> Matches:
+    """Read a file of ``Matches.write``, or the matches under a prefix in one of ``write_matches``.
 
     Raises:
         InputError: it cannot be read, or is not such a file.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {field.name: file[field.name] for field in fields(Matches)}
+            arrays = {field.name: file[prefix + field.name] for field in fields(Matches)}
         for name in ("hit", "ignored"):
             arrays[name] = np.unpackbits(arrays[name], axis=-1, count=len(THRESHOLDS)).astype(bool)
         detections = {(*arrays[name].shape, len(AREAS), len(THRESHOLDS))[:3] for name in _OF_DETECTIONS[:2]}
@@ -203,11 +215,11 @@ def _intersection_over_union(
     boxes: NDArray[np.float64], objects: NDArray[np.float64], crowd: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
     """(P, D, 4), (P, G, 4) as x, y, width, height, and (P, G) -> (P, D, G); of a crowd, over the detection's area."""
-    one, two = boxes[:, :, None], objects[:, None]
-    sides = np.minimum(one[..., :2] + one[..., 2:], two[..., :2] + two[..., 2:])
-    sides = np.maximum(sides - np.maximum(one[..., :2], two[..., :2]), 0)
-    shared, area = sides[..., 0] * sides[..., 1], one[..., 2] * one[..., 3]
-    union = np.where(crowd[:, None], area, area + two[..., 2] * two[..., 3] - shared)
+    boxes, objects = boxes[:, :, None], objects[:, None]
+    sides = np.minimum(boxes[..., :2] + boxes[..., 2:], objects[..., :2] + objects[..., 2:])
+    sides = np.maximum(sides - np.maximum(boxes[..., :2], objects[..., :2]), 0)
+    shared, area = sides[..., 0] * sides[..., 1], boxes[..., 2] * boxes[..., 3]
+    union = np.where(crowd[:, None], area, area + objects[..., 2] * objects[..., 3] - shared)
     return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
 
 

@@ -36,7 +36,7 @@ SCALE_LABEL = (
 )
 NAMES = {"lip": "LIP", "softpool": "SoftPool", "detail_preserving": "detail-preserving"}
 _GREYS = (0.25, 0.85)
-"""Of the photograph under a map: without black and white, on which colours cannot be told."""
+"""Darkest and lightest grey of the photograph under a map: colours cannot be told apart on black and white."""
 
 
 @contextlib.contextmanager

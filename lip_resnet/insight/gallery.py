@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lip_resnet.files import make_output, write_atomically
+from lip_resnet.files import make_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def write_picture(folder: Path, file: str, alternative: str, content: bytes) -> 
     Raises:
         InputError: it cannot be written.
     """
-    make_output(folder)
+    make_folder(folder)
     write_atomically(folder / file, lambda opened: opened.write(content))
     return Picture(file, alternative, content)
 

@@ -51,7 +51,7 @@ class FrequencyCrop(WindowLayer):
         spectrum = torch.fft.fftshift(torch.fft.fft2(x.float(), norm="forward"), dim=(-2, -1))
         spectrum = spectrum[..., top : top + h, left : left + w]
         y = torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1)), norm="forward").real
-        return y.to(x.dtype, memory_format=layout_of(x))
+        return y.to(x.dtype).contiguous(memory_format=layout_of(x))
 
 
 @register_notrace_module

@@ -282,7 +282,7 @@ def check_layer(name: str, site: str = "layer", presets: Iterable[str] = ()) -> 
     Raises:
         ValueError: it is not; the message names the nearest key, or one of ``presets``, and all keys.
     """
-    if name not in DOWNSAMPLING:
+    if not isinstance(name, str) or name not in DOWNSAMPLING:
         near = difflib.get_close_matches(str(name), [*DOWNSAMPLING, *presets], n=1)
         hint = f", did you mean {near[0]}?" if near else ";"
         raise ValueError(f"{site}: unknown downsampling layer {name!r}{hint} known: {', '.join(DOWNSAMPLING)}")

@@ -11,9 +11,9 @@ def move_parameters(
 ) -> None:
     """Take parameters that ``model`` has no more out of the optimizer, with their state, and put the new ones in.
 
-    A new parameter joins the group of the nearest parameter before it in the model that was there already and is of its
-    kind (weights with weights, vectors with vectors: groups without weight decay stay such), else of the nearest of any
-    kind. It starts without state.
+    A new parameter joins the group of the one that had its name; else that of a parameter of its kind (weights with
+    weights, vectors with vectors: groups without weight decay stay such), the nearest one in the same module, or in the
+    one around it, and so on. It starts without state.
 
     Args:
         optimizer: of the model before its change.
@@ -21,19 +21,34 @@ def move_parameters(
     """
     groups = enumerate(optimizer.param_groups)
     group_of = {id(parameter): number for number, group in groups for parameter in group["params"]}
-    now = list(model.parameters())
-    kept = {id(parameter) for parameter in now}
+    named = {name: group_of[id(parameter)] for name, parameter in before if id(parameter) in group_of}
+    now = list(model.named_parameters())
+    names = {id(parameter): name for name, parameter in now}
     for _, parameter in before:
-        if id(parameter) not in kept:
+        if id(parameter) not in names:
             optimizer.state.pop(parameter, None)
-    added: dict[int, list[nn.Parameter]] = {}
     known = {id(parameter) for _, parameter in before}
-    for index, parameter in enumerate(now):
-        if id(parameter) in known:
+    added: dict[int, list[nn.Parameter]] = {}
+    for index, (name, parameter) in enumerate(now):
+        others = [(number, other, each) for number, (other, each) in enumerate(now) if id(each) in group_of]
+        if id(parameter) in known or not others:
             continue
-        near = [each for each in [*now[index::-1], *now[index:]] if id(each) in group_of]
-        alike = [each for each in near if (each.dim() > 1) == (parameter.dim() > 1)]
-        if near:
-            added.setdefault(group_of[id((alike or near)[0])], []).append(parameter)
+        nearest = min(
+            others,
+            key=lambda at: (
+                (at[2].dim() > 1) != (parameter.dim() > 1),
+                -_common_modules(at[1], name),
+                abs(at[0] - index),
+            ),
+        )
+        added.setdefault(named.get(name, group_of[id(nearest[2])]), []).append(parameter)
     for number, group in enumerate(optimizer.param_groups):
-        group["params"] = [each for each in group["params"] if id(each) in kept] + added.get(number, [])
+        group["params"] = [each for each in group["params"] if id(each) in names] + added.get(number, [])
+        if "param_names" in group:  # of an optimizer that was given named parameters
+            group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
+
+
+def _common_modules(one: str, other: str) -> int:
+    """How many modules, from the outermost on, two parameters are both in."""
+    pairs = list(zip(one.split("."), other.split("."), strict=False))
+    return next((depth for depth, (a, b) in enumerate(pairs) if a != b), len(pairs))

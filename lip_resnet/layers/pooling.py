@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lip_resnet.layers.logits import BottleneckHead
 from lip_resnet.layers.window import Window, WindowLayer
+from lip_resnet.ops.dispatch import layout_of
 from lip_resnet.ops.lip import lip2d
 
 # torch.fx cannot trace shape checks, so the operator and the modules registered below are leaves of a traced graph.
@@ -102,7 +103,8 @@ class Strided(WindowLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = map(self.window.out, x.shape[-2:])
-        return x[..., self.first :: self.window.stride, self.first :: self.window.stride][..., :h, :w]
+        y = x[..., self.first :: self.window.stride, self.first :: self.window.stride][..., :h, :w]
+        return y.contiguous(memory_format=layout_of(x))  # a view would keep all of x in memory
 
 
 @register_notrace_module
@@ -111,7 +113,8 @@ class StridedAverage(WindowLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = map(self.window.out, x.shape[-2:])
-        return F.avg_pool2d(x, self.window.stride, ceil_mode=True, count_include_pad=False)[..., :h, :w]
+        y = F.avg_pool2d(x, self.window.stride, ceil_mode=True, count_include_pad=False)[..., :h, :w]
+        return y.contiguous(memory_format=layout_of(x))
 
 
 class DetailPreserving(WindowLayer):

@@ -9,6 +9,7 @@ several times in a forward pass is kept, unless its replacement has no weights t
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from lip_resnet.layers.downsampling import LogitOptions, make_layer
 from lip_resnet.layers.logits import BottleneckHead, BottleneckTrunk
 from lip_resnet.layers.optimizer import move_parameters
 from lip_resnet.layers.placement import (
+    PLACEMENTS,
+    PRESETS,
     BlockInput,
     Choice,
     DownsampledConv2d,
@@ -55,7 +58,7 @@ class Replacements:
     refused: dict[str, str] = field(default_factory=dict)
     """Those of ``kept`` for which a layer was chosen that cannot stand there."""
     unused: list[str] = field(default_factory=list)
-    """Keys of a mapping ``layers`` by which nothing was replaced."""
+    """Keys of a mapping or preset by which nothing was replaced."""
 
     @property
     def left(self) -> dict[str, str]:
@@ -66,6 +69,7 @@ class Replacements:
         lines = [f"{len(self.swapped)} replaced, {len(self.kept)} kept"]
         lines += [f"  {name}: {change}" for name, change in self.swapped.items()]
         lines += [f"  {name}: kept, {reason}" for name, reason in self.kept.items()]
+        lines += [f"  {key}: nothing was replaced by this choice" for key in self.unused]
         lines.append("  not seen: pooling that a forward method calls as a function, such as F.max_pool2d")
         return "\n".join(lines)
 
@@ -148,8 +152,8 @@ def replace_downsampling(
             report.kept[name] = report.refused[name] = str(error)
             continue
         used.add(choice[0])
-        report.swapped[name] = f"{site}, {describe(old)} -> {builder.describe(site, choice[1])}"
-    if not isinstance(layers, str):  # a layer or preset is for every site that there is
+        report.swapped[name] = f"{site}, {describe(old)} -> {builder.describe(old, site, choice[1])}"
+    if not isinstance(layers, str) or layers in PRESETS:  # a layer alone is for every site that there is
         report.unused = [key for key in choices.by_key if key not in used]
     try:
         trial, trial_plan = copy.deepcopy((model, plan))
@@ -176,9 +180,10 @@ class _Builder:
     options: LogitOptions
     factory_kwargs: dict[str, Any]
 
-    def describe(self, site: str, choice: Choice) -> str:
-        """The choice in words, with what ``lip`` means at the site."""
-        return str(choice).replace(choice.layer, self._layer(site, choice), 1)
+    def describe(self, old: StridedLayer, site: str, choice: Choice) -> str:
+        """The choice in words, with what ``lip`` means at the site; pooling is replaced where it is."""
+        choice = dataclasses.replace(choice, layer=self._layer(site, choice))
+        return str(choice if isinstance(old, nn.Conv2d) else dataclasses.replace(choice, placement=PLACEMENTS[0]))
 
     def _layer(self, site: str, choice: Choice) -> str:
         return "lip_simplified" if choice.layer == "lip" and site == "stem" else choice.layer
@@ -234,12 +239,12 @@ class _Builder:
             new = nn.Conv2d(old.in_channels, old.out_channels, 1, bias=bias, **self.factory_kwargs).train(old.training)
             nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
             return [(old, PooledConv2d(new, pool))], pool
-        following = self._next(name, old)
+        following = self._next(name)
         pool = self._pool(name, layer, old.out_channels, window)
         return [(old, Unstrided(old)), (following, PooledConv2d(following, pool))], pool
 
-    def _next(self, name: str, old: nn.Conv2d) -> nn.Conv2d:
-        """The convolution that reads the activations of ``old``: the next one in its block with a map of that shape."""
+    def _next(self, name: str) -> nn.Conv2d:
+        """The convolution that reads a convolution's activations: the next one in its block that reads its shape."""
         block, names = name.rpartition(".")[0], list(self.calls)
         for other in names[names.index(name) + 1 :]:
             module = self.calls[other].module

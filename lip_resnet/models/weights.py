@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lip_resnet.checkpoint import describe_entries, load, printable, resolve
-from lip_resnet.config import InputError
+from lip_resnet.config import InputError, Recipe
 from lip_resnet.models.description import check_network
 
 _PLAIN = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "weights", "params")
@@ -22,15 +22,17 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 _COUNTER = "num_batches_tracked"
 
 
-def choose_weights(payload: dict[str, Any], source: str, asked: str | None) -> str:
+def choose_weights(payload: dict[str, Any], source: str, asked: str | None, trained: Recipe | None = None) -> str:
     """Which weights of a checkpoint are meant: "model", or "ema", the averaged ones.
 
     Args:
-        asked: one of the two; None: the plain ones, unless the checkpoint holds only averaged ones.
+        asked: one of the two, such as ``--weights``; None: what ``train.rules`` of the recipe ``trained`` says, and
+            without a recipe the plain ones, unless the checkpoint holds only averaged ones.
 
     Raises:
         InputError: "model", and it holds only averaged ones.
     """
+    asked = asked or (trained.train.rules if trained is not None else None)
     only_averaged = not _entries(payload, _PLAIN) and bool(_entries(payload, _AVERAGED))
     if asked == "model" and only_averaged:
         raise InputError(f"{source}: holds only averaged (EMA) weights: --weights ema")

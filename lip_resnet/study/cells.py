@@ -1,6 +1,7 @@
 """The cells of a study: each is trained by train.py and evaluated by eval.py, in processes that end with this one."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -23,14 +24,14 @@ from lip_resnet.study.design import Cell, Design
 
 ROOT = Path(__file__).parents[2]
 """The checkout, which holds train.py and eval.py."""
-_STOPPED = EXIT_CODES[Stopped]
+_STOPPED, _REFUSED = EXIT_CODES[Stopped], EXIT_CODES[InputError]
 # A child that runs a Python script and ends when this process does, even if that is killed outright.
 _CHILD = (
-    "import runpy, sys; from lip_resnet.lifeline import exit_with_parent; exit_with_parent(); "
+    "import runpy, sys; from lip_resnet.lifeline import exit_with_parent; exit_with_parent({parent}); "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 _TORCHRUN = (
-    "import sys; from lip_resnet.lifeline import exit_with_parent; exit_with_parent(); "
+    "import sys; from lip_resnet.lifeline import exit_with_parent; exit_with_parent({parent}); "
     "from torch.distributed.run import main; main(sys.argv[1:])"
 )
 
@@ -38,8 +39,10 @@ _TORCHRUN = (
 def run_cells(design: Design, cells: Sequence[Cell], jobs: int) -> dict[str, str]:
     """Train and evaluate the cells that are not finished, ``jobs`` at a time, with a progress bar.
 
-    A cell that was begun goes on from its last checkpoint; one that failed is tried again. SIGTERM and SIGINT stop the
-    running cells, which save first. With several GPUs, cells that run at the same time have GPUs of their own.
+    A cell that was begun goes on from its last checkpoint; one that failed is tried again. A variant whose recipe or
+    data a command refuses is not tried with further seeds. SIGTERM and SIGINT stop the running cells, which save first.
+    With several GPUs, cells that run at the same time have GPUs of their own. Cells that another process runs are left
+    to it.
 
     Returns:
         Failed cells -> the last line that each has printed.
@@ -48,28 +51,31 @@ def run_cells(design: Design, cells: Sequence[Cell], jobs: int) -> dict[str, str
         Stopped: after a signal.
     """
     todo = [cell for cell in cells if not cell.finished]
+    for cell in todo:
+        read_record(cell)  # refused now rather than hours later
     children = Children(threads=max(1, (os.cpu_count() or 1) // (jobs * design.study.processes)))
     free: SimpleQueue[str | None] = SimpleQueue()
     for gpus in assign_gpus(jobs, design.study.processes):
         free.put(gpus)
     failed: dict[str, str] = {}
+    refused: set[str] = set()
     with (
         children.stopped_by_signals(),
         ThreadPoolExecutor(jobs) as pool,
         tqdm(total=len(cells), initial=len(cells) - len(todo), unit="cell", disable=None) as bar,
     ):
-        waiting = {pool.submit(_run_cell, design, cell, children, free): cell for cell in todo}
+        waiting = {pool.submit(_run_cell, design, cell, children, free, refused): cell for cell in todo}
         while waiting:
             done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
             for future in done:
-                _report(future, waiting.pop(future), failed, bar)
+                _report(future, waiting.pop(future), failed, refused, bar)
             bar.refresh()  # the time left
         if children.stopping:
             raise Stopped("the study is saved; the same command goes on")
     return failed
 
 
-def _report(future: Future[dict[str, Any]], cell: Cell, failed: dict[str, str], bar: Any) -> None:
+def _report(future: Future[dict[str, Any]], cell: Cell, failed: dict[str, str], refused: set[str], bar: Any) -> None:
     """Show how a cell has ended."""
     record = future.result()
     if record["status"] == "stopped":
@@ -77,7 +83,10 @@ def _report(future: Future[dict[str, Any]], cell: Cell, failed: dict[str, str], 
     bar.update()
     if record["status"] == "failed":
         failed[str(cell)] = record["message"]
-        bar.write(f"{cell}: failed: {record['message']} (see {cell.log})", file=sys.stderr)
+        others = f"; {cell.variant} is not tried with further seeds" if cell.variant in refused else ""
+        bar.write(f"{cell}: failed: {record['message']} (see {cell.log}){others}", file=sys.stderr)
+    elif record["status"] == "elsewhere":
+        bar.write(f"{cell}: another process runs it, or has run it", file=sys.stderr)
     else:
         row = json.loads(cell.row.read_text(encoding="utf-8"))
         figure = f"AP {row['AP']:.2f}" if "AP" in row else f"top-1 {row['top1']:.2f}%"
@@ -98,33 +107,56 @@ def assign_gpus(jobs: int, processes: int) -> list[str | None]:
     return [",".join(groups[job % len(groups)]) for job in range(jobs)]
 
 
-def _run_cell(design: Design, cell: Cell, children: "Children", free: SimpleQueue[str | None]) -> dict[str, Any]:
-    """Train and evaluate one cell on free GPUs, and write its record."""
+def _run_cell(
+    design: Design, cell: Cell, children: "Children", free: SimpleQueue[str | None], refused: set[str]
+) -> dict[str, Any]:
+    """Train and evaluate one cell on free GPUs, and write its record; its status is ``elsewhere``, without a record,
+    if another process runs it or has finished it meanwhile."""
     gpus = free.get()
     try:
-        return _train_and_evaluate(design, cell, children, gpus)
+        with _lock(cell) as locked:
+            if not locked or cell.finished:
+                return {"status": "elsewhere"}
+            if children.stopping or cell.variant in refused:
+                return {"status": "stopped"}
+            return _train_and_evaluate(design, cell, children, gpus, refused)
     finally:
         free.put(gpus)
 
 
-def _train_and_evaluate(design: Design, cell: Cell, children: "Children", gpus: str | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def _lock(cell: Cell) -> Iterator[bool]:
+    """Whether this process may run the cell; the kernel releases the lock of a process that is killed."""
+    with open(cell.folder.with_name(f".{cell.folder.name}.lock"), "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _train_and_evaluate(
+    design: Design, cell: Cell, children: "Children", gpus: str | None, refused: set[str]
+) -> dict[str, Any]:
     before, printed = read_record(cell), cell.log.stat().st_size if cell.log.is_file() else 0
     started = time.monotonic()
     status, message = "stopped", ""
-    if not children.stopping:
-        recipe = cell.folder.with_name("recipe.yaml")
-        train = ["train.py", "--config", recipe, "--output", cell.folder, "--resume", "auto", f"train.seed={cell.seed}"]
-        flag = "--matches" if cell.detection else "--predictions"
-        evaluate = ["eval.py", "--checkpoint", cell.folder, flag, cell.predictions]
-        code = children.run(train, cell.log, design.study.processes, gpus)
-        if code == 0 and not children.stopping:
-            for leftover in (cell.predictions, cell.row):  # of an evaluation that was killed between the two
-                leftover.unlink(missing_ok=True)
-            code = children.run(evaluate, cell.log, design.study.processes, gpus)
-        if cell.finished:
-            status = "done"
-        elif not children.stopping and code != _STOPPED:
-            status, message = "failed", last_line(cell.log, printed) or f"exit code {code}"
+    recipe = cell.folder.with_name("recipe.yaml")
+    train = ["train.py", "--config", recipe, "--output", cell.folder, "--resume", "auto", f"train.seed={cell.seed}"]
+    flag = "--matches" if cell.detection else "--predictions"
+    evaluate = ["eval.py", "--checkpoint", cell.folder, flag, cell.predictions]
+    code = children.run(train, cell.log, design.study.processes, gpus)
+    if code == 0 and not children.stopping:
+        for leftover in (cell.predictions, cell.row):  # of an evaluation that was killed between the two
+            leftover.unlink(missing_ok=True)
+        code = children.run(evaluate, cell.log, design.study.processes, gpus)
+    if cell.finished:
+        status = "done"
+    elif not children.stopping and code != _STOPPED:
+        status, message = "failed", last_line(cell.log, printed) or f"exit code {code}"
+    if code == _REFUSED:
+        refused.add(cell.variant)
     record = {
         "variant": cell.variant,
         "seed": cell.seed,
@@ -137,11 +169,19 @@ def _train_and_evaluate(design: Design, cell: Cell, children: "Children", gpus: 
 
 
 def read_record(cell: Cell) -> dict[str, Any]:
-    """A cell's record: ``status`` done, failed or stopped, and ``seconds`` over all starts; or empty."""
+    """A cell's record: ``status`` done, failed or stopped, ``message``, ``seconds`` over all starts; or empty.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
-        return json.loads(cell.record.read_text(encoding="utf-8"))
+        record = json.loads(cell.record.read_text(encoding="utf-8"))
+        seconds, message = float(record.get("seconds", 0)), str(record.get("message", ""))
+        return {"status": record["status"], "seconds": seconds, "message": message}
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{cell.record}: not the record of a cell; remove it and run the study again") from error
 
 
 def last_line(log: Path, start: int = 0) -> str:
@@ -171,10 +211,10 @@ class Children:
         ``gpus``: CUDA_VISIBLE_DEVICES of the command; None: as it is here.
         """
         script, *arguments = map(str, command)
-        line = [sys.executable, "-c", _CHILD, str(ROOT / script), *arguments]
+        line = [sys.executable, "-c", _CHILD.format(parent=os.getpid()), str(ROOT / script), *arguments]
         if processes > 1:
             launch = ["--standalone", f"--nproc_per_node={processes}", str(ROOT / script)]
-            line = [sys.executable, "-c", _TORCHRUN, *launch, *arguments]
+            line = [sys.executable, "-c", _TORCHRUN.format(parent=os.getpid()), *launch, *arguments]
         # In a session of its own, so that Ctrl-C reaches this process alone, which then stops its cells by SIGTERM.
         environment = self.environment | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})
         return subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)

@@ -102,10 +102,14 @@ def cost_notes(design: Design) -> tuple[str, ...]:
     text = "Multiply-adds are of one image."
     if costs := read_costs(design):
         clock = {"cpu": ", CPU time of one thread", "gpu": ", between CUDA events"}.get(costs.get("clock", ""), "")
+        batch = f", batches of {costs['batch']} images" if "batch" in costs else ""
         text += (
             " A training step and inference were measured by study.py measure, all networks in turn"
-            f"{clock}; a whole training is the images of a run at that speed; in brackets: relative to the baseline."
+            f"{batch}{clock}; a whole training is the images of a run at that speed; in brackets: relative to the "
+            "baseline."
         )
+    else:
+        text += " study.py measure adds the measured times of all networks."
     text += " Speed in the training log and minutes of a cell change with other work on the machine."
     return (f"{text} Pareto front: no variant has as much top-1 at less cost, by the means alone.",)
 

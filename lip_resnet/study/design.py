@@ -32,6 +32,8 @@ are evaluated in another way, which a report does not compare."""
 EXPORTED_CELLS = "cells.jsonl"
 """In an exported study: one line a finished or failed cell, with its row and learning curve."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
+_FILES = ("figures", "study.yaml", "costs.json", "report.md", "report.html", "report.csv", EXPORTED_CELLS)
+"""Names in a study's folder that are no variant's."""
 
 Fragment = dict[str, dict[str, JsonValue]]
 """Part of a recipe: section -> key -> value."""
@@ -141,11 +143,16 @@ class Design:
         return {**self.study.model_dump(mode="json"), "recipes": recipes}
 
 
+def find_study(path: str | Path) -> Path:
+    """The file or folder that ``path`` names, as ``find_recipe``; or the shipped study of that name, such as digits."""
+    named, shipped = find_recipe(path), find_recipe(f"studies/{path}")
+    return named if named.exists() or not shipped.is_file() else shipped
+
+
 def default_folder(path: str | Path) -> Path:
     """The folder of a study file, runs/studies/<its name>; or ``path``, if it is a folder and no shipped study."""
-    if find_recipe(path).is_dir():
-        return Path(path)
-    return Path("runs/studies") / find_recipe(path).stem
+    study = find_study(path)
+    return Path(path) if study.is_dir() else Path("runs/studies") / study.stem
 
 
 def load_design(path: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None) -> Design:
@@ -160,7 +167,10 @@ def load_design(path: str | Path, overrides: Sequence[str] = (), output: str | P
         InputError: one line: an unknown key, variants that may not be compared, a seed twice, a baseline that is no
             variant.
     """
-    tree, source = read_tree(path)
+    if not find_study(path).exists():
+        shipped = ", ".join(sorted(each.stem for each in find_recipe("studies/digits").parent.glob("*.yaml")))
+        raise InputError(f"{path}: no such study file; shipped studies: {shipped}")
+    tree, source = read_tree(find_study(path))
     root = {"study": tree}
     for override in overrides:
         if override.startswith("study."):
@@ -168,14 +178,20 @@ def load_design(path: str | Path, overrides: Sequence[str] = (), output: str | P
     study = parse_section(tree, source, Study)
     of_recipes = [override for override in overrides if not override.startswith("study.")]
     recipes = {name: _resolve(study, name, of_recipes, source) for name in study.variants}
+    of_seeds = [study.recipe, *study.variants.values()]
+    if any("seed" in part.get("train", {}) for part in of_seeds) or any(
+        override.partition("=")[0] == "train.seed" for override in overrides
+    ):
+        raise InputError(f"{source}: train.seed is given; a study's seeds are the list under seeds (study.seeds=[0,1])")
     _check(study, recipes, source)
     return Design(study, recipes, Path(output) if output else default_folder(path))
 
 
 def _resolve(study: Study, variant: str, overrides: Sequence[str], source: str) -> Recipe:
     """The recipe of a variant: the base, then the study's ``recipe``, the command line's overrides, its own keys."""
-    if not _NAME.fullmatch(variant):
-        raise InputError(f"{source}: variants: {variant!r} names a folder: letters, digits and _ . + - are allowed")
+    if not _NAME.fullmatch(variant) or variant.lower() in _FILES:
+        allowed = "letters, digits and _ . + - are allowed (at most 61, the first a letter or digit)"
+        raise InputError(f"{source}: variants: {variant!r} names a folder: {allowed}, but not {', '.join(_FILES)}")
     tree, base = read_tree(study.base)
     _update(tree, study.recipe)
     for override in overrides:
@@ -245,8 +261,8 @@ def _flatten(recipe: Recipe) -> dict[str, JsonValue]:
 def write_design(design: Design) -> None:
     """Write ``study.yaml`` and the variants' recipes; the folder may hold an earlier, smaller form of this study.
 
-    Variants and seeds may be added. What decides a verdict is declared once: the baseline, the primary comparison and
-    the recipes.
+    Variants and seeds may be added, and none taken away. What decides a verdict is declared once: the baseline, the
+    primary comparison and the recipes.
 
     Raises:
         InputError: the folder holds another study, or other files, or cannot be written.
@@ -257,7 +273,18 @@ def write_design(design: Design) -> None:
     if design.exported:
         raise InputError(f"--output {folder} is an exported study, which has no run folders; choose another")
     if path.is_file():
-        check_same(design, load_record(folder), f"--output {folder}")
+        earlier = load_record(folder)
+        try:
+            check_same(design, earlier, f"--output {folder}")
+        except InputError as error:
+            if any(cell.folder.exists() for cell in earlier.cells()):
+                raise
+            raise InputError(f"{error}, or remove it: none of its cells has begun") from error
+        lacking = [f"variant {name}" for name in earlier.recipes if name not in design.recipes]
+        lacking += [f"seed {seed}" for seed in earlier.study.seeds if seed not in design.study.seeds]
+        if lacking:
+            line = f"--output {folder} holds this study with {lacking[0]}, which is not here"
+            raise InputError(f"{line}; a study may grow, not shrink: put it back, or choose another folder")
     elif occupied:
         raise InputError(f"--output {folder} exists and is not a study; choose another")
     try:

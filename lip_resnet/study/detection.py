@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import statistics as plain
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +14,16 @@ from lip_resnet.config import InputError
 from lip_resnet.evaluation.average_precision import METRICS, average_precision, bootstrap, interval
 from lip_resnet.evaluation.matching import Matches, read_matches
 from lip_resnet.evaluation.protocol import difference
-from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.evaluation.rows import check_row, read_rows
 from lip_resnet.files import write_text
 from lip_resnet.study.cells import read_record
 from lip_resnet.study.design import Cell, Design
-from lip_resnet.study.pages import (
-    Section,
-    equals_p,
-    format_interval,
-    format_p,
-    in_words,
-    to_html,
-    to_markdown,
-    verdict_lines,
-)
-from lip_resnet.study.results import load_failed
+from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, in_words, to_html, to_markdown
+from lip_resnet.study.results import describe_verdict, exported_cells, load_failed, nothing_finished
 from lip_resnet.study.statistics import Paired, compare_paired, holm, verdict
 
+EXPORTED_MATCHES = "matches.npz"
+"""In an exported study: the matches of every finished cell under its name."""
 SAMPLES = 1000
 """Of the bootstrap over seeds and images."""
 
@@ -41,6 +35,8 @@ class Result:
     cell: Cell
     row: dict[str, Any]
     matches: Matches
+    seconds: float | None
+    """Of training and evaluation, over all starts."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Comparison:
 
 
 def load_results(design: Design) -> dict[str, dict[int, Result]]:
-    """Variant -> seed -> result, of the finished cells.
+    """Variant -> seed -> result, of the finished cells of a study's folder, or of one that ``export`` has written.
 
     Raises:
         InputError: no cell is finished, a file cannot be read, or cells were evaluated on other images or by another
@@ -70,13 +66,13 @@ def load_results(design: Design) -> dict[str, dict[int, Result]]:
     """
     results: dict[str, dict[int, Result]] = {name: {} for name in design.recipes}
     first: Result | None = None
-    for cell in filter(lambda cell: cell.finished, design.cells()):
-        row, matches = read_rows([str(cell.row)])[0], read_matches(cell.predictions)
+    for result in _read_exported(design) if design.exported else _read_cells(design):
+        cell, row, matches = result.cell, result.row, result.matches
         if row.get("seed") != cell.seed:
             raise InputError(f"{cell.row}: a row of seed {row.get('seed')}; this cell's is {cell.seed}")
         if abs(average_precision(matches)["AP"] - row["AP"]) > 1e-6:
             raise InputError(f"{cell.predictions}: not the matches of {cell.row}; remove both, and run the study again")
-        result = results[cell.variant][cell.seed] = Result(cell, row, matches)
+        results[cell.variant][cell.seed] = result
         first = first or result
         for name in ("image_ids", "category_ids", "object_image", "object_label", "counted"):
             if not np.array_equal(getattr(matches, name), getattr(first.matches, name)):
@@ -86,10 +82,23 @@ def load_results(design: Design) -> dict[str, dict[int, Result]]:
         if (differs := difference(protocols[0], protocols[1])) is not None:
             raise InputError(f"{cell.row} and {first.cell.row} were evaluated by different protocols: {differs}")
     if first is None:
-        raise InputError(
-            f"{design.folder}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml"
-        )
+        raise nothing_finished(design)
     return results
+
+
+def _read_cells(design: Design) -> Iterator[Result]:
+    """The finished cells of a study's folder."""
+    for cell in filter(lambda cell: cell.finished, design.cells()):
+        row, matches = read_rows([str(cell.row)])[0], read_matches(cell.predictions)
+        yield Result(cell, row, matches, read_record(cell).get("seconds"))
+
+
+def _read_exported(design: Design) -> Iterator[Result]:
+    """The finished cells of an exported study."""
+    for cell, line in exported_cells(design).items():
+        if line["status"] == "done":
+            row = check_row(line.get("row"), f"{design.folder}: {cell}")
+            yield Result(cell, row, read_matches(design.folder / EXPORTED_MATCHES, f"{cell}/"), line.get("seconds"))
 
 
 def compare(design: Design, results: dict[str, dict[int, Result]]) -> list[Comparison]:
@@ -131,17 +140,24 @@ def _over_images(
     return {name: interval(each, paired[name].mean) for name, each in means.items() if name in paired}
 
 
-def write_report(design: Design) -> list[str]:
-    """As ``report.write_report``."""
-    results = load_results(design)
-    comparisons = compare(design, results)
-    sections = [
+def make_sections(
+    design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]
+) -> list[Section]:
+    """The parts of a report, the verdict first."""
+    return [
         _verdict(design, results, comparisons),
         _figures(design, results, comparisons),
         _differences(design, comparisons),
         _cost(results),
         _protocol(design, results),
     ]
+
+
+def write_report(design: Design) -> list[str]:
+    """As ``report.write_report``."""
+    results = load_results(design)
+    comparisons = compare(design, results)
+    sections = make_sections(design, results, comparisons)
     for name, text in (
         ("report.md", to_markdown(sections)),
         ("report.html", to_html(sections)),
@@ -155,8 +171,8 @@ def _verdict(design: Design, results: dict[str, dict[int, Result]], comparisons:
     study = design.study
     declared = next((each for each in comparisons if each.variant == study.primary), None)
     text = None if declared is None else sentence(declared, study.baseline)
-    fewest = min((len(each.paired["AP"].differences) for each in comparisons), default=0)
-    lines = verdict_lines(design, text, fewest, sum(map(len, results.values())), load_failed(design))
+    seeds = {each.variant: len(each.paired["AP"].differences) for each in comparisons}
+    lines = describe_verdict(design, text, seeds, sum(map(len, results.values())), load_failed(design))
     return Section(f"{design.folder.name}: {study.primary} against {study.baseline}", tuple(lines))
 
 
@@ -164,8 +180,11 @@ def sentence(comparison: Comparison, baseline: str) -> str:
     """A comparison as one sentence: verdict on AP, difference, intervals and tests."""
     paired = comparison.paired["AP"]
     text = f"{in_words(comparison.verdict, comparison.variant, baseline)}: {paired.mean:+.2f} AP"
-    if paired.interval is None or paired.p_t is None:
+    if paired.p_t is None:
         return f"{text}, one seed."
+    if paired.interval is None:
+        seeds = len(paired.differences)
+        return f"{text} in each of {seeds} seeds, so no interval (sign-flip test p {equals_p(paired.p_t)})."
     text += f", 95% interval {format_interval(paired.interval)} (paired t over {len(paired.differences)} seeds, "
     flip = "" if paired.p_sign_flip is None else f"; exact sign-flip test p {equals_p(paired.p_sign_flip)}"
     text += f"p {equals_p(paired.p_t)}{flip})"
@@ -214,12 +233,15 @@ def _differences(design: Design, comparisons: list[Comparison]) -> Section:
 def _cost(results: dict[str, dict[int, Result]]) -> Section:
     rows = []
     for name, of_seeds in results.items():
-        seconds = [record["seconds"] for each in of_seeds.values() if "seconds" in (record := read_record(each.cell))]
+        seconds = [each.seconds for each in of_seeds.values() if each.seconds is not None]
         if of_seeds:
             row = next(iter(of_seeds.values())).row
             minutes = f"{plain.fmean(seconds) / 60:.1f}" if seconds else "-"
             rows.append([name, f"{row['params'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3f}", minutes])
-    text = ("Multiply-adds are of the backbone with its feature pyramid, for one square image of the shorter side.",)
+    text = (
+        "Multiply-adds are of the backbone with its feature pyramid, for one square image of the shorter side. Minutes "
+        "of a cell change with other work on the machine.",
+    )
     return Section("Cost", text, (["variant", "parameters (M)", "multiply-adds (G)", "minutes a cell"], rows))
 
 

@@ -1,7 +1,8 @@
 """The compact record of a study, small enough to be committed: ``report`` reads it as it reads the run folders.
 
 ``study.yaml`` as it was run; ``cells.jsonl``, one line a cell, with its row, learning curve and probes;
-``predictions.csv.gz``, top-1 of every image by every cell; ``costs.json``. Folders of the machine are left out.
+``predictions.csv.gz``, top-1 of every image by every cell, or of detectors ``matches.npz``; ``costs.json``. Folders of
+the machine are left out.
 """
 
 import csv
@@ -15,12 +16,14 @@ from typing import Any
 import yaml
 
 from lip_resnet.errors import InputError
+from lip_resnet.evaluation.matching import write_matches
 from lip_resnet.files import to_json, write_atomically, write_text
+from lip_resnet.study import detection
 from lip_resnet.study.costs import COSTS, read_costs
 from lip_resnet.study.design import EXPORTED_CELLS, Design, check_same, load_record, parse_record
 from lip_resnet.study.results import EXPORTED_PREDICTIONS, Result, load_failed, load_results
 
-_FILES = {"study.yaml", EXPORTED_CELLS, EXPORTED_PREDICTIONS, COSTS}
+_FILES = {"study.yaml", EXPORTED_CELLS, EXPORTED_PREDICTIONS, detection.EXPORTED_MATCHES, COSTS}
 _REPORT = {"report.md", "report.html", "report.csv", "figures"}
 _FOLDERS = re.compile(r"(?<![\w.:~/-])/(?:[^/\s'\"]+/)+")
 """The folders of an absolute path; no URL and no relative path."""
@@ -35,10 +38,7 @@ def export(design: Design, folder: Path) -> str:
         InputError: no cell is finished, cells are not comparable, ``folder`` holds anything else, or a cell that the
             study lacks, or it cannot be written.
     """
-    if design.detection:
-        raise InputError("export is for studies of classifiers; keep the matches.npz and eval.json of detectors")
-    results = load_results(design)
-    finished = {str(result.cell): result for of_seeds in results.values() for result in of_seeds.values()}
+    finished = _load(design)
     failed = load_failed(design)
     record = without_folders(design.dump())
     _check_target(design, parse_record(dict(record), f"{design.folder}/study.yaml", folder), set(finished))
@@ -56,7 +56,11 @@ def export(design: Design, folder: Path) -> str:
         raise InputError(f"--to {folder}: cannot write there: {error.strerror}") from error
     # Cells last: the files of an export that was killed still belong together.
     write_text(folder / "study.yaml", yaml.safe_dump(record, sort_keys=False))
-    write_atomically(folder / EXPORTED_PREDICTIONS, lambda file: file.write(_predictions(finished)))
+    if design.detection:
+        matches = {f"{name}/": result.matches for name, result in finished.items()}
+        write_matches(folder / detection.EXPORTED_MATCHES, matches)
+    else:
+        write_atomically(folder / EXPORTED_PREDICTIONS, lambda file: file.write(_predictions(finished)))
     if costs is not None:
         write_text(folder / COSTS, to_json(without_folders(costs), indent=2) + "\n")
     write_text(folder / EXPORTED_CELLS, "".join(to_json(line) + "\n" for line in lines))
@@ -78,13 +82,19 @@ def _check_target(design: Design, exported: Design, finished: set[str]) -> None:
         return
     earlier = load_record(folder)
     check_same(exported, earlier, f"--to {folder}")
-    if earlier.exported:
-        cells = {str(result.cell) for of_seeds in load_results(earlier).values() for result in of_seeds.values()}
-        if lacking := sorted(cells - finished):
-            raise InputError(f"--to {folder} has {lacking[0]}, which {design.folder} lacks; choose another")
+    if earlier.exported and (lacking := sorted(_load(earlier).keys() - finished)):
+        raise InputError(f"--to {folder} has {lacking[0]}, which {design.folder} lacks; choose another")
 
 
-def _describe(result: Result) -> dict[str, Any]:
+def _load(design: Design) -> dict[str, Any]:
+    """Cell -> its ``Result``, or that of a detector."""
+    results: dict[str, dict[int, Any]] = (detection.load_results if design.detection else load_results)(design)
+    return {str(result.cell): result for of_seeds in results.values() for result in of_seeds.values()}
+
+
+def _describe(result: Result | detection.Result) -> dict[str, Any]:
+    if isinstance(result, detection.Result):
+        return {"seconds": result.seconds, "row": without_folders(result.row)}
     return {
         "seconds": result.seconds,
         "images_per_second": result.images_per_second,

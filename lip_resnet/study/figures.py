@@ -73,10 +73,11 @@ def accuracy_against_cost(points: Mapping[str, tuple[float, float, float | None]
     front = pareto({name: (x, y) for name, (x, y, _) in points.items()})
 
     def paint(axes: Axes) -> None:
-        for name, (x, y, deviation) in points.items():
+        for rank, (name, (x, y, deviation)) in enumerate(sorted(points.items(), key=lambda item: item[1][:2])):
             colour = "C1" if name in front else "C0"
             axes.errorbar([x], [y], yerr=deviation, fmt="o", ms=7, color=colour, capsize=3)
-            axes.annotate(name, (x, y), xytext=(8, -11), textcoords="offset points", fontsize="small")
+            beside = (8, 5 if rank % 2 else -12)  # networks of nearly the same cost are neighbours
+            axes.annotate(name, (x, y), xytext=beside, textcoords="offset points", fontsize="small")
         line = sorted(points[name][:2] for name in front)
         axes.plot([x for x, _ in line], [y for _, y in line], "-", lw=1, color="C1", label="Pareto front")
         axes.set_xlabel(cost)
@@ -136,7 +137,7 @@ def classes(names: Sequence[str], ours: Sequence[float], variant: str, baseline:
         axes.bar(range(len(values)), values, width=0.9, color=np.where(values < 0, "C1", "C0").tolist())
         axes.axhline(0, lw=0.8, color="0.5")
         if len(values) <= 20:
-            axes.set_xticks(range(len(values)), [names[index] for index in order])
+            axes.set_xticks(range(len(values)), [names[index].replace("$", r"\$") for index in order])
             if max(map(len, names)) > 3:
                 axes.tick_params(axis="x", rotation=60)
         else:

@@ -1,11 +1,10 @@
 """Pages of text, tables and figures, as Markdown or as one HTML file."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lip_resnet.evaluation.render import render
-from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design
 
 
 @dataclass(frozen=True)
@@ -39,32 +38,6 @@ def equals_p(value: float) -> str:
     return f"< {text[1:]}" if text.startswith("<") else f"= {text}"
 
 
-def verdict_lines(
-    design: Design, declared: str | None, fewest: int, finished: int, failed: Mapping[str, str]
-) -> list[str]:
-    """The question, the declared comparison in words, and what it is based on.
-
-    Args:
-        declared: the sentence of the declared comparison; None: no seed of it is finished.
-        fewest: the smallest number of seeds of a comparison.
-        finished: the number of finished cells.
-        failed: cells -> the last lines that they have printed.
-    """
-    study, cells = design.study, len(design.cells())
-    unknown = f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished."
-    lines = [*([study.question] if study.question else []), declared or unknown]
-    if fewest < CONFIRMATORY_SEEDS:
-        lines.append(
-            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds. A difference of this kind is a reason to run "
-            "more seeds, not a result."
-        )
-    if finished < cells:
-        lines.append(f"**Not complete**: {finished} of {cells} cells are finished; the table shows how many of each.")
-    if failed:
-        lines.append(f"**Failed cells**: {'; '.join(f'{cell}: {message}' for cell, message in failed.items())}.")
-    return lines
-
-
 def in_words(verdict: str, variant: str, baseline: str) -> str:
     """A verdict of ``statistics.verdict`` as the beginning of a sentence, in bold."""
     words = {
@@ -95,6 +68,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto
 table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #9aa0a688; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+th { white-space: normal; vertical-align: bottom; }
 figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
 figcaption { font-size: 0.85rem; color: #7a7f87; }
 """

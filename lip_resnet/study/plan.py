@@ -75,9 +75,9 @@ def _what_it_can_show(design: Design, images: int | None) -> list[str]:
         ]
         lines += ["", *render(header, rows).rstrip().splitlines(), ""]
     if seeds <= statistics.EXACT_SEEDS:
-        lines.append(
-            f"smallest p of the exact sign-flip test with {seeds} seeds: {statistics.smallest_sign_flip(seeds):.3g}"
-        )
+        smallest = statistics.smallest_sign_flip(seeds)
+        of_family = f"; first of {family} others under Holm: {min(1, family * smallest):.3g}" * (family > 1)
+        lines.append(f"smallest p of the exact sign-flip test with {seeds} seeds: {smallest:.3g}{of_family}")
     if images and not design.detection:
         error = statistics.deviation_of_images(DISAGREEMENT, images)
         lines.append(
@@ -110,7 +110,9 @@ def _measure(design: Design, variant: str) -> Cost:
         folder, log = Path(temporary) / "run", Path(temporary) / "log"
         path = Path(temporary) / "recipe.yaml"
         path.write_text(recipe.dump(), encoding="utf-8")
+        epochs = max(recipe.train.epochs, 2 * _STEPS)  # of a set that is one step
         command = ["train.py", "--config", path, "--output", folder, f"train.log_every={_STEPS}"]
+        command.append(f"train.epochs={epochs}")
         lines = _train_until_logged(command, folder / "metrics.jsonl", log, design.study.processes)
         if not lines:
             raise InputError(f"variant {variant}: a trial of a few steps failed: {last_line(log)}")

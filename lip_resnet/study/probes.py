@@ -68,8 +68,9 @@ def robustness_section(design: Design, results: dict[str, dict[int, Result]]) ->
     if not rows:
         return None
     text = (
-        "Probes of the finished cells, in percent: mean and standard deviation over seeds, and differences to the "
-        "baseline paired by seed, with 95% intervals by the paired t test. They describe the networks; none was "
-        "declared before the runs, so the intervals are not adjusted and no verdict follows from them.",
+        "Probes (python scripts/probe.py robustness FOLDER) of the finished cells, in percent: mean and standard "
+        "deviation over seeds, and differences to the baseline paired by seed, with 95% intervals by the paired t "
+        "test. They describe the networks; none was declared before the runs, so the intervals are not adjusted and no "
+        "verdict follows from them.",
     )
     return Section("Robustness", text, (["probe (%)", "variant", "seeds", "value", "difference", "95% interval"], rows))

@@ -8,13 +8,13 @@ from typing import Any
 
 from lip_resnet.config import InputError
 from lip_resnet.files import write_text
-from lip_resnet.study import costs, detection, pages, statistics
+from lip_resnet.study import costs, detection, statistics
 from lip_resnet.study.costs import Results
 from lip_resnet.study.design import Design
 from lip_resnet.study.details import classes_section, seeds_section
 from lip_resnet.study.pages import Section, equals_p, format_interval, format_p, in_words, to_html, to_markdown
 from lip_resnet.study.probes import robustness_section
-from lip_resnet.study.results import Comparison, Result, compare, load_failed, load_results
+from lip_resnet.study.results import Comparison, Result, compare, describe_verdict, load_failed, load_results
 
 
 def write_report(design: Design) -> list[str]:
@@ -120,26 +120,30 @@ def draw_curves(design: Design, results: Results) -> list[tuple[str, str, str]]:
 
 
 def verdict_lines(design: Design, results: Results, comparisons: list[Comparison]) -> list[str]:
-    """``pages.verdict_lines`` of a study."""
+    """``describe_verdict`` of a study."""
     declared = next((each for each in comparisons if each.variant == design.study.primary), None)
-    fewest = min((len(each.seeds) for each in comparisons), default=0)
     text = None if declared is None else sentence(declared, design.study.baseline)
-    return pages.verdict_lines(design, text, fewest, sum(map(len, results.values())), load_failed(design))
+    seeds = {each.variant: len(each.seeds) for each in comparisons}
+    return describe_verdict(design, text, seeds, sum(map(len, results.values())), load_failed(design))
 
 
 def sentence(comparison: Comparison, baseline: str) -> str:
     """A comparison as one sentence: verdict, difference, interval and tests."""
     paired, seeds = comparison.paired, len(comparison.seeds)
-    text = in_words(comparison.verdict, comparison.variant, baseline)
-    text += f": {paired.mean:+.2f} points top-1"
-    if paired.interval is None or paired.p_t is None:
+    text = f"{in_words(comparison.verdict, comparison.variant, baseline)}: {paired.mean:+.2f} points top-1"
+    if paired.p_t is None:
         return f"{text}, one seed."
+    if paired.interval is None:
+        return f"{text} in each of {seeds} seeds, so no interval (sign-flip test p {equals_p(paired.p_t)})."
     text += f", 95% interval {paired.interval[0]:+.2f} to {paired.interval[1]:+.2f} (paired t over {seeds} seeds, "
     text += f"p {equals_p(paired.p_t)}"
     text += ")." if paired.p_sign_flip is None else f"; exact sign-flip test p {equals_p(paired.p_sign_flip)})."
     if _disagree(comparison):
         least = statistics.smallest_sign_flip(seeds)
         text += f" The two tests disagree; the sign-flip test cannot go below {format_p(least)} with {seeds} seeds."
+    if comparison.verdict == "not distinguishable" and paired.deviation:
+        shown = statistics.detectable_difference(paired.deviation, seeds)
+        text += f" So many seeds show a true difference of {shown:.1f} points with 80% power."
     return text
 
 
@@ -220,7 +224,7 @@ def _differences(design: Design, comparisons: list[Comparison]) -> Section:
     from lip_resnet.study import figures
 
     baseline = design.study.baseline
-    if all(each.paired.interval is None for each in comparisons):
+    if all(len(each.seeds) < 2 for each in comparisons):
         line = f"No figure of differences: intervals need two finished seeds of {baseline} and a variant, there is one."
         return Section("Differences", (line,))
     alternative = f"Top-1 difference of each variant to {baseline}"

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from lip_resnet.evaluation.robustness import check_probe, read_probe
 from lip_resnet.evaluation.rows import check_row, read_rows
 from lip_resnet.study import statistics
 from lip_resnet.study.cells import read_record
-from lip_resnet.study.design import EXPORTED_CELLS, Cell, Design
+from lip_resnet.study.design import CONFIRMATORY_SEEDS, EXPORTED_CELLS, Cell, Design
 from lip_resnet.study.statistics import Paired
 
 EXPORTED_PREDICTIONS = "predictions.csv.gz"
@@ -96,20 +96,69 @@ def load_results(design: Design) -> dict[str, dict[int, Result]]:
         _check(result, first)
         results[result.cell.variant][result.cell.seed] = result
     if first is None:
-        raise InputError(
-            f"{design.folder}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml"
-        )
+        raise nothing_finished(design)
     return results
+
+
+def nothing_finished(design: Design) -> InputError:
+    """The error of a report or export of a study without a finished cell."""
+    line = f"{design.folder}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml"
+    for cell, message in load_failed(design).items():
+        return InputError(f"{line}; failed: {cell}: {message}")
+    return InputError(line)
 
 
 def load_failed(design: Design) -> dict[str, str]:
     """Cell -> its last message, of the cells that have failed and are not finished."""
     if design.exported:
         return {
-            str(_cell(design, line)): line.get("message", "") for line in _lines(design) if line["status"] == "failed"
+            str(cell): line.get("message", "")
+            for cell, line in exported_cells(design).items()
+            if line["status"] == "failed"
         }
     records = {str(cell): read_record(cell) for cell in design.cells() if not cell.finished}
     return {name: record["message"] for name, record in records.items() if record.get("status") == "failed"}
+
+
+def describe_verdict(
+    design: Design, declared: str | None, seeds: Mapping[str, int], finished: int, failed: Mapping[str, str]
+) -> list[str]:
+    """The question, the declared comparison in words, and what limits it.
+
+    Args:
+        declared: the sentence of the declared comparison; None: no seed of it is finished.
+        seeds, finished, failed: as for ``state_lines``.
+    """
+    study = design.study
+    unknown = f"**No verdict yet**: no seed of both {study.primary} and {study.baseline} is finished."
+    lines = [*([study.question] if study.question else []), declared or unknown]
+    return lines + state_lines(design, seeds, finished, failed)
+
+
+def state_lines(design: Design, seeds: Mapping[str, int], finished: int, failed: Mapping[str, str]) -> list[str]:
+    """What limits a verdict: few seeds, cells that are not finished, cells that failed.
+
+    Args:
+        seeds: of each comparison.
+        finished: number of cells.
+        failed: as ``load_failed``.
+    """
+    lines, few = [], [name for name, count in seeds.items() if count < CONFIRMATORY_SEEDS]
+    if few or not seeds:
+        whose = f" of {', '.join(few)}" if len(few) < len(seeds) else ""
+        lines.append(
+            f"**Exploratory**: fewer than {CONFIRMATORY_SEEDS} seeds{whose}. A difference of this kind is a reason to "
+            "run more seeds, not a result."
+        )
+    if finished < (cells := len(design.cells())):
+        lines.append(
+            f"**Not complete**: {finished} of {cells} cells are finished; the table shows how many of each. The "
+            "verdict may change until all are."
+        )
+    if failed:
+        messages = "; ".join(f"{cell}: {message}" for cell, message in failed.items())
+        lines.append(f"**Failed cells**, which no figure includes: {messages}.")
+    return lines
 
 
 def _read_cells(design: Design) -> Iterator[Result]:
@@ -150,10 +199,9 @@ def _read_exported(design: Design) -> Iterator[Result]:
     """The finished cells of an exported study."""
     cells, predictions = design.folder / EXPORTED_CELLS, design.folder / EXPORTED_PREDICTIONS
     images, label, top1 = _read_exported_predictions(predictions)
-    for line in _lines(design):
+    for cell, line in exported_cells(design).items():
         if line["status"] != "done":
             continue
-        cell = _cell(design, line)
         source = f"{cells}: {cell}"
         if str(cell) not in top1:
             raise InputError(f"{predictions}: lacks {cell}, which {cells.name} has; export the study again")
@@ -167,22 +215,24 @@ def _read_exported(design: Design) -> Iterator[Result]:
         yield Result(cell, row, images, label, top1[str(cell)], curve, speed, seconds, probes)
 
 
-def _lines(design: Design) -> list[dict[str, Any]]:
-    """The lines of an exported study, one a cell."""
+def exported_cells(design: Design) -> dict[Cell, dict[str, Any]]:
+    """Cell -> its line in an exported study: ``status``, done or failed, and what ``export`` has written of it.
+
+    Raises:
+        InputError: the file cannot be read, or is damaged.
+    """
     path = design.folder / EXPORTED_CELLS
+    cells = {str(cell): cell for cell in design.cells()}
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if others := {str(_cell(design, line)) for line in lines} - set(map(str, design.cells())):
+        by_name = {f"{line['variant']}/seed{line['seed']}": line for line in lines}
+        if others := by_name.keys() - cells.keys():
             raise ValueError(f"{min(others)} is no cell of study.yaml")
         if unknown := {line["status"] for line in lines} - {"done", "failed"}:
             raise ValueError(f"status {min(unknown)!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the cells of an exported study: {error}") from error
-    return lines
-
-
-def _cell(design: Design, line: dict[str, Any]) -> Cell:
-    return Cell(line["variant"], line["seed"], design.folder / line["variant"] / f"seed{line['seed']}")
+    return {cells[name]: line for name, line in by_name.items()}
 
 
 def _read_exported_predictions(path: Path) -> tuple[list[str], NDArray[np.int64], dict[str, NDArray[np.int64]]]:

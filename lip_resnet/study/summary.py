@@ -1,11 +1,14 @@
 """The page of results: every exported study in short, and the shipped studies that have no result yet."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lip_resnet.evaluation.render import render
-from lip_resnet.study import costs, statistics
+from lip_resnet.study import costs, detection, statistics
 from lip_resnet.study.design import CONFIRMATORY_SEEDS, Design, load_design, load_record
+from lip_resnet.study.pages import Section, to_markdown
+from lip_resnet.study.probes import robustness_section
 from lip_resnet.study.report import accuracy_table, draw_costs, draw_curves, mean_deviation, verdict_lines
 from lip_resnet.study.results import Comparison, compare, load_results
 
@@ -32,6 +35,8 @@ def results_page(folders: Sequence[Path], studies: Sequence[Path], figures: str)
 def draw_figures(folder: Path) -> dict[str, str]:
     """File name -> SVG, of an exported study."""
     design = load_record(folder)
+    if design.detection:
+        return {}
     results = load_results(design)
     drawn = [*draw_costs(design, results), *draw_curves(design, results)]
     return {f"{folder.name}-{name}.svg": svg for name, _, svg in drawn}
@@ -76,6 +81,8 @@ def _state(design: Design, finished: int, comparisons: list[Comparison]) -> str:
 def _study(folder: Path, shipped: Design | None, figures: str) -> str:
     """The section of one study."""
     design = load_record(folder)
+    if design.detection:
+        return _detectors(design, shipped)
     results = load_results(design)
     comparisons = compare(design, results)
     done = [result for of_seeds in results.values() for result in of_seeds.values()]
@@ -91,6 +98,8 @@ def _study(folder: Path, shipped: Design | None, figures: str) -> str:
     lines += [render(*costs.cost_table(design, results))]
     if (equal := costs.equal_costs(design, results)) and equal.table:
         lines += [*equal.text, "", render(*equal.table)]
+    if (robustness := robustness_section(design, results)) and robustness.table:
+        lines += [*robustness.text, "", render(*robustness.table)]
     for name, alternative, _ in [*draw_costs(design, results), *draw_curves(design, results)]:
         lines += [f"![{alternative}]({figures}/{folder.name}-{name}.svg)", ""]
     lines += [
@@ -100,12 +109,25 @@ def _study(folder: Path, shipped: Design | None, figures: str) -> str:
         f"- **Hardware**: {'; '.join(machines)}; torch {environment['torch']}, timm {environment['timm']}.",
         f"- **Cost**: {hours:.1f} hours of cells, summed; cells that ran side by side slowed each other.",
         f"- **What it can show**: {_limits(comparisons, row['images'])}",
-        "- **Command**: "
-        + (f"`python scripts/study.py run configs/studies/{folder.name}.yaml`" if shipped else "the study's own file")
-        + f"; the full report: `python scripts/study.py report results/studies/{folder.name}`.",
+        _command(folder.name, shipped),
         "",
     ]
     return "\n".join(lines)
+
+
+def _detectors(design: Design, shipped: Design | None) -> str:
+    """The section of a study of detectors."""
+    name, results = design.folder.name, detection.load_results(design)
+    verdict, *others = detection.make_sections(design, results, detection.compare(design, results))
+    question = design.study.question or (shipped.study.question if shipped else "")
+    first = Section(name, tuple(dict.fromkeys([*([question] if question else []), *verdict.text])))
+    text = re.sub("^#", "##", to_markdown([first, *others]), flags=re.MULTILINE)
+    return f"{text}\n{_command(name, shipped)}\n"
+
+
+def _command(name: str, shipped: Design | None) -> str:
+    run = f"`python scripts/study.py run configs/studies/{name}.yaml`" if shipped else "the study's own file"
+    return f"- **Command**: {run}; the full report: `python scripts/study.py report results/studies/{name}`."
 
 
 def _limits(comparisons: list[Comparison], images: int) -> str:
@@ -119,8 +141,8 @@ def _limits(comparisons: list[Comparison], images: int) -> str:
         f"{each.variant} and the baseline disagree about {disagreement:.0%} of the {images:,} images, so that other "
         f"images of the kind move the difference of two runs by up to {error:.1f} points (95%)"
     )
-    if each.paired.deviation is None or each.paired.deviation == 0:
-        return f"{text}. One seed has no interval."
+    if each.paired.deviation is None or each.paired.interval is None:
+        return f"{text}. One seed has no interval, nor have equal differences."
     shown = statistics.detectable_difference(each.paired.deviation, len(each.seeds))
     return (
         f"{text}. With {len(each.seeds)} seeds, whose differences deviate by {each.paired.deviation:.2f} points, "

@@ -90,7 +90,7 @@ class Watchdog:
         main_thread = threading.main_thread().ident
         assert main_thread is not None
         frame = traceback.extract_stack(stack_frames()[main_thread])[-1]
-        mine = {
+        report = {
             "rank": distributed.rank(),
             "step": self._step,
             "phase": PHASES[self._phase],
@@ -103,7 +103,7 @@ class Watchdog:
         }
 
         def write(file: BinaryIO) -> None:
-            file.write(to_json(mine).encode() + b"\n")
+            file.write(to_json(report).encode() + b"\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
@@ -112,7 +112,7 @@ class Watchdog:
         except InputError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
         time.sleep(2 * self._poll + 1)  # the other ranks' watchdogs expire a little later
-        reports = {**_read_reports(self.folder, self._launch), distributed.rank(): mine}
+        reports = {**_read_reports(self.folder, self._launch), distributed.rank(): report}
         if distributed.rank() == min(reports):
             print(self._summarize(reports), file=sys.stderr, flush=True)
         else:

@@ -18,13 +18,13 @@ from lip_resnet.study.design import Design
 KINDS: dict[str, Callable[..., Callable[[], object]]] = {"training": make_step, "inference": make_inference}
 
 
-def measure(design: Design, candidates: Sequence[str], rounds: int, batch: int, clock: str) -> Row:
+def measure(design: Design, candidates: Sequence[str], rounds: int, batch: int | None, clock: str) -> Row:
     """Time a training step and a forward pass of every variant and candidate, in turn, on this machine.
 
     Args:
         candidates: further models, such as deeper ResNets, with the baseline's recipe.
         rounds: measured rounds.
-        batch: images of each.
+        batch: images of a step and of a forward pass; None: those of a step of one process of the baseline's recipe.
         clock: of ``bench.timing.CLOCKS``; a GPU has its own.
 
     Returns:
@@ -34,9 +34,10 @@ def measure(design: Design, candidates: Sequence[str], rounds: int, batch: int, 
     Raises:
         InputError: a network fails, or CPU time is asked for on a GPU or of several threads, which it would add up.
     """
-    recipes = dict(design.recipes)
+    recipes, baseline = dict(design.recipes), design.recipes[design.study.baseline]
+    if batch is None:
+        batch = max(1, baseline.data.batch_size // (design.study.processes * baseline.optim.accumulate))
     for name in candidates:
-        baseline = design.recipes[design.study.baseline]
         network = baseline.model.model_copy(update={"name": name, "args": {}, "downsampling": {}})
         recipes.setdefault(name, baseline.model_copy(update={"model": network}))
     device = distributed.device()
@@ -98,4 +99,5 @@ def summarize(design: Design, row: Row) -> list[str]:
         f"equal latency: of these networks {nearest} is nearest to {study.primary}, "
         f"{others[nearest] / wanted:.2f} of its time: a variant {{model: {{name: {nearest}}}}}"
     )
-    return [*render(header, lines).rstrip().splitlines(), "", *notes]
+    first = f"batches of {row['batch']} images on {row['environment']['hardware']}:"
+    return [first, "", *render(header, lines).rstrip().splitlines(), "", *notes]

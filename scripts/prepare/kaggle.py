@@ -10,7 +10,8 @@ from pathlib import Path
 from lip_resnet.config import InputError
 from lip_resnet.data.fingerprint import digest
 from lip_resnet.data.sources.folder import KAGGLE_IMAGES, KAGGLE_TABLE
-from prepare.writing import Member, make_folder
+from lip_resnet.files import make_folder
+from prepare.writing import Member
 
 LABELS = "sha256:93a17e6849c3d1b40cede5541f80a844afbbec44b3f7e1e70afd41fea2a47574"
 """Digest of the official validation labels: a line "ILSVRC2012_val_00000001 n01751748" an image, in order."""

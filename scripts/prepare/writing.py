@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from lip_resnet.config import InputError
 from lip_resnet.data.sources.index import write_index
-from lip_resnet.files import write_text
+from lip_resnet.files import make_folder, write_text
 
 _PER_SHARD = 1000
 
@@ -38,13 +38,6 @@ def _written(path: Path) -> Iterator[Path]:
             f"--output: cannot write {path}: {error.strerror or error}; what is written stays, and the same command "
             "continues from there"
         ) from error
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output: cannot make {folder}: {error.strerror or error}") from error
 
 
 def write_folder(images: Iterator[Member], folder: Path, encode: Encode | None) -> dict[str, int]:

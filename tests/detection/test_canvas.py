@@ -155,6 +155,16 @@ def test_boxes_and_scores_are_the_same_alone_and_in_any_batch(name):
         torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-4, atol=1e-6)
 
 
+def test_boxes_do_not_depend_on_the_first_image_that_a_network_has_seen():
+    """Of 38 pixels on a canvas of 64: torchvision would take its stride for 2."""
+    sizes = [(96, 96)]
+    before, after = a_detector("resnet18"), a_detector("resnet18")
+    detect(after, [(38, 96)], 1)
+    (expected,), (one,) = detect(before, sizes, 1), detect(after, sizes, 1)
+    assert len(expected["scores"]) > 1
+    assert torch.equal(one["boxes"], expected["boxes"])
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("activation", [None, Gate(), nn.ReLU()])
 def test_instance_norm_of_the_valid_area(layout, activation):

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import lip_resnet
+from lip_resnet.config import InputError, ModelConfig
 from lip_resnet.layers import PRESETS, LogitOptions, make_layer, replace_downsampling
 from lip_resnet.layers.placement import BlockInput, parse_choices
+from lip_resnet.models.registry import build_model
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -136,6 +138,17 @@ def test_layers_as_timms_aa_layer(name):
         same(model, theirs)
 
 
+def test_a_preset_on_another_kind_of_network():
+    """Without a stem's pooling and shortcuts; pooling is replaced where it is, whatever the placement."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))
+    report = replace_downsampling(model, "zhang2019", input_size=(3, 16, 16))
+    assert report.unused == ["stem", "shortcut"]
+    assert report.swapped == {"1": "main, MaxPool2d 2/2 -> blur"}
+    assert "\n  stem: nothing was replaced by this choice\n" in str(report)
+    with pytest.raises(InputError, match=r"test_efficientnet has nothing to replace at stem, shortcut$"):
+        build_model(ModelConfig(name="test_efficientnet", num_classes=2, downsampling="zhang2019"))
+
+
 def test_optimizer_gets_new_parameters_in_the_old_groups():
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=3)
@@ -164,9 +177,32 @@ def test_optimizer_gets_new_parameters_in_the_old_groups():
     assert {"layer3.0.conv1.weight", "layer2.0.conv1.weight", "layer2.0.conv1.pool.logits.conv.0.weight"} & changed
 
 
+def test_optimizer_with_a_group_for_each_stage():
+    """That of the parameter of its name; else of its kind and block: rates and weight decay stay a stage's own."""
+    model = timm.create_model("resnet18", num_classes=3)
+    kinds = [(stage, matrices) for stage in ("layer1", "layer2", "layer3", "layer4", "") for matrices in (True, False)]
+    groups = {kind: [] for kind in kinds}
+    for name, parameter in model.named_parameters():
+        stage = name.split(".")[0] if name.startswith("layer") else ""
+        groups[stage, parameter.dim() > 1].append((name, parameter))
+    optimizer = torch.optim.AdamW([{"params": groups[kind], "lr": 0.1 + number} for number, kind in enumerate(kinds)])
+    swapped = {"main": {"layer": "lip", "placement": "instead_of_convolution"}, "shortcut": "lip"}
+    report = replace_downsampling(model, swapped, optimizer=optimizer)
+    assert len(report.swapped) == 6
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, parameter in model.named_parameters():
+        stage = name.split(".")[0] if name.startswith("layer") else ""
+        assert rates[id(parameter)] == 0.1 + kinds.index((stage, parameter.dim() > 1)), name
+    named = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        assert all(named[name] is each for name, each in zip(group["param_names"], group["params"], strict=True))
+
+
 REFUSED = {
     "layer": ({"main": "blurr"}, "main: unknown downsampling layer 'blurr', did you mean blur"),
     "site": ({"mian": "blur"}, "unknown site 'mian', did you mean 'main'"),
+    "site of a stage": ({"stage3.mian": "blur"}, "unknown site 'stage3.mian', did you mean 'stage3.main'"),
     "placement": (
         {"main": {"layer": "blur", "placement": "after_activaton"}},
         "unknown placement 'after_activaton', did you mean after_activation",
@@ -176,6 +212,10 @@ REFUSED = {
     "kernel": ({"main": {"layer": "blur", "kernel_size": 0}}, "kernel_size 0; it must be an integer of at least 1"),
     "preset": ("zhang2018", r"preset: zhang2019.* unknown downsampling layer 'zhang2018', did you mean zhang2019\?"),
     "type": ({"main": 3}, "must be a layer or a mapping"),
+    "type of a layer": ({"main": {"layer": ["blur"]}}, r"main: unknown downsampling layer \['blur'\]"),
+    "type of a site": ({3: "blur"}, "site 3; it must be a name, such as main"),
+    "no choice": (None, "downsampling None; it must be a layer, a preset, or a mapping of sites to layers"),
+    "a list": (["blur"], r"downsampling \['blur'\]; it must be"),
 }
 
 

@@ -10,6 +10,14 @@ from helpers.commands import RECIPE, call, refuse
 
 from lip_resnet.evaluation.render import Measured, render
 
+DETECTION = """
+task: detection
+model: {num_classes: 10, backbone: {name: resnet18}, anchor_sizes: [8, 16, 32, 64, 96]}
+data: {name: digit_scenes, images: 1280, size: 64, max_size: 96, batch_size: 64}
+optim: {lr: 0.01}
+train: {epochs: 2, log_every: 10}
+"""
+
 
 def write_run(folder, seed, top1, recipe=RECIPE, name="val/top1", speed=64.0):
     """A run of two epochs of 20 steps of 64 images each, at ``speed`` images a second."""
@@ -70,10 +78,21 @@ def test_mean_and_band_over_seeds(tmp_path, capsys, monkeypatch, curves):
     assert lines["test_resnet (2 seeds)"][0] == [0.5, 1, 1.5, 2]
 
 
+def test_runs_of_detection(tmp_path, capsys, monkeypatch, curves):
+    lines, _ = curves
+    recipes = {"a": DETECTION, "b": DETECTION.replace("resnet18", "lip_resnet18")}
+    runs = [write_run(tmp_path / name, 0, [10.0, 30.0], recipe, "val/AP") for name, recipe in recipes.items()]
+    code, _, error = call(capsys, monkeypatch, plot_runs, *runs, "--x", "minutes", "--output", tmp_path / "f.svg")
+    assert code == 0, error
+    x, y = lines["faster_rcnn, model.backbone.name=lip_resnet18 (seed 0)"]
+    assert (x, y) == ([pytest.approx(20 / 60), pytest.approx(40 / 60)], [10, 30])
+    assert "validation AP (%)" in (tmp_path / "f.svg").read_text()
+
+
 def test_bad_input(tmp_path, capsys, monkeypatch):
     run = write_run(tmp_path / "a", 0, [10.0, 30.0])
     twin = shutil.copytree(run, tmp_path / "twin")
-    detection = write_run(tmp_path / "d", 1, [1.0], name="val/AP")
+    detection = write_run(tmp_path / "d", 1, [1.0], DETECTION, "val/AP")
     young = write_run(tmp_path / "young", 2, [])
     (tmp_path / "empty").mkdir()
     new = ("--output", tmp_path / "f.svg")

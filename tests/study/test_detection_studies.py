@@ -12,7 +12,7 @@ from scipy import stats
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.average_precision import average_precision
 from lip_resnet.evaluation.matching import match
-from lip_resnet.study import design, detection, report
+from lip_resnet.study import design, detection, export, report, summary
 
 STUDY = {
     "base": "digits/lip_resnet18_fpn",
@@ -111,3 +111,39 @@ def test_one_seed_and_other_sets(tmp_path):
     second.row.write_text(second.row.read_text().replace('"AP": ', '"AP": 1'))
     with pytest.raises(InputError, match=r"matches\.npz: not the matches of"):
         detection.load_results(study)
+
+
+def test_an_export_reports_the_same(tmp_path, monkeypatch):
+    """Of a half-finished study with a failed cell; and the page of results has its section."""
+    monkeypatch.setattr(detection, "SAMPLES", 50)
+    study = load(tmp_path)
+    design.write_design(study)
+    *done, failed = study.cells()
+    for cell in done:
+        finish(cell, images=10, checkpoint=f"{cell.folder}/last.pt")
+        cell.record.write_text(json.dumps({"status": "done", "seconds": 90.0}))
+    message = "out of memory"
+    failed.record.write_text(json.dumps({"status": "failed", "seconds": 1.0, "message": message}))
+    target = tmp_path / "exported" / study.folder.name
+    assert f"{target}: 5 of 6 cells" in export.export(study, target)
+    assert {path.name for path in target.iterdir()} == {"study.yaml", "cells.jsonl", "matches.npz"}
+    assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in target.iterdir())
+    text = []
+    for folder in (study.folder, target):
+        report.write_report(design.load_record(folder))
+        text.append([(folder / f"report.{kind}").read_text() for kind in ("md", "html", "csv")])
+    assert text[0] == text[1]
+    assert all(part in text[1][0] for part in ("5 of 6 cells", f"lip_resnet18/seed2: {message}", "1.5"))
+    page = summary.results_page([target], [], "figures/studies")
+    assert page.startswith("## run\n\n**")
+    assert page.count("\n### ") == 4
+    assert not summary.draw_figures(target)
+    before = (target / "matches.npz").read_bytes()
+    export.export(design.load_record(target), tmp_path / "copy")
+    assert (tmp_path / "copy" / "matches.npz").read_bytes() == before
+    done[0].row.unlink()
+    with pytest.raises(InputError, match=r"has resnet18/seed0, which .* lacks"):
+        export.export(study, target)
+    (target / "matches.npz").write_bytes((tmp_path / "copy" / "matches.npz").read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"matches\.npz: not matches"):
+        detection.load_results(design.load_record(target))

@@ -21,7 +21,7 @@ from lip_resnet.data.decode import readable_suffixes
 from lip_resnet.data.sources.base import LeftOut
 from lip_resnet.data.sources.patterns import summarise
 from lip_resnet.data.sources.remote import MAX_REQUESTS, Remote
-from lip_resnet.files import write_atomically
+from lip_resnet.files import make_folder, write_atomically
 
 FILE = "index.npz"
 """The index's name beside the shards; numpy arrays, nothing pickled."""
@@ -170,10 +170,7 @@ def index_remote(remote: Remote, names: Sequence[str] | None = None) -> tuple[In
     except InputError as error:
         path = cached_index(remote.url, names)
         print(f"note: {error}; the index goes to the local cache", file=sys.stderr)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as failure:
-            raise InputError(f"{path.parent}: cannot make this directory: {failure.strerror}") from failure
+        make_folder(path.parent)
         _write(path, index)
         return index, str(path)
 
