@@ -111,6 +111,10 @@ def test_a_bad_set(files, tmp_path, capsys, monkeypatch, line):
         ("optim.accumulate=2 data.batch_size=3", "batch_size 3 does not divide by 1 process"),
         ("model.backbone.weights={classifier}", "classifier.pt"),
         ("model.backbone.weights={bare}", "bare.pt"),
+        (
+            "model.backbone.weights=none.pth",
+            "model.backbone.weights: none.pth: no such file; scripts/fetch_released.py",
+        ),
         ("model.backbone.weights={detector}", "detector.pt is of task: detection; a network starts from the weights"),
     ],
 )
