@@ -18,6 +18,7 @@ from torch import nn
 from lip_resnet import checkpoint, cli, distributed
 from lip_resnet.commands.eval_detection import choose_protocol, load_detector
 from lip_resnet.config import DetectionConfig, InputError
+from lip_resnet.data.photographs import evenly_spaced
 from lip_resnet.detection.canvas import canvas, resize, resized
 from lip_resnet.detection.rows import DetectionEvalConfig
 from lip_resnet.detection.sources import build_sources
@@ -66,7 +67,7 @@ def main() -> None:
     ema = choose_weights(payload, options.checkpoint, options.weights, trained) == "ema"
     (source,) = build_sources(config.data, config.model.num_classes, ("val",))
     model = load_detector(config, payload, options.checkpoint, ema)
-    chosen = pictures.evenly(len(source), options.limit)
+    chosen = evenly_spaced(len(source), options.limit)
     if len(chosen) < len(source):
         print(f"note: {len(chosen)} of {len(source):,} images, evenly spaced; --limit shows more", file=sys.stderr)
     shown: list[Picture] = []

@@ -23,7 +23,7 @@ from lip_resnet.commands.eval import build, choose_protocol
 from lip_resnet.config import DetectionConfig, InputError, Recipe
 from lip_resnet.data import build_sources
 from lip_resnet.data.decode import BadImage
-from lip_resnet.data.photographs import Photograph, find_photographs, read_photograph, sample_images
+from lip_resnet.data.photographs import Photograph, evenly_spaced, find_photographs, read_photograph, sample_images
 from lip_resnet.evaluation.compatibility import check_normalization
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.files import check_empty, write_text
@@ -163,7 +163,7 @@ def read_photographs(options: argparse.Namespace, config: EvalConfig) -> Iterato
     if count < len(files):
         print(f"note: {count} of {len(files):,} images, evenly spaced; --limit shows more", file=sys.stderr)
     skipped = []
-    for path in (files[index * len(files) // count] for index in range(count)):
+    for path in (files[index] for index in evenly_spaced(len(files), count)):
         try:
             photograph = read_photograph(path, config.data)
         except BadImage as error:

@@ -85,13 +85,19 @@ def read_photograph(path: Path, config: EvalDataConfig) -> Photograph:
     return Photograph(name, image.size, np.array(shown), pixels)
 
 
+def evenly_spaced(images: int, count: int) -> list[int]:
+    """Up to ``count`` indices of a set of images, evenly spaced and always the same."""
+    count = min(count, images)
+    return [index * images // count for index in range(count)]
+
+
 def sample_images(source: Samples, config: EvalDataConfig, count: int) -> list[Photograph]:
     """Up to ``count`` images of a set, evenly spaced in its order and always the same, as an evaluation reads them.
 
     Raises:
         InputError: one cannot be read.
     """
-    chosen = sorted({index * len(source) // count for index in range(count)})
+    chosen = evenly_spaced(len(source), count)
     transform = eval_transform(config)
     prefetch_samples(source, chosen)
     photographs = []

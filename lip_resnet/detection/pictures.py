@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lip_resnet.config.detection import EvalDetectionDataConfig
+from lip_resnet.data.photographs import evenly_spaced
 from lip_resnet.detection.canvas import canvas, prepare, resize, resized
 from lip_resnet.detection.samples import DetectionSource
 from lip_resnet.evaluation.matching import AREAS
@@ -170,7 +171,7 @@ def build_monitor(
     source: DetectionSource, data: EvalDetectionDataConfig, channels_last: bool, count: int, score: float = 0.3
 ) -> Callable[[nn.Module], tuple[dict[str, float], dict[str, NDArray[np.uint8]]]]:
     """What shows the detections of a network, above a score, on ``count`` images of a set: for ``train.log_images``."""
-    chosen = [(index, source[index]) for index in evenly(len(source), count)]
+    chosen = [(index, source[index]) for index in evenly_spaced(len(source), count)]
 
     def observe(network: nn.Module) -> tuple[dict[str, float], dict[str, NDArray[np.uint8]]]:
         pictures = {}
@@ -184,8 +185,3 @@ def build_monitor(
         return {}, pictures
 
     return observe
-
-
-def evenly(images: int, count: int) -> list[int]:
-    """Up to ``count`` indices of a set, evenly spaced and always the same."""
-    return sorted({index * images // count for index in range(min(count, images))} if count < images else range(images))

@@ -161,7 +161,7 @@ def write_report(design: Design) -> list[str]:
     for name, text in (
         ("report.md", to_markdown(sections)),
         ("report.html", to_html(sections)),
-        ("report.csv", to_csv(design, results, comparisons)),
+        ("report.csv", to_csv(results, comparisons)),
     ):
         write_text(design.folder / name, text)
     return [*sections[0].text, *(str(design.folder / name) for name in ("report.md", "report.html", "report.csv"))]
@@ -260,7 +260,7 @@ def _protocol(design: Design, results: dict[str, dict[int, Result]]) -> Section:
     return Section("Protocol", text)
 
 
-def to_csv(design: Design, results: dict[str, dict[int, Result]], comparisons: list[Comparison]) -> str:
+def to_csv(results: dict[str, dict[int, Result]], comparisons: list[Comparison]) -> str:
     """One line for each variant and figure, a number in each column, full precision."""
     buffer = io.StringIO()
     lines = csv.writer(buffer, lineterminator="\n")

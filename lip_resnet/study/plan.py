@@ -51,8 +51,8 @@ def describe(design: Design, jobs: int, measure: bool = True) -> str:
         rows.append([name, str(seeds), str(finished), minutes, how])
     lines = [render(["variant", "seeds", "finished", "minutes a cell", "source"], rows).rstrip(), ""]
     if len(costs) == len(design.recipes):
-        left = sum(costs[cell.variant].seconds for cell in cells if not cell.finished)
-        lines.append(f"{len(cells)} cells; about {left / 3600 / jobs:.1f} hours left with --jobs {jobs}")
+        remaining = sum(costs[cell.variant].seconds for cell in cells if not cell.finished)
+        lines.append(f"{len(cells)} cells; about {remaining / 3600 / jobs:.1f} hours remaining with --jobs {jobs}")
     else:
         lines.append(f"{len(cells)} cells")
     images = next((cost.images for cost in costs.values() if cost.images), None)

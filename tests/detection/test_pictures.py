@@ -6,7 +6,8 @@ from helpers.detection import Pictures
 
 pytest.importorskip("matplotlib")
 
-from lip_resnet.detection.pictures import Judged, describe, draw, evenly, judge
+from lip_resnet.data.photographs import evenly_spaced
+from lip_resnet.detection.pictures import Judged, describe, draw, judge
 from lip_resnet.detection.samples import Annotations
 from lip_resnet.insight import figures
 
@@ -76,5 +77,5 @@ def test_no_objects_and_no_detections():
     judged = judge(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), Empty([(50, 50)]), 0)
     assert isinstance(judged, Judged)
     assert describe(judged) == "0 of 0 objects detected, 0 false (none)"
-    assert evenly(5, 9) == [0, 1, 2, 3, 4]
-    assert evenly(100, 4) == [0, 25, 50, 75]
+    assert evenly_spaced(5, 9) == [0, 1, 2, 3, 4]
+    assert evenly_spaced(100, 4) == [0, 25, 50, 75]
