@@ -84,11 +84,12 @@ def main() -> None:
     options = parse()
     distributed.choose_device(options.device)
     paths = list(dict.fromkeys(path for given in options.checkpoints for path in _cells(given)))
-    if options.output and len(paths) > 1:
-        raise InputError(f"--output {options.output} is for one network; {len(paths)} are given")
+    if options.output and (given := max(len(paths), len(options.checkpoints))) > 1:
+        raise InputError(f"--output {options.output} is for one network; {given} are given")
     if options.probe in ("deletion", "localisation") and distributed.is_main() and not pixels.has_captum():
         print('note: without Grad-CAM: pip install "lip-resnet[insight]"', file=sys.stderr)
-    todo = {name: _without_row(name, paths, paths != options.checkpoints) for name in options.names}
+    one = len(options.names) == 1 and paths == options.checkpoints[:1]  # whose row must not exist
+    todo = {name: paths if one else _without_row(name, paths) for name in options.names}
     outputs = {
         (name, path): rows.row_path(path, options.output, name, False, kind="probe")
         for name, without in todo.items()
@@ -112,13 +113,11 @@ def _cells(path: str) -> list[str]:
     raise InputError(f"{path}: no cell is finished yet; go on with: python scripts/study.py run STUDY.yaml")
 
 
-def _without_row(name: str, paths: list[str], several: bool) -> list[str]:
-    """Of several runs, such as the cells of a study that is still growing, those without a row of a probe."""
+def _without_row(name: str, paths: list[str]) -> list[str]:
+    """Those of several runs, such as the cells of a study that is still growing, that have no row of a probe."""
     file = f"probe-{name}.json"
     done = [path for path in paths if distributed.on_main((Path(path).expanduser() / file).exists)]
-    if not done or not (several or len(paths) > 1):
-        return paths
-    if distributed.is_main():
+    if done and distributed.is_main():
         print(f"note: {len(done)} of {len(paths)} runs have a {file} already", file=sys.stderr)
     return [path for path in paths if path not in done]
 

@@ -168,16 +168,17 @@ def evaluate_checkpoints(options: Any, paper: Paper) -> list[dict[str, Any]]:
         name, equals, path = pair.partition("=")
         if not equals or name not in rows:
             raise InputError(f"--checkpoints {pair}: it must be NAME=FILE with a name of {', '.join(rows)}")
-        network = identify(checkpoint.load(path), path)
+        payload = checkpoint.load(path)
+        trained, network = checkpoint.read_recipe(payload, path), identify(payload, path)
         if paper.find(network.model, network.args) is not rows[name] or network.num_classes != paper.classes:
             raise InputError(f"--checkpoints {pair}: the file holds {network} of {network.num_classes} classes")
-        jobs.append((rows[name], network, path))
+        jobs.append((rows[name], network, trained, path))
     measured = []
-    for row, network, path in jobs:
+    for row, network, trained, path in jobs:
         model, payload = network.build(), checkpoint.load(path)
         put_weights(model, payload, path)
         check_finite(model, path)
-        config = reference_protocol(network.model, network.num_classes, checkpoint.read_recipe(payload, path))
+        config = reference_protocol(network.model, network.num_classes, trained)
         arguments = (options.data, options.workers, paper.images, options.data_name, payload)
         result = evaluate_reference(model, config, *arguments)
         facts = {"file": path, "sha256": sha256(Path(path))}

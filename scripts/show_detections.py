@@ -22,7 +22,7 @@ from lip_resnet.detection.canvas import canvas, resize, resized
 from lip_resnet.detection.rows import DetectionEvalConfig
 from lip_resnet.detection.sources import build_sources
 from lip_resnet.files import check_empty, write_text
-from lip_resnet.insight.gallery import Picture, to_page
+from lip_resnet.insight.gallery import Picture, to_page, write_picture
 from lip_resnet.insight.importance import importance_maps
 from lip_resnet.models.weights import choose_weights
 
@@ -80,24 +80,29 @@ def main() -> None:
         text = f"{name}, {image.width}x{image.height} pixels: {pictures.describe(judged[-1])}"
         with figures.style():
             figure = pictures.draw(image, judged[-1], source.classes, name)
-            shown.append(save(options.output, f"{stem}.png", text, figures.to_bytes(figure, "png", dpi=120)))
+            shown.append(write_picture(options.output, f"{stem}.png", text, figures.to_bytes(figure, "png", dpi=120)))
             if options.maps:
                 figure = draw_maps(model, np.asarray(image), judged[-1], config, name)
                 content = figures.to_bytes(figure, "png", dpi=120)
-                shown.append(
-                    save(options.output, f"{stem}-maps.png", f"Importance maps of {name}, with boxes", content)
-                )
+                shown.append(write_picture(options.output, f"{stem}-maps.png", f"{name}: {MAPS}", content))
         print(f"{options.output / stem}.png: {pictures.describe(judged[-1])}", flush=True)
+    if not any(len(each.boxes) for each in judged):
+        print(f"note: no score is at least {options.score:g}; --score shows lower ones", file=sys.stderr)
     title = f"{config.model.name} on {config.model.backbone.name}: detections with scores from {options.score:g}"
-    write_text(options.output / "index.html", to_page(title, EXPLANATION, by_size(judged), shown))
+    step = f", step {payload['step']}" if isinstance(payload.get("step"), int) else ""
+    weights = f"Weights: {Path(*Path(options.checkpoint).resolve().parts[-3:])}{step}{', averaged' * ema}."
+    page = to_page(title, (weights, *EXPLANATION), by_size(judged), shown)
+    write_text(options.output / "index.html", page)
     print(options.output / "index.html")
 
 
 EXPLANATION = (
     "A detection is right if it is of the class of an object and covers it with an intersection over union of at least "
     "0.5, and no detection of a higher score has taken that object. Crowd regions are not shown.",
-    "Sizes are COCO's, by the area of boxes: small below 32x32 pixels, large above 96x96.",
+    "Sizes are COCO's, by the area of boxes: small up to 32x32 pixels, large above 96x96.",
 )
+BOXES = "boxes: green right, red false, blue missed"
+MAPS = f"importance maps of the backbone's downsampling layers, with {BOXES}"
 
 
 def draw_maps(
@@ -115,9 +120,9 @@ def draw_maps(
     pixels = torch.from_numpy(padded).permute(2, 0, 1)[None]
     body: nn.Module = model.get_submodule("backbone.body")
     maps = importance_maps(body, pixels, mean=data.mean, std=data.std)
-    note = f"read by the detector as {width}x{height} on a canvas of {sides[1]}x{sides[0]} pixels"
+    note = f"read by the detector as {width}x{height} on a canvas of {sides[1]}x{sides[0]} pixels; {BOXES}"
     figure = figures.draw_maps(padded, maps, 0, name, note)
-    scale = width / image.shape[1]
+    scale = np.array([width / image.shape[1], height / image.shape[0]] * 2)
     scaled = pictures.Judged(**{**vars(judged), "boxes": judged.boxes * scale, "objects": judged.objects * scale})
     for axes in figure.axes:
         if axes.images:
@@ -133,13 +138,6 @@ def by_size(judged: Sequence["pictures.Judged"]) -> list[list[str]]:
         table.append([size, str(objects), str(detected), str(objects - detected), str(false)])
     sums = [sum(int(line[column]) for line in table[1:]) for column in range(1, 5)]
     return [*table, ["all", *map(str, sums)]]
-
-
-def save(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
-    """Write a picture into the folder, which is made with the first one."""
-    picture = Picture(file, alternative, content)
-    picture.write(folder)
-    return picture
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from lip_resnet.evaluation.compatibility import check_normalization
 from lip_resnet.evaluation.protocol import EvalConfig
 from lip_resnet.files import check_empty, write_text
 from lip_resnet.insight import SiteMaps, importance_maps
-from lip_resnet.insight.gallery import Picture, to_page
+from lip_resnet.insight.gallery import Picture, to_page, write_picture
 from lip_resnet.insight.importance import choose_sites
 from lip_resnet.insight.weights import WEIGHINGS
 from lip_resnet.insight.windows import example_window
@@ -86,13 +86,15 @@ def main() -> None:
                     note = f"{name}, site {example.site}, channel {example.channel}: a window of typical entropy "
                     note += f"({example.entropy:.2f}; the site's mean is {example.mean_entropy:.2f}). {title}"
                     figure = figures.draw_window(photograph.shown, example, "One window and its nine weights", note)
-                    pictures.append(save(options.output, f"window.{kind}", note, figures.to_bytes(figure, kind)))
+                    pictures.append(
+                        write_picture(options.output, f"window.{kind}", note, figures.to_bytes(figure, kind))
+                    )
                     files.add("window")
             heading = name if options.checkpoint else f"{name}, by an untrained network"
             figure = figures.draw_maps(photograph.shown, maps, 0, heading, f"{scaled}. {title}")
             stem = unused_stem(photograph.name, files)
             text = f"{name}, {scaled}, and its maps at {', '.join(sites)}. {title}"
-            pictures.append(save(options.output, f"{stem}.{kind}", text, figures.to_bytes(figure, kind)))
+            pictures.append(write_picture(options.output, f"{stem}.{kind}", text, figures.to_bytes(figure, kind)))
         maps_of_images.append(maps)
         print(f"{options.output / stem}.{kind}: {scaled}", flush=True)
     page = to_page(title, EXPLANATION, entropies(maps_of_images), pictures)
@@ -183,13 +185,6 @@ def unused_stem(name: str, used: set[str]) -> str:
         number += 1
     used.add(unused)
     return unused
-
-
-def save(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
-    """Write a picture into the folder, which is made with the first one."""
-    picture = Picture(file, alternative, content)
-    picture.write(folder)
-    return picture
 
 
 def entropies(maps_of_images: Sequence[Sequence[SiteMaps]]) -> list[list[str]]:

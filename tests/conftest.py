@@ -68,4 +68,4 @@ def served(image_folder, tmp_path, monkeypatch):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs first: they are the longest, and must not be what everything else waits for at the end."""
-    items.sort(key=lambda item: item.path.name != "test_runs.py")
+    items.sort(key=lambda item: item.path.parent.name != "whole")

@@ -80,6 +80,11 @@ def _read(config: ModelConfig, data: DataConfig | DetectionDataConfig | None) ->
     assert config.weights is not None
     if not config.weights.startswith(TIMM):
         path = checkpoint.resolve(config.weights)
+        if not path.exists():
+            key = "model.backbone.weights" if isinstance(data, DetectionDataConfig) else "model.weights"
+            raise InputError(
+                f"{key}: {path}: no such file; scripts/fetch_released.py DIR downloads the authors' weights"
+            )
         return str(path), checkpoint.load(path), sha256(path)
     name = config.weights.removeprefix(TIMM).strip()
     check_pretrained_name(name)

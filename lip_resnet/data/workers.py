@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,10 @@ def start_loader(dataset: Dataset, sampler: DeferredBatchSampler, workers: int, 
         )
         if workers:
             iterator = iter(loader)
-            atexit.register(_kill_workers, os.getpid(), weakref.ref(iterator), compat.loader_workers(iterator))
+            arguments = os.getpid(), weakref.ref(iterator), compat.loader_workers(iterator)
+            atexit.register(_kill_workers, *arguments)
+            # A process of multiprocessing, as of torch.multiprocessing.spawn, can end without atexit's functions.
+            Finalize(None, _kill_workers, arguments, exitpriority=0)
     sampler.started = True
     return loader
 

@@ -143,14 +143,17 @@ def add_boxes(axes: Axes, judged: Judged, classes: Sequence[str], width: float =
         axes.add_patch(Rectangle(corner, *sides, fill=False, ec="black", lw=1.7 * width, alpha=0.5))
         axes.add_patch(Rectangle(corner, *sides, fill=False, ec=_COLOURS[kind], lw=width, ls=style))
         if text:
-            below = kind == "missed"
+            # Above a detection and below a missed object; within the box where there is no room.
+            upper, lower = sorted(axes.get_ylim())
+            room = 0.04 * (lower - upper)
+            at, above = (y2, y2 > lower - room) if kind == "missed" else (y1, y1 > upper + room)
             axes.text(
-                x1,
-                y2 if below else y1,
+                corner[0],
+                at - 0.5,
                 text,
                 fontsize="x-small",
                 color="black",
-                va="top" if below else "bottom",
+                va="bottom" if above else "top",
                 clip_on=True,
                 parse_math=False,
                 bbox={"facecolor": _COLOURS[kind], "edgecolor": "none", "pad": 1.0, "alpha": 0.85},

@@ -215,11 +215,11 @@ def _intersection_over_union(
     boxes: NDArray[np.float64], objects: NDArray[np.float64], crowd: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
     """(P, D, 4), (P, G, 4) as x, y, width, height, and (P, G) -> (P, D, G); of a crowd, over the detection's area."""
-    one, two = boxes[:, :, None], objects[:, None]
-    sides = np.minimum(one[..., :2] + one[..., 2:], two[..., :2] + two[..., 2:])
-    sides = np.maximum(sides - np.maximum(one[..., :2], two[..., :2]), 0)
-    shared, area = sides[..., 0] * sides[..., 1], one[..., 2] * one[..., 3]
-    union = np.where(crowd[:, None], area, area + two[..., 2] * two[..., 3] - shared)
+    boxes, objects = boxes[:, :, None], objects[:, None]
+    sides = np.minimum(boxes[..., :2] + boxes[..., 2:], objects[..., :2] + objects[..., 2:])
+    sides = np.maximum(sides - np.maximum(boxes[..., :2], objects[..., :2]), 0)
+    shared, area = sides[..., 0] * sides[..., 1], boxes[..., 2] * boxes[..., 3]
+    union = np.where(crowd[:, None], area, area + objects[..., 2] * objects[..., 3] - shared)
     return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lip_resnet.config import InputError
 from lip_resnet.evaluation.predictions import Predictions, read_predictions
-from lip_resnet.evaluation.rows import read_rows
+from lip_resnet.evaluation.rows import is_detection, read_rows
 
 PREDICTIONS = "predictions.csv"
 """The name of a row's predictions beside it, such as in the cells of a study."""
@@ -75,6 +75,8 @@ def read_result(path: Path, predictions: Path | None = None) -> tuple[Prediction
     if path.is_dir():
         path = path / "eval.json"
     (row,) = read_rows([str(path)])
+    if is_detection(row):
+        raise InputError(f"{path} is a row of a detector; accuracies by class are of classifiers")
     named = Path(row.get("predictions") or "")
     file = predictions or (named if named.is_file() else path.parent / PREDICTIONS)
     if not file.is_file():

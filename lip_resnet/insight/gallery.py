@@ -19,14 +19,16 @@ class Picture:
     """Text for readers who do not see it; the page shows it below."""
     content: bytes
 
-    def write(self, folder: Path) -> None:
-        """Write the file into a folder, which is made if it does not exist.
 
-        Raises:
-            InputError: it cannot be written.
-        """
-        make_folder(folder)
-        write_atomically(folder / self.file, lambda opened: opened.write(self.content))
+def write_picture(folder: Path, file: str, alternative: str, content: bytes) -> Picture:
+    """Write a picture into the folder, which is made with the first one.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    make_folder(folder)
+    write_atomically(folder / file, lambda opened: opened.write(content))
+    return Picture(file, alternative, content)
 
 
 _STYLE = """

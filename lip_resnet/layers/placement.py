@@ -10,6 +10,7 @@ A convolution keeps its name and its weights, except where a new one replaces it
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +107,11 @@ def parse_choices(layers: str | Mapping[str, Any]) -> Choices:
     for key, value in layers.items():
         if not isinstance(key, str):
             raise ValueError(f"site {key!r}; it must be a name, such as main")
-        if _is_pattern(key) and not any(letter in key for letter in ".*?["):
-            near = difflib.get_close_matches(key, SITES, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ";"
+        stage, dot, site = key.rpartition(".")
+        near = difflib.get_close_matches(site, SITES, n=1)
+        misspelt = re.fullmatch(r"stage[1-9]", stage) and near
+        if _is_pattern(key) and (misspelt or not any(letter in key for letter in ".*?[")):
+            hint = f", did you mean {stage + dot + near[0]!r}?" if near else ";"
             known = f"{', '.join(SITES)}, stage3.main, or a module's name or pattern such as layer3.*.conv2"
             raise ValueError(f"unknown site {key!r}{hint} known: {known}")
         choices[key] = _parse(key, value)

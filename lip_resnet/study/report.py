@@ -141,6 +141,9 @@ def sentence(comparison: Comparison, baseline: str) -> str:
     if _disagree(comparison):
         least = statistics.smallest_sign_flip(seeds)
         text += f" The two tests disagree; the sign-flip test cannot go below {format_p(least)} with {seeds} seeds."
+    if comparison.verdict == "not distinguishable" and paired.deviation:
+        shown = statistics.detectable_difference(paired.deviation, seeds)
+        text += f" So many seeds show a true difference of {shown:.1f} points with 80% power."
     return text
 
 

@@ -1,70 +1,28 @@
-"""What real folders, shards and tables hold beside images: read, counted, or refused in one line that names it."""
+"""What real folders and tables hold beside images, and how classes are named: read, counted, or refused in one line."""
 
 import io
 import json
 import os
 import shutil
 import sys
-import tarfile
-import warnings
 from pathlib import Path
 
 import check_dataset
 import datasets
-import numpy as np
 import pytest
-import torch
 from helpers.commands import call
-from helpers.sets import add, as_rank, folder_config, table
+from helpers.sets import as_rank, encoded, folder_config, refusal, shards, table
 from PIL import Image
-from torch.utils.data import Dataset
 
 from lip_resnet.config import DataConfig, InputError
-from lip_resnet.data import EvalLoader, TrainLoader, build_sources, decode, describe_source
+from lip_resnet.data import TrainLoader, build_sources, describe_source
 from lip_resnet.data.decode import readable_suffixes
-from lip_resnet.data.sources import index
 from lip_resnet.data.sources.folder import Folder
-from lip_resnet.data.transforms import TrainTransform, eval_transform
+
+LONG = (60000, 1)
+
 
 LATIN = os.fsdecode(b"caf\xe9.JPEG")
-
-
-@pytest.fixture
-def root(image_folder, tmp_path) -> Path:
-    """A copy of the shared folder."""
-    shutil.copytree(image_folder, tmp_path / "set")
-    return tmp_path / "set"
-
-
-def encoded(kind: str, size: tuple[int, int] = (40, 40)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (200, 100, 50)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def shards(folder: Path, *members: tuple[str, bytes] | tarfile.TarInfo, names: bytes | None = None) -> DataConfig:
-    """One shard with an image ``good`` of label 0, and other members."""
-    (folder / "train").mkdir(parents=True, exist_ok=True)
-    if names is not None:
-        (folder / "train" / "classes.txt").write_bytes(names)
-    with tarfile.open(folder / "train" / "0.tar", "w") as archive:
-        for member in (("good.jpg", encoded("JPEG")), ("good.cls", b"0"), *members):
-            archive.addfile(member) if isinstance(member, tarfile.TarInfo) else add(archive, *member)
-    return folder_config(folder, name="shards")
-
-
-def member(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-def refusal(config: DataConfig, classes: int | None = 3, splits: tuple[str, ...] = ("train",)) -> str:
-    with pytest.raises(InputError) as caught:
-        build_sources(config, classes, splits)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
-    return str(caught.value)
 
 
 def test_what_can_be_decoded_is_read_and_the_rest_is_counted(root, capsys):
@@ -220,93 +178,6 @@ def test_classes_of_tables(image_folder, tmp_path, monkeypatch, capsys):
     assert "for every image; row 1 has " in refusal(tables("missing", [0, None, 2], [0]), 3, both)
 
 
-@pytest.mark.parametrize(
-    ("label", "words"),
-    [
-        (b"1000000000", ":b: its label is 1000000000; 3 classes have the labels 0 to 2"),
-        (b"100000000000000000000", ": the label b.cls holds '100000000000000000000'; it must be the class's number"),
-        (b"9" * 5000, f": the label b.cls holds '{'9' * 64}';"),
-        (b"-1", ": the label b.cls holds '-1';"),
-        (b"1.0", ": the label b.cls holds '1.0';"),
-        (b"", ": the label b.cls holds '';"),
-        ("caf\xe9".encode("latin-1"), r": the label b.cls holds 'caf\\xe9';"),
-        ("\N{SUPERSCRIPT TWO}".encode(), ": the label b.cls holds '\N{SUPERSCRIPT TWO}';"),
-    ],
-)
-def test_odd_labels_of_shards(tmp_path, label, words):
-    config = shards(tmp_path, ("b.jpg", b"x"), ("b.cls", label))
-    assert f"{tmp_path}/train/0.tar{words}" in refusal(config)
-    assert words.partition(";")[0] in refusal(config, None)
-
-
-@pytest.mark.parametrize(
-    ("members", "words"),
-    [
-        ([member("b.jpg", tarfile.SYMTYPE, "nothing")], "'b.jpg' is a symbolic link to 'nothing'"),
-        ([member("b.jpg", tarfile.LNKTYPE, "good.jpg"), ("b.cls", b"0")], "'b.jpg' is a hard link to 'good.jpg'"),
-        ([member("b.jpg", tarfile.DIRTYPE)], "'b.jpg' is a directory"),
-        ([("b.jpg", b"x"), member("b.cls", tarfile.SYMTYPE, "good.cls")], "'b.cls' is a symbolic link"),
-        ([("b.jpg", b"x"), member("b.cls", tarfile.LNKTYPE, "good.cls")], "'b.cls' is a hard link"),
-        ([("b.jpg", b"x"), member("b.cls", tarfile.DIRTYPE)], "'b.cls' is a directory"),
-        ([member("b.jpg", tarfile.FIFOTYPE)], "'b.jpg' is no file"),
-        ([("b.jpg", b"x"), ("b.cls", b"0"), ("b.cls", b"1")], "two labels have the key 'b'"),
-    ],
-)
-def test_odd_members_of_shards(tmp_path, members, words):
-    assert f"{tmp_path}/train/0.tar: {words}" in refusal(shards(tmp_path, *members))
-
-
-def test_odd_files_beside_shards(tmp_path):
-    config = shards(tmp_path, names="café\n".encode("latin-1"))
-    assert "train/classes.txt: byte 3 is not UTF-8; save the file as UTF-8" in refusal(config, 1)
-    (tmp_path / "train" / "classes.txt").unlink()
-    (tmp_path / "train" / "classes.txt").symlink_to("nothing")
-    assert "train/classes.txt: cannot read: No such file" in refusal(config, 1)
-    (tmp_path / "train" / "classes.txt").unlink()
-    (tmp_path / "train" / "._0.tar").write_bytes(b"a Mac's")
-    (tmp_path / "train" / "loose.JPEG").touch()
-    (tmp_path / "train" / "part2").mkdir()
-    source = build_sources(config, 1, ("train",))[0]
-    assert (len(source), source.left_out.first) == (1, ("loose.JPEG", "part2/"))
-    (tmp_path / "train" / "1.tar").symlink_to("nothing")
-    assert "1.tar: cannot read: No such file" in refusal(config, 1)
-
-
-def test_odd_indexes(tmp_path):
-    """An index is checked whole; one of an older version, which does not tell what it leaves out, is still read."""
-    build_sources(shards(tmp_path), 1, ("train",))
-    data = (tmp_path / "train" / index.FILE).read_bytes()
-    arrays = dict(np.load(io.BytesIO(data)))
-
-    def changed(**values: object) -> bytes:
-        buffer = io.BytesIO()
-        np.savez(buffer, **{name: value for name, value in {**arrays, **values}.items() if value is not None})
-        return buffer.getvalue()
-
-    for values in (
-        {"labels": np.array([-1])},
-        {"labels": np.array([0.5])},
-        {"labels": np.array([[0]])},
-        {"labels": np.array([None])},
-        {"places": np.array([[3, 512, 9]])},
-        {"places": np.array([[0, 0, 9]])},
-        {"places": np.array([[0, 512, -9]])},
-        {"places": np.array([512])},
-        {"places": None},
-        {"labels": np.array([], int), "keys": np.array([], np.uint8), "places": np.zeros((0, 3), int)},
-        {"left_out": np.array("x")},
-    ):
-        with pytest.raises(InputError, match=r"^x: not an index of shards: "):
-            index.Index.from_bytes(changed(**values), "x")
-    for damaged in (b"", data[:100], data[:200] + b"\0" * 300 + data[500:]):
-        with pytest.raises(InputError, match=r"^x: not an index of shards: "):
-            index.Index.from_bytes(damaged, "x")
-    old = changed(left_out=None, left_out_first=None)
-    assert index.Index.from_bytes(old, "x").left_out is None
-    (tmp_path / "train" / index.FILE).write_bytes(old)
-    assert build_sources(folder_config(tmp_path, name="shards"), 1, ("train",))[0].left_out.files == 0
-
-
 def test_flat_and_misnamed_splits(root, tmp_path):
     flat = tmp_path / "flat"
     shutil.copytree(root / "train", flat / "train")
@@ -373,22 +244,6 @@ def test_names_that_are_not_utf8(root, tmp_path, capfd, workers):
     assert len(capfd.readouterr().err.splitlines()) == 2
 
 
-@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_members_that_are_not_utf8(tmp_path, form):
-    """Read under their bytes, also from the stored index; reported where they do not decode."""
-    (tmp_path / "train").mkdir()
-    key = os.fsdecode(b"caf\xe9")
-    with tarfile.open(tmp_path / "train" / "0.tar", "w", format=form) as archive:
-        for name, data in ((f"{key}.jpg", b"x"), (f"{key}.cls", b"0"), (f"{key}.txt", b"")):
-            add(archive, name, data)
-    for _ in range(2):
-        (source,) = build_sources(folder_config(tmp_path, name="shards"), 1, ("train",))
-        assert os.fsencode(source.path(0)).endswith(b"0.tar:caf\xe9")
-        assert source.left_out.first == (r"0.tar:caf\xe9.txt",)
-        with pytest.raises(InputError, match=r"0\.tar:caf\udce9: cannot decode this image"):
-            source[0]
-
-
 def test_check_dataset_on_a_strict_terminal(root, monkeypatch, capsys):
     (root / "val" / "cat" / LATIN).write_bytes(b"no image")
     (root / "val" / "cat" / os.fsdecode(b"\xe9.txt")).write_bytes(b"")
@@ -411,23 +266,6 @@ def test_a_source_of_names_that_are_not_utf8_is_json(root):
     source = build_sources(folder_config(root), 3)[0]
     assert json.loads(json.dumps(describe_source(source)))["left_out"]["first"] == [r"ant/\xe9.txt"]
     source.left_out.first[0].encode()
-
-
-LONG = (60000, 1)
-
-
-@pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_no_resize_can_hold(root, crop_mode, workers):
-    (root / "val" / "ant" / "long.png").write_bytes(encoded("PNG", LONG))
-    config = folder_config(root, crop_mode=crop_mode, workers=workers, eval_resize=256)
-    loader = EvalLoader(build_sources(config, 3)[1], config)
-    if crop_mode == "squash":
-        assert sum(len(labels) for _, labels in loader) == 12
-        return
-    result = {"center": "15360000x256", "border": "256x0"}[crop_mode]
-    with pytest.raises(InputError, match=rf"ant/long\.png: cannot load this image: its 60000x1 pixels .* {result}"):
-        list(loader)
 
 
 def test_check_dataset_finds_what_a_run_would_refuse(root, monkeypatch, capsys):
@@ -454,94 +292,6 @@ def test_check_dataset_finds_what_a_run_would_refuse(root, monkeypatch, capsys):
     assert (code, out, len(line.splitlines()), "0.tar:b: its label is 1000000000" in line) == (2, "", 1, True)
 
 
-@pytest.mark.parametrize("decoder", ["exact", "fast"])
-@pytest.mark.parametrize("error", [MemoryError(), ValueError("height and width must be > 0"), KeyError("x")])
-def test_errors_after_decoding_name_the_image(root, monkeypatch, decoder, error):
-    """In resize and augmentation, in training and evaluation; what an image cannot cause keeps its traceback."""
-    config = folder_config(root, decode=decoder, batch_size=23, random_erasing=1.0)
-    train, val = build_sources(config, 3)
-
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(TrainTransform, "_finish", fail)
-    loader, evaluation = TrainLoader(train, config, 1, 0), EvalLoader(val, config)
-    evaluation.loader.dataset.transform = fail
-    kind = RuntimeError if isinstance(error, KeyError) else InputError
-    for batches in (loader.epoch(0), evaluation):
-        with pytest.raises(kind, match=r"/\w+_\d+\.JPEG: ") as caught:
-            list(batches)
-        assert type(error).__name__ in str(caught.value) or str(error) in str(caught.value)
-
-
-class Custom(Dataset):
-    """A user's own set."""
-
-    classes = ("a",)
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if index == 2:
-            raise OSError("connection lost")
-        return Image.new("RGB", (40, 40)), 0
-
-
-def test_errors_of_a_user_s_set_name_the_sample():
-    for batches in (
-        TrainLoader(Custom(), folder_config(Path(".")), 1, 0).epoch(0),
-        EvalLoader(Custom(), folder_config(Path("."))),
-    ):
-        with pytest.raises(InputError, match="sample 2: cannot load this image: connection lost"):
-            list(batches)
-
-
-def test_a_crop_has_a_pixel():
-    """A ratio that no crop of a line can have."""
-    config = folder_config(Path("."), crop_ratio=(0.1, 0.2), crop_scale=(1.0, 1.0), size=8)
-    for size in ((60000, 1), (1, 60000)):
-        out = torch.empty(8, 8, 3, dtype=torch.uint8)
-        TrainTransform(config).image(Image.new("RGB", size, (9, 8, 7)), 0, out)
-        assert out.unique().tolist() == [7, 8, 9]
-
-
-def test_warnings_of_pil_name_the_image(monkeypatch, capsys):
-    """Once each, with the first image; not where the user silences them."""
-    monkeypatch.setattr(decode, "_warned", set())
-    palette = Image.new("P", (4, 4))
-    palette.putpalette([1, 2, 3] * 256)
-    buffer = io.BytesIO()
-    palette.save(buffer, "PNG", transparency=bytes(range(256)))
-    for name in ("first.png", "second.png"):
-        decode.decode_exact(buffer.getvalue(), name)
-    printed = capsys.readouterr().err
-    assert printed.startswith("warning: first.png: Palette images with Transparency")
-    assert printed.count("\n") == 1
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
-    for side in (9, 10):  # each warning has another number
-        decode.decode_exact(encoded("BMP", (side, 9)), f"{side}.bmp")
-    assert capsys.readouterr().err.count("9.bmp: Image size (81 pixels) exceeds limit") == 1
-    monkeypatch.setattr(decode, "_warned", set())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        decode.decode_exact(buffer.getvalue(), "x")
-    assert not capsys.readouterr().err
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(InputError, match=r"third\.png: cannot decode this image: Palette images"):
-            decode.decode_exact(buffer.getvalue(), "third.png")
-
-
-@pytest.mark.parametrize("text", ["nonsense", "rand-x3", "rand-m9-m", "auto-m9"])
-def test_the_reason_is_never_empty(text):
-    try:
-        TrainTransform(folder_config(Path("."), rand_augment=text))
-    except InputError as error:
-        assert ": ;" not in str(error)  # noqa: PT017
-        assert "give one such as rand-m7-mstd0.5-inc1" in str(error)  # noqa: PT017
-
-
 def test_only_rank_0_prints(root, monkeypatch, capsys):
     (root / "train" / "notes.txt").touch()
     as_rank(monkeypatch, 1, 2)
@@ -549,10 +299,3 @@ def test_only_rank_0_prints(root, monkeypatch, capsys):
     monkeypatch.setattr("lip_resnet.distributed.is_main", lambda: False)
     build_sources(folder_config(root), 3)
     assert not capsys.readouterr().err
-
-
-def test_evaluation_s_transform_can_be_sent_to_workers():
-    import pickle
-
-    transform = pickle.loads(pickle.dumps(eval_transform(folder_config(Path(".")))))
-    assert transform(Image.new("RGB", (50, 40))).shape == (3, 32, 32)

@@ -42,7 +42,7 @@ def test_a_server_may_fail_twice_in_a_row(served, failures, capfd):
     server.failures[:] = failures[:2]
     whole = list(loader.epoch(0))
     assert len(whole) == 23
-    assert capfd.readouterr().err.count("asking again from byte") == len(failures[:2])
+    assert capfd.readouterr().err.count("retrying from byte") == len(failures[:2])
     server.failures[:] = ["500", *failures[:2], "500"][-3:]
     with pytest.raises(
         InputError, match=rf"{url}/train/\d+\.tar: cannot read from byte \d+ on, 3 times: \w+"

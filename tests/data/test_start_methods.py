@@ -1,6 +1,7 @@
 """Loader workers on every start method: the same pixels, no output at exit, no worker that outlives its parent."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,6 +9,9 @@ import sys
 import time
 
 import pytest
+from helpers.sets import folder_config
+
+from lip_resnet.data import TrainLoader, build_sources
 
 # A process that exits with a loader read to its end, one half-read, one never read and a child of the user's own; and a
 # fork of it that is killed.
@@ -92,3 +96,19 @@ def test_workers_end_with_their_process(image_folder, tmp_path, method):
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 0
     _wait_for_end([*leaves["workers"], leaves["user"]], 10)
+
+
+def leave_a_loader(root) -> None:
+    train, _ = build_sources(folder_config(root, workers=1), 3)
+    globals()["kept"] = loader = TrainLoader(train, folder_config(root, workers=1), 1, 0)
+    list(loader.epoch(0))
+
+
+def test_a_process_of_multiprocessing_ends_with_its_loader(image_folder):
+    """A rank of torch.multiprocessing.spawn, say: it ends without the functions that atexit calls."""
+    process = multiprocessing.get_context("fork").Process(target=leave_a_loader, args=(image_folder,))
+    process.start()
+    process.join(60)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0

@@ -14,6 +14,7 @@ from PIL import Image
 from lip_resnet.config import InputError
 from lip_resnet.config.detection import EvalDetectionDataConfig
 from lip_resnet.data.decode import BadImage
+from lip_resnet.detection.annotations import clipped
 from lip_resnet.detection.coco import CocoSource
 from lip_resnet.detection.sources import build_sources
 from lip_resnet.training.run import check_same_data
@@ -88,6 +89,13 @@ def test_every_object_has_its_rule(root, capsys):
     assert "2 images without a box left out of training" in printed
     assert "instances_val2017.json" not in printed  # nothing is left out of an evaluation
     assert val.sizes.tolist() == [[48, 64], [60, 40], [32, 32], [50, 50]]
+
+
+def test_a_box_is_clipped_at_each_side():
+    """Of an image of 100x50 pixels."""
+    boxes = np.array([[-5.0, 10, 20, 20], [90, 10, 20, 20], [10, -5, 20, 20], [10, 40, 20, 20]])
+    expected = [[0, 10, 15, 30], [90, 10, 100, 30], [10, 0, 30, 15], [10, 40, 30, 50]]
+    assert clipped(boxes, (100, 50)).tolist() == expected
 
 
 def test_a_box_without_sides_in_float32_is_left_out_of_training(root):

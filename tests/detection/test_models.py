@@ -179,7 +179,7 @@ def test_group_norm_in_the_place_of_batch_norm():
     model = a_detector(model__backbone={"norm": "group"})
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)]
     assert {type(norm) for norm in norms} == {nn.GroupNorm}
-    assert all(norm.num_groups == 32 for norm in norms)
+    assert {(norm.num_groups, norm.eps) for norm in norms} == {(32, 1e-5)}
     assert not model.backbone.body.layer1[0].bn2.weight.any()  # blocks still start as their shortcuts
     sum(model(torch.randn(2, 3, 64, 64), SIZES, targets()).values()).backward()
 

@@ -6,6 +6,7 @@ import re
 import compare_detections
 import make_table
 import numpy as np
+import per_class
 import pytest
 import show_detections
 import show_importance
@@ -74,6 +75,7 @@ def test_a_run_is_evaluated(run, tmp_path, capsys, monkeypatch):
         *(f" {name} (%) " for name in METRICS),
         " delta AP ",
     ]
+    assert "is a row of a detector" in refuse(capsys, monkeypatch, per_class, tmp_path / "row.json")
     code, out, _ = call(capsys, monkeypatch, compare_detections, tmp_path / "matches.npz", tmp_path / "matches.npz")
     assert code == 0
     assert "+0.00" in out

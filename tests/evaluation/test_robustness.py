@@ -206,7 +206,7 @@ def test_bad_input(weights, dots, tmp_path, capsys, monkeypatch):
         (("shift", file, *known, "--boxes", "x.tsv"), "--boxes belongs to the probe objects, not to shift"),
         (("sizes", file, *known, "--seed", 1), "--seed belongs to the probe shift, not to sizes"),
         (("sizes", file, *known, "--sizes", 0), "eval_size"),
-        (("sizes", file, file, *known, "--output", "x.json"), "is for one network; 2 are given"),
+        (("sizes", file, "other.pt", *known, "--output", tmp_path / "x.json"), "is for one network; 2 are given"),
         (("shift", file, "--config", "digits/resnet50"), "w.pt: not the weights of this ResNet"),
         (("shift", empty), f"{empty}"),
         (("shift", file, "--config", "cifar10/resnet18", f"--data={tmp_path}"), "does not hold cifar10's val"),

@@ -63,7 +63,6 @@ def test_sites(site, dtype):
     device_operators.check_site("cuda", dtype, 8, channels, size)
 
 
-@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_than_two_billion_elements(layout):
     require_memory(50)

@@ -1,7 +1,10 @@
 """The commands, in processes of their own or in this one."""
 
+import functools
+import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +15,7 @@ import pytest
 import eval as eval_command
 import train
 from helpers import ROOT
+from helpers.forks import Ended, fork
 from lip_resnet import cli
 
 RECIPE = """
@@ -56,6 +60,22 @@ def stop_when_logged(recipe: Path, folder: Path, processes: int, *overrides: str
     _, printed = run.communicate(timeout=120)
     assert run.returncode == (75 if processes == 1 else 1), printed
     assert printed.count("train.py: stopped: SIGTERM at step") == 1
+
+
+def fork_ranks(module, *arguments: object, processes: int = 1) -> Ended:
+    """Run a command in forks of this process, one for each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    command = [module.__name__, *map(str, arguments)]
+    return fork(*(functools.partial(_run, command, rank if processes > 1 else {}) for rank in ranks))
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    os.environ |= environment
+    sys.argv = [f"{command[0]}.py", *command[1:]]
+    importlib.import_module(command[0]).main()
 
 
 def call(capsys, monkeypatch, module, *arguments: object) -> tuple[int, str, str]:

@@ -93,19 +93,21 @@ def check_gradients(model: nn.Module, golden: str) -> None:
     assert norms == pytest.approx(model.checkpoint_filter_fn(want["grad_norm"], model), rel=1e-6, abs=0)
 
 
-def check_sgd_steps(model: nn.Module, golden: str) -> None:
-    """Five steps of the reference's SGD: relative errors of at most 1e-6 in every loss and in every tensor's norm."""
+def check_sgd_steps(model: nn.Module, golden: str, steps: int = 5) -> None:
+    """Steps of the reference's SGD: relative errors of at most 1e-6 in every loss, and after five in tensors' norms."""
     want = GOLDEN[golden]["sgd_5_steps_64x64"]
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     losses = []
-    for step in range(5):
+    for step in range(steps):
         loss = F.cross_entropy(model(images(8, 64, 64, seed=100 + step).double()), torch.arange(8) * 120 + step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses == pytest.approx(want["losses"], rel=1e-6)
+    assert losses == pytest.approx(want["losses"][:steps], rel=1e-6)
+    if steps < 5:
+        return
     norms_after = model.checkpoint_filter_fn(want["norm_after"], model)
     state = model.state_dict()
     assert norms_after.keys() <= state.keys()

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pytest
+from PIL import Image
 
 from lip_resnet import distributed
-from lip_resnet.config import DataConfig
+from lip_resnet.config import DataConfig, InputError
+from lip_resnet.data import build_sources
 
 
 def folder_config(root: Path, **changes: object) -> DataConfig:
@@ -76,3 +79,28 @@ def cifar(root: Path, classes: int, folder: str, files: dict[str, list[str]], ke
     meta = {"label_names": list("abc"), "fine_label_names": list("abc")}
     for name in ("batches.meta", "meta"):
         (root / folder / name).write_bytes(pickle.dumps(meta))
+
+
+def encoded(kind: str, size: tuple[int, int] = (40, 40)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (200, 100, 50)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def shards(folder: Path, *members: tuple[str, bytes] | tarfile.TarInfo, names: bytes | None = None) -> DataConfig:
+    """One shard with an image ``good`` of label 0, and other members."""
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    if names is not None:
+        (folder / "train" / "classes.txt").write_bytes(names)
+    with tarfile.open(folder / "train" / "0.tar", "w") as archive:
+        for member in (("good.jpg", encoded("JPEG")), ("good.cls", b"0"), *members):
+            archive.addfile(member) if isinstance(member, tarfile.TarInfo) else add(archive, *member)
+    return folder_config(folder, name="shards")
+
+
+def refusal(config: DataConfig, classes: int | None = 3, splits: tuple[str, ...] = ("train",)) -> str:
+    with pytest.raises(InputError) as caught:
+        build_sources(config, classes, splits)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    return str(caught.value)

@@ -202,6 +202,7 @@ def test_optimizer_with_a_group_for_each_stage():
 REFUSED = {
     "layer": ({"main": "blurr"}, "main: unknown downsampling layer 'blurr', did you mean blur"),
     "site": ({"mian": "blur"}, "unknown site 'mian', did you mean 'main'"),
+    "site of a stage": ({"stage3.mian": "blur"}, "unknown site 'stage3.mian', did you mean 'stage3.main'"),
     "placement": (
         {"main": {"layer": "blur", "placement": "after_activaton"}},
         "unknown placement 'after_activaton', did you mean after_activation",

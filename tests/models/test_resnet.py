@@ -39,8 +39,9 @@ def test_golden_lip_resnet50(filled50):
     golden.check_gradients(filled50, "lip_resnet50")
 
 
-def test_golden_sgd_steps_lip_resnet50():
-    golden.check_sgd_steps(golden.filled_model("lip_resnet50"), "lip_resnet50")
+@pytest.mark.parametrize("steps", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_golden_sgd_steps_lip_resnet50(steps):
+    golden.check_sgd_steps(golden.filled_model("lip_resnet50"), "lip_resnet50", steps)
 
 
 def test_golden_lip_resnet101():

@@ -5,17 +5,21 @@ import itertools
 import multiprocessing
 import os
 import warnings
+from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from functorch.compile import make_boxed_func
-from helpers import OLD_EXPORT, run_python
+from helpers import OLD_EXPORT
+from helpers.forks import fork
 from helpers.lip_oracle import relative_error, slow_lip2d
 from helpers.operator_cases import LAYOUTS, TOLERANCES, WINDOWS, make
 from torch._dynamo.backends.common import aot_autograd
 
 from lip_resnet import lip2d
+from lip_resnet.layers.downsampling import make_layer
 from lip_resnet.layers.logits import BottleneckLogits, Gate, InstanceNorm2d, SimplifiedLogits
 from lip_resnet.layers.pooling import logit_parameters
 from lip_resnet.ops import cpu, dispatch, reference
@@ -284,36 +288,28 @@ def test_processes_that_build_at_once(fresh, tmp_path):
     torch.testing.assert_close(OP(x, logits, 3, 2, 1)[0], slow_lip2d(x, logits, None, 3, 2, 1)[0])
 
 
+def average_gradients(store: Path, rank: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), make_layer("lip_simplified", 16))
+        torch.nn.init.normal_(model[1].logits.conv.weight, std=0.1)
+        model[1].recompute = recompute
+        images = torch.randn(6, 3, 12, 11).to(memory_format=torch.channels_last)
+        model(images).square().sum().backward()
+        whole = [p.grad.clone() / 2 for p in model.parameters()]
+        model.zero_grad()
+        parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        parallel(images[3 * rank : 3 * rank + 3]).square().sum().backward()
+        for p, expected in zip(model.parameters(), whole, strict=True):
+            torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.distributed.destroy_process_group()
+
+
 def test_ddp_averages_gradients(tmp_path):
     """DDP over Gloo, with and without recomputed logits: the mean of two processes' gradients is the whole batch's."""
-    code = """
-        import sys
-        import torch
-        import torch.distributed as dist
-        from lip_resnet.layers.downsampling import make_layer
-
-        def work(rank, path):
-            dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
-            torch.set_num_threads(1)
-            for recompute in (False, True):
-                torch.manual_seed(0)
-                model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), make_layer("lip_simplified", 16))
-                torch.nn.init.normal_(model[1].logits.conv.weight, std=0.1)
-                model[1].recompute = recompute
-                images = torch.randn(6, 3, 12, 11).to(memory_format=torch.channels_last)
-                model(images).square().sum().backward()
-                whole = [p.grad.clone() / 2 for p in model.parameters()]
-                model.zero_grad()
-                parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-                parallel(images[3 * rank : 3 * rank + 3]).square().sum().backward()
-                for p, expected in zip(model.parameters(), whole, strict=True):
-                    torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-            dist.destroy_process_group()
-
-        torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
-    """
-    done = run_python(code, str(tmp_path / "store"))
-    assert done.returncode == 0, done.stderr
+    ended = fork(*(partial(average_gradients, tmp_path / "store", rank) for rank in (0, 1)))
+    assert ended.codes == [0, 0], ended.stderr
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

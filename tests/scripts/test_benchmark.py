@@ -52,6 +52,8 @@ def test_rows(monkeypatch, tmp_path, capsys, what):
         monkeypatch.setitem(
             contestants.NETWORKS, "resnet50", lambda: timm.create_model("test_resnet", num_classes=1000)
         )
+    if what == "step":  # builds a network for each contestant
+        monkeypatch.setitem(contestants.NETWORKS, "lip_resnet50", lambda: timm.create_model("lip_resnet18"))
     rounds = [] if what in ("memory", "kernels") else ["--rounds", "2"]
     rows = run(monkeypatch, tmp_path, what, *TINY[what], *rounds)
     count = {"op": 2 * 4, "model": 2 * 2, "train": 2, "step": 3, "memory": 3, "kernels": 21}[what]
@@ -121,7 +123,7 @@ def test_the_engine_s_step_is_what_is_timed(monkeypatch, tmp_path):
     count(engine.nn.utils, "clip_grads_with_norm_")
     every = {"__call__", "is_bad", "_norm", "add"}
     options = SimpleNamespace(size=64, precision="float32")
-    model = contestants.NETWORKS["lip_resnet50"]()
+    model = timm.create_model("lip_resnet18")
     for name, expected in (
         (step.BARE, set()),
         (step.AS_TRAINED, every),
@@ -139,6 +141,7 @@ def test_the_engine_s_step_is_what_is_timed(monkeypatch, tmp_path):
 
 def test_a_step_that_trains_differently_fails(monkeypatch, tmp_path):
     """A variant with a different update: its second loss differs."""
+    monkeypatch.setitem(contestants.NETWORKS, "lip_resnet50", lambda: timm.create_model("lip_resnet18"))
     monkeypatch.setitem(step.VARIANTS, "contiguous", ("train.channels_last=false", "optim.lr=0.02"))
     rows = run(
         monkeypatch, tmp_path, "step", *TINY["step"][:4], "--contestants", "contiguous", step.BARE, "--rounds", "2"

@@ -74,7 +74,7 @@ def test_a_study_is_named_by_its_file_or_its_folder(tmp_path, monkeypatch):
     assert str(design.default_folder("mine")) == "mine"
     assert str(design.default_folder("own_images")) == "runs/studies/own_images"  # shipped, by its name alone
     assert design.load_design("own_images", ["model.num_classes=2"]).study.primary == "lip_resnet18"
-    with pytest.raises(InputError, match=r"own_image: no such study file; shipped studies: cifar10, .*, own_images"):
+    with pytest.raises(InputError, match=r"own_image: no such study file; shipped studies: .*, digits, .*, own_images"):
         design.load_design("own_image")
     assert str(design.default_folder("studies/digits")) == "runs/studies/digits"  # shipped, whatever lies here
     assert str(design.default_folder("mine.yaml")) == "runs/studies/mine"
@@ -142,4 +142,4 @@ def test_shipped_studies_are_valid():
     assert len(paths) >= 8
     for path in paths:
         study = design.load_design(path)
-        assert len(study.study.seeds) >= design.CONFIRMATORY_SEEDS
+        assert len(study.study.seeds) >= (3 if study.detection else design.CONFIRMATORY_SEEDS)

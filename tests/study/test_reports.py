@@ -283,6 +283,9 @@ def test_probes_of_a_whole_study(finished, tmp_path, capsys, monkeypatch):
     assert measured == every[1:]
     call(capsys, monkeypatch, probe, "robustness", finished.folder)
     assert len(measured) == len(every) - 1
+    call(capsys, monkeypatch, probe, "robustness", finished.cells()[0].folder)  # one run, of which all rows are there
+    assert len(measured) == len(every) - 1
+    assert "exists" in refuse(capsys, monkeypatch, probe, "shift", finished.cells()[0].folder)
     export.export(finished, tmp_path / "exported")
     for cell in finished.cells():
         cell.row.unlink(missing_ok=True)

@@ -105,6 +105,15 @@ def test_verdicts():
     assert statistics.verdict(better, 0.05) == "not distinguishable"
 
 
+def test_a_difference_that_is_not_shown_says_what_would_be():
+    """Six differences whose deviation is 1: 1.435 points (test_power_is_the_tables)."""
+    paired = statistics.compare_paired(np.array([1, -1, 1, -1, 1, -1]) / math.sqrt(1.2))
+    each = Comparison("lip", list(range(6)), paired, paired.p_t, None, None, [], "not distinguishable")
+    assert report.sentence(each, "plain").endswith(
+        " So many seeds show a true difference of 1.4 points with 80% power."
+    )
+
+
 def test_crossed_bootstrap_of_many_seeds_and_images():
     """Both kinds of resampling by hand: Var = Var(seed effects) / S + Var(image effects) / I + Var(rest) / (S I)."""
     random = np.random.default_rng(1)
@@ -153,6 +162,7 @@ def simulate(studies: int, seeds: int, effect: float, random: np.random.Generato
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore:.*BCa confidence interval cannot be calculated")  # of two equal differences
 def test_a_thousand_studies():
     """Coverage and false positives with 2 to 6 seeds; docs/studies.md has the figures."""

@@ -1,13 +1,13 @@
 """Files: atomic when written, safe and strict when read, from whoever wrote them."""
 
 import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers.forks import fork
 
 from lip_resnet import checkpoint
 from lip_resnet.config import InputError
@@ -152,21 +152,17 @@ def test_missing_file(model, tmp_path):
         load_weights(model, tmp_path / "none.pth")
 
 
-def test_a_kill_while_writing_keeps_the_old_file(tmp_path):
-    """A process dies half-way through its second write: the first file is still there, whole."""
-    path = tmp_path / "last.pt"
-    code = f"""
-import os, pathlib
-from lip_resnet import checkpoint
-path = pathlib.Path({str(path)!r})
-checkpoint.save(path, {{"step": 1}})
-def write(file):
+def die_half_way(file) -> None:
     file.write(b"half")
     file.flush()
     os._exit(9)
-checkpoint.write_atomically(path, write)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+
+
+def test_a_kill_while_writing_keeps_the_old_file(tmp_path):
+    """A process dies half-way through its second write: the first file is still there, whole."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"step": 1})
+    assert fork(partial(write_atomically, path, die_half_way)).codes == [9]
     assert checkpoint.load(path)["step"] == 1
 
 

@@ -12,14 +12,20 @@ from helpers import ROOT
 from helpers.commands import done, prepare
 from helpers.detection import small_detection
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("detection")]
+pytestmark = pytest.mark.slow
 TIMES = ("train/images_per_second", "train/data_wait")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipes") / "detection.yaml"
-    changes = {"data__images": 40, "train__log_every": 1, "train__checkpoint_steps": 3, "train__ema_decay": 0.9}
+    changes = {
+        "data__images": 40,
+        "data__workers": 1,
+        "train__log_every": 1,
+        "train__checkpoint_steps": 3,
+        "train__ema_decay": 0.9,
+    }
     path.write_text(small_detection(**changes).dump())
     return path
 

@@ -1,6 +1,5 @@
 """The launch files: every command line in them is one that torchrun and train.py take; Slurm's script comes back."""
 
-import argparse
 import os
 import re
 import shutil
@@ -15,29 +14,24 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, small_config
-from torch.distributed.run import get_args_parser
+from helpers.launch import (
+    ARRAY,
+    FAKES,
+    ON_NODE,
+    PYTORCHJOB,
+    SLURM,
+    TWO_NODES,
+    call,
+    check_command,
+    executable,
+    torchrun_options,
+    words,
+)
 
 import lip_commands
 from lip_resnet.config import InputError
-from lip_resnet.recipe import load_config
 
-LAUNCH = ROOT / "scripts" / "launch"
-SLURM, TWO_NODES, PYTORCHJOB = (LAUNCH / name for name in ("slurm.sbatch", "two_nodes.sh", "pytorchjob.yaml"))
-ARRAY = LAUNCH / "study.sbatch"
-ON_NODE = LAUNCH / "train_and_evaluate.sh"
 RECIPE = "configs/imagenet/lip_resnet50_step90.yaml"
-
-# What the launch files call, replaced: it writes down how it was called.
-FAKES = {
-    "torchrun": 'code=0; case " $* " in *" --dry-run "*) name=dry_run code=${DRY_RUN:-0};; *eval.py*) name=evaluate;; '
-    '*) name=torchrun; env > "$RECORD/env";; esac; printf "%s\\n" "$@" > "$RECORD/$name"; exit $code',
-    # srun: its own options end where the command begins. It passes USR1 on; a TERM it answers by killing its tasks.
-    "srun": 'printf "%s\\n" "$@" > "$RECORD/srun"; while [ "${1#-}" != "$1" ]; do shift; done; "$@" & task=$!; '
-    'trap "kill -USR1 $task" USR1; trap "kill -KILL $task" TERM; '
-    "while kill -0 $task 2>/dev/null; do wait $task; done; wait $task",
-    "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> "$RECORD/scontrol"; fi',
-    "apptainer": 'printf "%s\\n" "$@" > "$RECORD/apptainer"; shift 3; exec "$@"',
-}
 # A run in the place of torchrun: trains until it is asked to stop, saves for a moment, asks to come back.
 RUN = """
 case " $* " in *" --dry-run "*) exit 0;; esac
@@ -46,59 +40,6 @@ echo started > "$RECORD/started"
 for _ in $(seq 1000); do sleep 0.01; done
 exit 3
 """
-
-
-def executable(path: Path, body: str) -> None:
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    path.chmod(0o755)
-
-
-@pytest.fixture
-def stage(tmp_path, monkeypatch):
-    """A machine with Slurm's, torchrun's and Apptainer's names on PATH; returns the folder of their records."""
-    tools, record, venv = tmp_path / "tools", tmp_path / "record", tmp_path / "venv"
-    for folder in (tools, record, venv / "bin"):
-        folder.mkdir(parents=True)
-    for name, body in FAKES.items():
-        executable(tools / name, body)
-    (venv / "bin" / "activate").write_text("")
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
-    job["SLURM_CPUS_PER_TASK"] = "96"
-    for name, value in {**job, "SLURM_GPUS_ON_NODE": "8", "RECORD": str(record), "VENV": str(venv)}.items():
-        monkeypatch.setenv(name, value)
-    return record
-
-
-def call(*command: object) -> subprocess.CompletedProcess:
-    return subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
-
-
-def torchrun_options(record: Path, name: str = "torchrun") -> argparse.Namespace:
-    """What torchrun's own parser makes of a recorded command line and the environment of its call."""
-    environment = dict(line.split("=", 1) for line in words(record / "env") if line.startswith("PET_"))
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment.items():
-            patch.setenv(key, value)
-        return get_args_parser().parse_args(words(record / name))
-
-
-def check_command(record: Path) -> tuple[argparse.Namespace, dict[str, str]]:
-    """torchrun's own parser and our recipe loader accept it; returns torchrun's options, train.py's as a dict."""
-    options = torchrun_options(record)
-    assert options.training_script == "train.py"
-    given = options.training_script_args
-    flags = {given[i]: given[i + 1] for i in range(len(given)) if given[i].startswith("--")}
-    overrides = [word for word in given if not word.startswith("--") and word not in flags.values()]
-    load_config(ROOT / flags["--config"], overrides)
-    assert flags["--resume"] == "auto"
-    assert set(flags) <= {"--config", "--resume", "--output"}
-    assert set(options.signals_to_handle.split(",")) == {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"}
-    return options, flags
-
-
-def words(path: Path) -> list[str]:
-    return path.read_text().splitlines()
 
 
 @pytest.mark.parametrize("path", [SLURM, TWO_NODES, ARRAY], ids=lambda path: path.name)
@@ -379,107 +320,3 @@ def test_two_machines_for_real(tmp_path, monkeypatch):
         state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
         assert state["processes"] == [2]
     assert state["step"] == 69
-
-
-# ---- Kubernetes ----
-
-# Every key of the file -> its type or allowed values.
-# Source: kubeflow/training-operator, pkg/apis/kubeflow.org/v1, and the Kubernetes pod API.
-WORKER = "spec.pytorchReplicaSpecs.Worker"
-POD = f"{WORKER}.template.spec"
-CONTAINER, VOLUME = f"{POD}.containers[]", f"{POD}.volumes[]"
-STRINGS = [
-    *("metadata.name", "spec.elasticPolicy.rdzvId", f"{CONTAINER}.image", f"{CONTAINER}.workingDir"),
-    *(
-        f"{CONTAINER}.command[]",
-        f"{CONTAINER}.env[].name",
-        f"{CONTAINER}.env[].value",
-        f"{CONTAINER}.volumeMounts[].name",
-    ),
-    *(f"{CONTAINER}.volumeMounts[].mountPath", f"{VOLUME}.name", f"{VOLUME}.emptyDir.sizeLimit"),
-    *(f"{VOLUME}.persistentVolumeClaim.claimName", f"{CONTAINER}.resources.requests.cpu"),
-    *(f"{CONTAINER}.resources.{kind}.memory" for kind in ("requests", "limits")),
-]
-INTEGERS = [
-    *(f"spec.elasticPolicy.{key}" for key in ("minReplicas", "maxReplicas", "maxRestarts")),
-    *("spec.runPolicy.backoffLimit", f"{WORKER}.replicas", f"{POD}.terminationGracePeriodSeconds"),
-    *(f"{POD}.securityContext.{key}" for key in ("runAsUser", "fsGroup")),
-    *(f"{CONTAINER}.resources.{kind}.nvidia.com/gpu" for kind in ("requests", "limits")),
-    f"{CONTAINER}.ports[].containerPort",
-]
-BOOLEANS = [f"{CONTAINER}.volumeMounts[].readOnly", f"{VOLUME}.persistentVolumeClaim.readOnly"]
-KEYS = {
-    **{**dict.fromkeys(STRINGS, str), **dict.fromkeys(INTEGERS, int), **dict.fromkeys(BOOLEANS, bool)},
-    "apiVersion": {"kubeflow.org/v1"},
-    "kind": {"PyTorchJob"},
-    "spec.runPolicy.cleanPodPolicy": {"All", "Running", "None"},
-    "spec.elasticPolicy.rdzvBackend": {"c10d", "etcd", "etcd-v2"},
-    f"{WORKER}.restartPolicy": {"Always", "OnFailure", "Never", "ExitCode"},
-    f"{CONTAINER}.name": {"pytorch"},
-    f"{CONTAINER}.ports[].name": {"pytorchjob-port"},
-    f"{VOLUME}.emptyDir.medium": {"Memory"},
-}
-
-
-def leaves(tree: object, path: str = "") -> list[tuple[str, object]]:
-    """(path, value) of every value of a YAML tree; those of a list have its path and []."""
-    if isinstance(tree, dict):
-        return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}".lstrip("."))]
-    return [leaf for item in tree for leaf in leaves(item, f"{path}[]")] if isinstance(tree, list) else [(path, tree)]
-
-
-def mismatches(tree: object) -> list[object]:
-    """Keys that are unknown or missing, and values that are not allowed."""
-    given = leaves(tree)
-    unknown = set(KEYS) ^ {path for path, _ in given}
-    kinds = [(path, value, KEYS[path]) for path, value in given if path in KEYS]
-    wrong = [
-        item for item in kinds if not (item[1] in item[2] if isinstance(item[2], set) else type(item[1]) is item[2])
-    ]
-    return [*unknown, *wrong]
-
-
-def test_pytorchjob_fits_its_schema():
-    text = PYTORCHJOB.read_text()
-    assert mismatches(yaml.safe_load(text)) == []
-    for right, wrong in (
-        ("restartPolicy: OnFailure", "restartPolicy: onFailure"),
-        ("rdzvBackend: c10d", "rdzvBackend: tcp"),
-        ("containerPort:", "containerport:"),
-        ('value: "240"', "value: 240"),
-        ("replicas: 1\n      restartPolicy", "replicas: one\n      restartPolicy"),
-    ):
-        assert right in text
-        assert mismatches(yaml.safe_load(text.replace(right, wrong))), wrong
-
-
-def test_pytorchjob_hangs_together(stage, monkeypatch):
-    job = yaml.safe_load(PYTORCHJOB.read_text())["spec"]
-    worker, policy = job["pytorchReplicaSpecs"]["Worker"], job["elasticPolicy"]
-    pod = worker["template"]["spec"]
-    (container,) = pod["containers"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert ROOT / container["command"][0] == ON_NODE
-    assert os.access(ON_NODE, os.X_OK)
-    assert call(*container["command"]).returncode == 0
-    options, flags = check_command(stage)
-    assert (stage / "evaluate").exists()
-    assert policy["minReplicas"] == policy["maxReplicas"] == worker["replicas"]
-    gpus = int(options.nproc_per_node)
-    amounts = container["resources"]
-    assert amounts["requests"]["nvidia.com/gpu"] == amounts["limits"]["nvidia.com/gpu"] == gpus
-    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
-    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
-    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
-    assert mounts["shm"]["mountPath"] == "/dev/shm"
-    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    assert f"WORKDIR {container['workingDir']}\n" in image
-    assert f"useradd --uid {pod['securityContext']['runAsUser']} " in image
-    assert "ENTRYPOINT" not in image
-    config = load_config(ROOT / flags["--config"], options.training_script_args[-2:])
-    assert config.data.root.startswith(mounts["data"]["mountPath"])
-    assert flags["--output"].startswith(mounts["runs"]["mountPath"])
-    assert not mounts["runs"].get("readOnly")
-    assert gpus * config.data.workers + gpus <= int(amounts["requests"]["cpu"])

@@ -142,10 +142,11 @@ def test_the_cause_is_kept_and_shown(capsys, monkeypatch, recipe):
     assert any(line.startswith("TypeError: ") and "width" in line for line in lines)
 
 
-def test_help_needs_no_torch():
+@pytest.mark.parametrize(("script", "words"), [("train.py", "--resume auto|none|PATH"), ("eval.py", "--pretrained")])
+def test_help_needs_no_torch(script, words):
     """5 s and 870 MB otherwise."""
-    command = [sys.executable, "-X", "importtime", "train.py", "--help"]
+    command = [sys.executable, "-X", "importtime", script, "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-    assert "--resume auto|none|PATH" in result.stdout
+    assert words in result.stdout
     assert "argparse" in result.stderr
     assert "torch" not in result.stderr

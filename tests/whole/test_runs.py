@@ -1,4 +1,4 @@
-"""Whole runs, started as a user starts them: train.py and eval.py as processes, alone and under torchrun."""
+"""Whole runs of train.py and eval.py, alone and on several ranks: under torchrun, or in forks of this process."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import make_table
 import pytest
 import torch
 import yaml
-from helpers.commands import RECIPE, call, done, start, stop_when_logged
+from helpers.commands import RECIPE, call, done, fork_ranks, start, stop_when_logged
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval as eval_command
@@ -28,7 +28,7 @@ def recipe(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(recipe, tmp_path_factory) -> Path:
-    """Trained by two processes, without interruption."""
+    """Trained by two processes under torchrun, without interruption."""
     folder = tmp_path_factory.mktemp("runs") / "two"
     done("train.py", "--config", recipe, "--output", folder, processes=2)
     return folder
@@ -38,7 +38,6 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.xdist_group("run")
 def test_run_folder_holds_what_is_promised(run):
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     assert set(events.Tags()["scalars"]) >= TAGS
@@ -61,15 +60,15 @@ def test_run_folder_holds_what_is_promised(run):
     assert (run / "checkpoints" / "best.pt").is_file()
 
 
-@pytest.mark.xdist_group("run")
 def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
     rows = []
     for processes in (1, 3):  # 355 images in batches of 50: neither divides. Two counted while they trained.
         output = tmp_path / f"{processes}.json"
         files = ("--output", output, "--predictions", tmp_path / f"{processes}.csv")
-        result = done("eval.py", "--checkpoint", run, "--weights", "model", *files, processes=processes)
+        ended = fork_ranks(eval_command, "--checkpoint", run, "--weights", "model", *files, processes=processes)
+        assert set(ended.codes) == {0}, ended.stderr
         rows.append(json.loads(output.read_text()))
-        assert f"* Acc@1 {rows[0]['top1']:.3f} Acc@5 {rows[0]['top5']:.3f}" in result.stdout
+        assert ended.stdout == f"* Acc@1 {rows[0]['top1']:.3f} Acc@5 {rows[0]['top5']:.3f}\n"
     assert (tmp_path / "1.csv").read_text() == (tmp_path / "3.csv").read_text()
     assert {row["images"] for row in rows} == {355}
     assert len({(row["correct1"], row["correct5"]) for row in rows}) == 1
@@ -79,10 +78,9 @@ def test_evaluation_counts_the_same_on_any_number_of_processes(run, tmp_path):
     assert rows[0]["protocol"]["training"]["images_per_batch_norm"] == "32"
 
 
-@pytest.mark.xdist_group("run")
 @pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
-    """Stopped by SIGTERM between two log steps and continued: the same numbers and the same weights, bit for bit.
+    """Stopped by SIGTERM under torchrun between two log steps and continued: the same numbers and weights, bit for bit.
 
     Three processes: DDP sorts gradients into other buckets after its first backward, which changes how sums of three
     round; without the warm-up step for DDP this fails. Of one process test_resume.py has quick checks.
@@ -90,7 +88,8 @@ def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
     whole, overrides = run, ["data.batch_size=66"] if processes == 3 else []
     if processes != 2:
         whole = tmp_path / "whole"
-        done("train.py", "--config", recipe, "--output", whole, *overrides, processes=processes)
+        ended = fork_ranks(train, "--config", recipe, "--output", whole, *overrides, processes=processes)
+        assert set(ended.codes) == {0}, ended.stderr
     folder = tmp_path / "resumed"
     stop_when_logged(recipe, folder, processes, *overrides)
     assert (folder / "requeue").exists()
@@ -101,8 +100,9 @@ def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
     stray = {"step": stopped + 1, "epoch": 1, "train/loss": 9.0}
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(stray) + '\n{"step": 99, "ep')
-    resumed = ("train.py", "--config", recipe, "--output", folder, "--resume", "auto", *overrides)
-    done(*resumed, processes=processes)
+    resumed = ("--config", recipe, "--output", folder, "--resume", "auto", *overrides)
+    ended = fork_ranks(train, *resumed, processes=processes)
+    assert set(ended.codes) == {0}, ended.stderr
 
     states = [torch.load(path / "checkpoints" / "last.pt", weights_only=True) for path in (whole, folder)]
     for name in ("model", "ema"):
@@ -117,13 +117,23 @@ def test_resumed_is_uninterrupted(run, recipe, tmp_path, processes):
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in events.Scalars("val/loss")] == [last // 2, last]
     assert not (folder / "requeue").exists()
-    again = done(*resumed)
-    assert "already trained" in again.stderr
+    assert "already trained" in fork_ranks(train, *resumed).stderr
 
 
-@pytest.mark.xdist_group("run")
+def test_refusals_on_two_ranks(run, recipe):
+    """Every rank exits with 2, one line is printed, nothing changes."""
+    before = (run / "checkpoints" / "last.pt").read_bytes()
+    ended = fork_ranks(train, "--config", recipe, "--output", run, processes=2)
+    assert ended.codes == [2, 2]
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("train.py: error:")
+    assert "already holds a run; continue it with --resume auto" in line
+    assert (run / "checkpoints" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.slow
 def test_refusals_under_torchrun(run, recipe):
-    """Every rank leaves with 2, one line is printed, nothing changes, and torchrun itself exits 1."""
+    """The same, and torchrun itself exits 1."""
     before = (run / "checkpoints" / "last.pt").read_bytes()
     result = start("train.py", "--config", recipe, "--output", run, processes=2)
     assert result.returncode == 1
@@ -134,23 +144,24 @@ def test_refusals_under_torchrun(run, recipe):
     assert (run / "checkpoints" / "last.pt").read_bytes() == before
 
 
-@pytest.mark.xdist_group("run")
 def test_fine_tuning_and_profile(run, recipe, tmp_path):
     folder = tmp_path / "tuned"
     overrides = [f"model.weights={run}", "model.new_head=true", "data.name=synthetic", "model.num_classes=4"]
     overrides += ["train.max_steps=8", "train.profile=2", "train.gradient_compression=bfloat16"]
-    done("train.py", "--config", recipe, "--output", folder, *overrides, processes=2)
+    ended = fork_ranks(train, "--config", recipe, "--output", folder, *overrides, processes=2)
+    assert set(ended.codes) == {0}, ended.stderr
     (trace,) = (folder / "tensorboard").glob("*.pt.trace.json.gz")
     assert b'"aten::convolution"' in gzip.decompress(trace.read_bytes())
 
 
 def test_lip_and_baseline_to_a_table(tmp_path, capsys, monkeypatch):
-    """The README's way, on the shipped recipes cut short: train, evaluate, compare."""
-    runs = []
+    """The README's way, on the shipped recipes cut short, with smaller networks: train, evaluate, compare."""
+    runs, cut = [], ("data.batch_size=16", "train.max_steps=1")
     for name in ("lip_resnet50", "resnet50"):
         runs.append(tmp_path / name)
-        recipe = ("--config", f"configs/digits/{name}.yaml", "--output", runs[-1], "train.max_steps=2")
-        assert call(capsys, monkeypatch, train, *recipe)[0] == 0
+        recipe = ("--config", f"configs/digits/{name}.yaml", "--output", runs[-1])
+        smaller = f"model.name={name.replace('50', '18')}"
+        assert call(capsys, monkeypatch, train, *recipe, *cut, smaller)[0] == 0
         assert call(capsys, monkeypatch, eval_command, "--checkpoint", runs[-1])[0] == 0
     table = tmp_path / "table.md"
     code, printed, _ = call(capsys, monkeypatch, make_table, *runs, "--output", table)
@@ -171,7 +182,8 @@ def test_any_number_of_processes_takes_the_same_steps(tmp_path):
         # 1442 images in batches of 474: three whole ones and one of 20.
         overrides = ["data.batch_size=474", "train.epochs=1", "train.drop_path=0", "optim.warmup_epochs=0"]
         overrides.append("train.log_every=1")
-        done("train.py", "--config", recipe, "--output", folder, *overrides, processes=processes)
+        ended = fork_ranks(train, "--config", recipe, "--output", folder, *overrides, processes=processes)
+        assert set(ended.codes) == {0}, ended.stderr
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         losses.append([line["train/loss"] for line in lines if "train/loss" in line])
         states.append(torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["model"])

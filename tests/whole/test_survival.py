@@ -3,20 +3,23 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
 from helpers.commands import RECIPE, prepare
+from helpers.forks import fork
 from run_contents import hash_value
 
-pytestmark = pytest.mark.xdist_group("survival")
+from lip_resnet.training import watchdog
+
 SHORT = ["train.max_steps=16", "train.checkpoint_steps=4", "train.log_every=4"]
 
 
@@ -122,24 +125,20 @@ def test_a_hanging_rank_is_named(recipe, tmp_path):
     assert "in faulty" in (folder / "hang-rank1.txt").read_text()
 
 
+def hang(folder: Path) -> None:
+    watchdog.FAULTHANDLER_SECONDS = 0.5
+    with watchdog.Watchdog(folder, 1 / 60) as dog:
+        dog.step(1)
+        time.sleep(0.3)
+        re.match("(a*)*b", "a" * 60)
+
+
 def test_native_code_that_never_returns(tmp_path):
     """The interpreter's lock is never free: no Python thread can run, and the process still reports and ends."""
-    script = f"""
-import re, sys
-from pathlib import Path
-from lip_resnet.training import watchdog
-watchdog.FAULTHANDLER_SECONDS = 0.5
-with watchdog.Watchdog(Path({str(tmp_path)!r}), 1 / 60) as dog:
-    dog.step(1)
-    import time; time.sleep(0.3)
-    re.match("(a*)*b", "a" * 60)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert result.returncode == 1
-    assert "Timeout" in result.stderr
-    assert "in match" in result.stderr
+    ended = fork(partial(hang, tmp_path))
+    assert ended.codes == [1]
+    assert "Timeout" in ended.stderr
+    assert "in match" in ended.stderr
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])

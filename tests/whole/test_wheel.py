@@ -14,7 +14,6 @@ from helpers import ROOT
 
 import lip_resnet
 
-pytestmark = pytest.mark.xdist_group("wheel")  # built once
 BUILD = """
 import os, shutil, sys
 from setuptools import build_meta

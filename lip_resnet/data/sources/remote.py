@@ -83,7 +83,7 @@ class Remote:
                     raise InputError(
                         f"{url}: cannot read from byte {first} on, {len(RETRY_SECONDS) + 1} times: {reason}"
                     ) from error
-                print(f"note: {url}: asking again from byte {first} on: {reason}", file=sys.stderr, flush=True)
+                print(f"note: {url}: retrying from byte {first}: {reason}", file=sys.stderr, flush=True)
                 time.sleep(pause)
         if end is not None and len(data) != end - first:
             raise InputError(
