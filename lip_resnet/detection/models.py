@@ -15,7 +15,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from torchvision.ops.poolers import initLevelMapper
 
 from lip_resnet.compat import tree_map_only
 from lip_resnet.config import BackboneConfig, DetectorConfig, InputError, ModelConfig
@@ -222,12 +221,6 @@ class FasterRCNN(Detector):
     def __init__(self, network: detection.FasterRCNN) -> None:
         super().__init__(network)
         self.rpn, self.roi_heads = network.rpn, network.roi_heads
-        # torchvision would infer them from the images of the first batch, wrongly if these are far smaller than their
-        # canvas, and keep them.
-        pool: Any = self.roi_heads.box_roi_pool
-        pool.scales = [1 / stride for stride in STRIDES]
-        first, last = (int(math.log2(stride)) for stride in (STRIDES[0], STRIDES[-1]))
-        pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
         for head in (self.rpn.head, self.roi_heads.box_predictor):
             head.register_forward_hook(_to_float32)
 
