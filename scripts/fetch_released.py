@@ -61,7 +61,7 @@ def download(url: str, path: Path) -> None:
 
 
 def append(url: str, part: Path) -> None:
-    """Download what a file lacks; a server that cannot begin in the middle sends all of it.
+    """Download the missing part of a file; a server that cannot begin in the middle sends all of it.
 
     Raises:
         OSError, HTTPException: the connection broke; the file then holds what came.

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def verify(options: Any, expected: str | None = None) -> bool:
-    """Identify, load, evaluate and export a file, and print what is found; False where counts differ.
+    """Identify, load, evaluate and export a file, and print the results; False where counts differ.
 
     Args:
         options: of this command.

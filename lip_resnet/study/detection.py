@@ -224,7 +224,8 @@ def _differences(design: Design, comparisons: list[Comparison]) -> Section:
     text = (
         f"To {design.study.baseline}, in points, paired by seed. AP alone was declared: p of the others is not "
         "adjusted, and no verdict follows from it. The last interval is a bootstrap over seeds and images together: it "
-        "includes what other images of the same kind would change.",
+        "includes what other images of the same kind would change, and is too narrow where few seeds differ by much. "
+        "The verdict is that of the t test.",
     )
     header = ["variant", "figure", "difference", "95% interval", "p (paired t)", "p (sign flip)"]
     return Section("Differences", text, ([*header, "interval over seeds and images"], rows))

@@ -83,7 +83,7 @@ def _check_target(design: Design, exported: Design, finished: set[str]) -> None:
     earlier = load_record(folder)
     check_same(exported, earlier, f"--to {folder}")
     if earlier.exported and (lacking := sorted(_load(earlier).keys() - finished)):
-        raise InputError(f"--to {folder} has {lacking[0]}, which {design.folder} lacks; choose another")
+        raise InputError(f"--to {folder} has {lacking[0]}, which {design.folder} does not have; choose another")
 
 
 def _load(design: Design) -> dict[str, Any]:

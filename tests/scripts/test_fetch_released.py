@@ -1,4 +1,4 @@
-"""fetch_released.py against a server of the form of Google Drive's; and what timm says of weights that it lacks."""
+"""fetch_released.py against a server of the form of Google Drive's; and timm's line on weights that it does not have."""
 
 import http.server
 import re

@@ -142,7 +142,7 @@ def test_an_export_reports_the_same(tmp_path, monkeypatch):
     export.export(design.load_record(target), tmp_path / "copy")
     assert (tmp_path / "copy" / "matches.npz").read_bytes() == before
     done[0].row.unlink()
-    with pytest.raises(InputError, match=r"has resnet18/seed0, which .* lacks"):
+    with pytest.raises(InputError, match=r"has resnet18/seed0, which .* does not have"):
         export.export(study, target)
     (target / "matches.npz").write_bytes((tmp_path / "copy" / "matches.npz").read_bytes()[:-30])
     with pytest.raises(InputError, match=r"matches\.npz: not matches"):

@@ -80,7 +80,7 @@ def test_an_export_overwrites_nothing_else(finished, tmp_path):
         with pytest.raises(InputError, match=line):
             export.export(study, folder)
     finished.cells()[0].row.unlink()
-    with pytest.raises(InputError, match=r"has plain/seed0, which .* lacks"):
+    with pytest.raises(InputError, match=r"has plain/seed0, which .* does not have"):
         export.export(finished, target)
     with pytest.raises(InputError, match="is an exported study, which has no run folders"):
         design.write_design(design.load_design(write(tmp_path), output=target))
