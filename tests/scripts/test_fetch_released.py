@@ -1,4 +1,4 @@
-"""fetch_released.py against a server of the form of Google Drive's; and timm's line on weights that it does not have."""
+"""fetch_released.py against a server of the form of Google Drive's; and timm's line on weights it does not have."""
 
 import http.server
 import re
